@@ -1,0 +1,144 @@
+/* leetcore.h - the C ABI of leetcore: causal linear attention with exponential decay.
+ *
+ *     S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T        S in R^{K x V}
+ *     o_t = scale * S_t^T q_t                           (token t itself counts, with weight 1)
+ *
+ * One validated call by one method: fill an lc_args, ask lc_workspace how much scratch it needs, call lc_run.
+ * The library keeps no state between calls, allocates no tensors, never prints, never aborts and throws nothing.
+ * Every function may be called from any number of threads at once.
+ */
+#ifndef LEETCORE_H
+#define LEETCORE_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define LC_VERSION_MAJOR 0
+#define LC_VERSION_MINOR 1
+#define LC_VERSION_PATCH 0
+#define LC_VERSION (LC_VERSION_MAJOR * 10000 + LC_VERSION_MINOR * 100 + LC_VERSION_PATCH)
+
+#if defined(_WIN32)
+#define LC_API
+#else
+#define LC_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum lc_status {
+  LC_OK = 0,
+  LC_INVALID = 1,     /* the arguments contradict the contract; nothing was written           */
+  LC_UNSUPPORTED = 2, /* valid, but no method (or not the named one) serves it; nothing written */
+  LC_DEVICE = 3,      /* the device reported an error, or this build has no such device        */
+  LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
+  LC_INTERNAL = 5     /* a bug in leetcore                                                     */
+} lc_status;
+
+typedef enum lc_op { LC_FORWARD = 0, LC_BACKWARD = 1, LC_DECODE = 2 } lc_op;
+
+/* lc_args.flags */
+enum {
+  LC_LAYOUT_BNHD = 1, /* tensors with tokens and heads are [B, N, H, ...] instead of [B, H, N, ...] */
+  LC_ALLOW_TF32 = 2   /* float32 products may be rounded to tf32 on matrix units (GPU only)         */
+};
+
+/* The memory layout, and the codes, of DLPack's DLTensor: one may be passed as the other. */
+enum { LC_CPU = 1, LC_CUDA = 2 };                              /* lc_device.type */
+enum { LC_INT = 0, LC_UINT = 1, LC_FLOAT = 2, LC_BFLOAT = 4 }; /* lc_dtype.code  */
+
+typedef struct lc_device {
+  int32_t type, id;
+} lc_device;
+
+typedef struct lc_dtype {
+  uint8_t code, bits;
+  uint16_t lanes;
+} lc_dtype;
+
+typedef struct lc_tensor {
+  void* data;
+  lc_device device;
+  int32_t ndim;
+  lc_dtype dtype;
+  int64_t* shape;       /* not written */
+  int64_t* strides;     /* in elements, not written; NULL: dense row-major */
+  uint64_t byte_offset; /* of the first element from data */
+} lc_tensor;
+
+/* Zero-initialise, set struct_size, fill what you need: NULL means "absent" for every pointer.
+ *
+ * B sequences, N tokens, K key dim, V value dim. H = max(Hq, Hk, Hv) heads; each of Hq, Hk, Hv divides H, and head h
+ * reads q head h * Hq / H, and so on. Hs = max(Hk, Hv) states and decays, each of Hk, Hv divides Hs.
+ * Shapes below are for the default layout; LC_LAYOUT_BNHD swaps the axes "H?, N" wherever both stand.
+ * Any strides are legal as long as the last dimension of q, k, v, o and of the states is contiguous.
+ *
+ * dtypes: q, k, v, o alike: float64, float32, float16 or bfloat16. States: float64 with float64 inputs, else float32
+ * (LC_DECODE also takes float16 and bfloat16 pools: rounded once per call). log_decay: float32, or float64 with
+ * float64 inputs. */
+typedef struct lc_args {
+  uint32_t struct_size; /* sizeof(lc_args): an older, shorter struct is widened with zeros */
+  int32_t op;           /* lc_op */
+  const char* method;   /* NULL or "auto": the cheapest method that serves the problem */
+  double scale;         /* 0 is 0, not "default": write 1 for none */
+  uint32_t flags;
+  uint32_t reserved;              /* 0 */
+  const lc_tensor* q;             /* [B, Hq, N, K] */
+  const lc_tensor* k;             /* [B, Hk, N, K] */
+  const lc_tensor* v;             /* [B, Hv, N, V] */
+  const lc_tensor* log_decay;     /* natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or, one per token, [B, Hs, N];
+                                     a rank-0 tensor is read on the host. Absent: no decay */
+  const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
+  const lc_tensor* state_indices; /* LC_DECODE: int32 [B], the slot of each sequence in final_state, -1 skips it (its
+                                     output rows become 0). Absent: sequence b uses slot b */
+  const lc_tensor* cu_seqlens;    /* LC_FORWARD: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S sequences
+                                     packed one behind the other along the token axis */
+  const lc_tensor* o;             /* [B, H, N, V], written */
+  const lc_tensor* final_state;   /* LC_FORWARD: [B, Hs, K, V] ([S, ...] with cu_seqlens), written; may be initial_state.
+                                     LC_DECODE: the pool [slots, Hs, K, V], read and updated in place */
+  const lc_tensor* d_o;           /* LC_BACKWARD: gradients of o and final_state, read; the others written */
+  const lc_tensor* d_final_state;
+  const lc_tensor* d_q;
+  const lc_tensor* d_k;
+  const lc_tensor* d_v;
+  const lc_tensor* d_log_decay;
+  const lc_tensor* d_initial_state;
+  void* workspace;        /* scratch for this call alone, aligned to 64 bytes */
+  size_t workspace_bytes; /* at least what lc_workspace says */
+  void* stream;           /* cudaStream_t; must be NULL on the CPU */
+} lc_args;
+
+/* Runs the problem. Everything is validated before anything is written. */
+LC_API lc_status lc_run(const lc_args* args);
+
+/* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no tensor's
+ * values; o may be absent (an LC_FORWARD caller can size o from a validated problem). */
+LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
+
+/* Writes which method serves the problem, what each one predicts and why others do not, one line a method, as a
+ * NUL-terminated string of at most size bytes. */
+LC_API lc_status lc_explain(const lc_args* args, char* text, size_t size);
+
+typedef struct lc_method_info {
+  const char *name, *device; /* "chunk", "cpu" */
+  const char *idea, *paper;  /* a sentence, a source */
+} lc_method_info;
+
+LC_API const lc_method_info* lc_method(int index); /* in the order of the table; NULL past its end */
+LC_API const char* lc_last_error(void);            /* of this thread, until its next failing call; "" if none failed */
+LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
+
+/* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda, openmp.
+ * The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
+LC_API const char* lc_build_info(void);
+
+/* Threads of the CPU methods, for the whole process: LEETCORE_NUM_THREADS, else one per available core. n < 1 restores
+ * that default. Answers do not depend on the number of threads. */
+LC_API void lc_set_num_threads(int n);
+LC_API int lc_num_threads(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
