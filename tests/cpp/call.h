@@ -384,6 +384,11 @@ struct Call {
     return all;
   }
 
+  void restore(const std::vector<Bytes>& before) {
+    const std::vector<Tensor*> all = tensors();
+    for (size_t i = 0; i < all.size(); ++i) std::copy(before[i].begin(), before[i].end(), all[i]->memory.begin());
+  }
+
   // Asks for the workspace and makes it: exactly as large as asked for, full of NaN, guarded.
   lc_status make_workspace() {
     args.workspace = nullptr;
@@ -407,16 +412,18 @@ struct Call {
     for (const unsigned char& byte : scratch)
       if ((&byte < begin || &byte >= begin + args.workspace_bytes) && byte != Tensor::kUntouched) return false;
     std::vector<Bytes> now = memory();
-    const std::vector<Tensor*> all = tensors();
     for (const lc_tensor* written : {args.o, args.final_state}) {
-      for (size_t i = 0; written && i < all.size(); ++i) {
-        if (all[i] != written) continue;
-        const size_t bytes = written->dtype.bits / 8;
-        for_each_element(*written, [&](const Index& index) {
-          const size_t where = static_cast<unsigned char*>(at(*written, index)) - all[i]->memory.data();
-          std::copy_n(before[i].begin() + where, bytes, now[i].begin() + where);
-        });
-      }
+      if (!written || std::count(written->shape, written->shape + written->ndim, 0)) continue;
+      const auto* first = static_cast<unsigned char*>(at(*written, {}));
+      const std::vector<Tensor*> all = tensors();
+      size_t i = 0;
+      while (i < all.size() &&
+             (first < all[i]->memory.data() || first >= all[i]->memory.data() + all[i]->memory.size()))
+        ++i;
+      for_each_element(*written, [&](const Index& index) {
+        const size_t where = static_cast<unsigned char*>(at(*written, index)) - all[i]->memory.data();
+        std::copy_n(before[i].begin() + where, written->dtype.bits / 8, now[i].begin() + where);
+      });
     }
     return now == before;
   }

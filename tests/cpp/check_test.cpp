@@ -443,7 +443,8 @@ TEST(Accepts, ViewsOfOneFusedBuffer) {
         column += H * D;
       }
     });
-    // Shifted by half a row of o, they do.
+    // o moved by half a row's columns: half of them are v's.
+    const std::vector<float> before = fused;
     invalid(
         spec,
         [&](Call& c) {

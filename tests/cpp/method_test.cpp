@@ -38,7 +38,9 @@ class Methods : public ::testing::Test {
   void SetUp() override {
     const char* wanted = std::getenv("LEETCORE_ISA");
     if (wanted && !machine_has(wanted)) GTEST_SKIP() << "this machine lacks " << wanted;
-    if (wanted) ASSERT_EQ(wanted, build_info("isa")) << lc_last_error();
+    if (wanted) {
+      ASSERT_EQ(wanted, build_info("isa")) << lc_last_error();
+    }
   }
   void TearDown() override { lc_set_num_threads(0); }
 
