@@ -61,7 +61,7 @@ Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type
     if (same(t.dtype, kDtypes[int(type)])) return type;
     list += std::string(list.empty() ? "" : type == *(allowed.end() - 1) ? " or " : ", ") + type_text(type);
   }
-  fail(LC_INVALID, "%s: expected dtype %s%s, got %s", name, list.c_str(), reason, dtype_text(t.dtype).c_str());
+  fail(LC_DTYPE, "%s: expected dtype %s%s, got %s", name, list.c_str(), reason, dtype_text(t.dtype).c_str());
 }
 
 // ---- tensors ------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ Checker structure(const lc_args& a) {
     if (decode) fail(LC_INVALID, "cu_seqlens: only LC_FORWARD takes it; expected NULL");
     c.shape("cu_seqlens", *t, {{"S + 1", -1, 1}});
     if (!same(t->dtype, {LC_INT, 32, 1}) && !same(t->dtype, {LC_INT, 64, 1}))
-      fail(LC_INVALID, "cu_seqlens: expected dtype int32 or int64, got %s", dtype_text(t->dtype).c_str());
+      fail(LC_DTYPE, "cu_seqlens: expected dtype int32 or int64, got %s", dtype_text(t->dtype).c_str());
     c.memory("cu_seqlens", *t);
     if (p.B != 1) fail(LC_INVALID, "cu_seqlens: expected B = 1 with packed sequences, got B = %lld", static_cast<long long>(p.B));
     p.cu_bits = t->dtype.bits, p.cu_seqlens = c.view(*t, false).data;
@@ -354,7 +354,7 @@ Checker structure(const lc_args& a) {
     p.final_state = c.view(t, false), p.slots = t.shape[0];
     if (const lc_tensor* i = a.state_indices) {
       c.shape("state_indices", *i, {{"B", p.B}});
-      if (!same(i->dtype, {LC_INT, 32, 1})) fail(LC_INVALID, "state_indices: expected dtype int32, got %s", dtype_text(i->dtype).c_str());
+      if (!same(i->dtype, {LC_INT, 32, 1})) fail(LC_DTYPE, "state_indices: expected dtype int32, got %s", dtype_text(i->dtype).c_str());
       c.memory("state_indices", *i);
       p.state_indices = static_cast<const int32_t*>(c.view(*i, false).data);
     } else if (p.slots < p.B) {

@@ -37,10 +37,7 @@ struct Worker {
         rows(arena, p),
         others(arena, p),
         result(arena.take<T>(std::max<int64_t>(C, p.K) * padded<T>(p.V))),
-        state(arena.take<T>(p.K * padded<T>(p.V))) {
-    if (!rows.keys) return;
-    rows.clear_scores(), others.clear_scores();
-  }
+        state(arena.take<T>(p.K * padded<T>(p.V))) {}
 
   // result (+)= weight a b
   template <class Weight>
@@ -132,7 +129,7 @@ size_t workspace(const Problem& p) {
   with_type(p.type, [&](auto e) {
     Arena arena(nullptr);
     cut<decltype(e)>(p, arena, workers(p) - 1);
-    bytes = arena.used() + 64;
+    bytes = arena.used();
   });
   return bytes;
 }
@@ -149,6 +146,7 @@ void run(const Problem& p) {
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<E>(p, arena, index);
+      worker.rows.clear_scores();
       for (int64_t i; (i = next_rows.fetch_add(1)) < longest * p.B * p.H;) {
         const int64_t b = i / p.H % p.B, h = i % p.H, block = longest - 1 - i / p.H / p.B;
         const Sequence s = sequence(p, b);
