@@ -99,6 +99,11 @@ static void statuses(void) {
   CHECK(starts_with(lc_last_error(), "k: "));
 
   a = tiny();
+  tv.dtype.bits = 16;
+  CHECK(run(&a) == LC_DTYPE && lc_run(&a) == LC_DTYPE && untouched());
+  CHECK(starts_with(lc_last_error(), "v: "));
+
+  a = tiny();
   a.op = LC_BACKWARD;
   CHECK(run(&a) == LC_UNSUPPORTED && lc_run(&a) == LC_UNSUPPORTED && untouched());
   CHECK(*lc_last_error());

@@ -1,0 +1,90 @@
+# make run [TEXT=file]   install leetcore into .venv and run examples/text.py: needs a C++ compiler and Python >= 3.10
+# make test              every check; each stage has a target of its own: lint pytest ctest sanitize
+# make bench             how fast this machine is
+# make format            lay out all code
+# make clean             remove .venv and build
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+STAGES := lint pytest ctest sanitize
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+pip := python -m pip install --quiet
+sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
+c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp')
+
+run: .venv/package
+	python examples/text.py $(TEXT)
+
+# All stages, whether or not an earlier one failed, and then how each of them went.
+test: system .venv/test
+	@passed=0; failed=0; summary=; \
+	for stage in $(STAGES); do \
+	  echo "== $$stage"; start=$$(date +%s); \
+	  if $(MAKE) --no-print-directory $$stage; then result=passed; passed=$$((passed + 1)); \
+	  else result=FAILED; failed=$$((failed + 1)); fi; \
+	  summary="$$summary$$(printf '%-10s %-8s %4d s' $$stage $$result $$(($$(date +%s) - start)))\n"; \
+	done; \
+	printf "\n$$summary"; echo "stages: $$passed passed, $$failed failed"; [ $$failed = 0 ]
+
+lint: .venv/test
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(c_files)
+	mypy
+
+pytest: .venv/test
+	python -m pytest -q
+
+ctest: build/ctest/build.ninja
+	cmake --build build/ctest -j $(JOBS)
+	ctest --test-dir build/ctest --output-on-failure -LE slow
+
+# The C and C++ tests with the address and undefined-behaviour sanitizers.
+sanitize: build/sanitize/build.ninja
+	cmake --build build/sanitize -j $(JOBS)
+	ctest --test-dir build/sanitize --output-on-failure -LE slow
+
+build/ctest/build.ninja: | system
+	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON
+
+build/sanitize/build.ninja: | system
+	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
+
+bench: .venv/package
+	leetcore bench
+
+format: .venv/test
+	ruff check --fix-only --quiet .
+	ruff format .
+	clang-format -i $(c_files)
+
+clean:
+	rm -rf .venv build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/package: .venv/bin/python $(sources)
+	$(pip) .
+	@touch $@
+
+.venv/test: .venv/bin/python $(sources)
+	$(pip) '.[test]'
+	@touch .venv/package $@
+
+# What PyPI does not have, from Debian: installed when we may, else named.
+system:
+	@missing=; have() { command -v $$1 >/dev/null; }; \
+	have g++ || missing="$$missing g++"; \
+	have cmake || missing="$$missing cmake"; \
+	have ninja || missing="$$missing ninja-build"; \
+	have pkg-config || missing="$$missing pkg-config"; \
+	[ -e /usr/include/gtest/gtest.h ] || missing="$$missing libgtest-dev"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ $$(id -u) != 0 ]; then echo "These Debian packages are missing:$$missing" >&2; exit 1; fi; \
+	get="apt-get install --yes --quiet --no-install-recommends"; \
+	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
+
+.PHONY: run test $(STAGES) bench format clean system
