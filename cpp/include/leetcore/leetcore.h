@@ -33,7 +33,8 @@ typedef enum lc_status {
   LC_UNSUPPORTED = 2, /* valid, but no method (or not the named one) serves it; nothing written */
   LC_DEVICE = 3,      /* the device reported an error, or this build has no such device        */
   LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
-  LC_INTERNAL = 5     /* a bug in leetcore                                                     */
+  LC_INTERNAL = 5,    /* a bug in leetcore                                                     */
+  LC_DTYPE = 6        /* a tensor of a dtype that is not allowed; nothing was written           */
 } lc_status;
 
 typedef enum lc_op { LC_FORWARD = 0, LC_BACKWARD = 1, LC_DECODE = 2 } lc_op;

@@ -1,0 +1,116 @@
+// api.cpp - the C entry points: check, choose, run; exceptions become status codes here and nowhere else.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "methods.h"
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class F>
+lc_status guarded(F&& f) {
+  try {
+    f();
+    return LC_OK;
+  } catch (const lc::Error& e) {
+    last_error = e.what();
+    return e.status;
+  } catch (const std::bad_alloc&) {
+    last_error = "leetcore could not allocate a few bytes of host memory";
+    return LC_MEMORY;
+  } catch (const std::exception& e) {
+    last_error = std::string("internal error: ") + e.what();
+    return LC_INTERNAL;
+  }
+}
+
+// An older caller's struct is shorter: what it does not know reads as absent.
+lc_args widen(const lc_args* a) {
+  if (!a) lc::fail(LC_INVALID, "args: expected a pointer to lc_args, got NULL");
+  lc_args full = {};
+  std::memcpy(&full, a, std::min<size_t>(a->struct_size, sizeof full));
+  return full;
+}
+
+}  // namespace
+
+lc_status lc_run(const lc_args* args) {
+  return guarded([&] {
+    const lc_args a = widen(args);
+    const lc::Problem p = lc::check(a);
+    const lc::Method& m = lc::choose(p, a.method);
+    const size_t needed = m.workspace(p);
+    if (p.workspace_bytes < needed)
+      lc::fail(LC_MEMORY, "workspace: method %s needs %zu bytes, got %zu", m.info.name, needed, p.workspace_bytes);
+    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % 64))
+      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of 64, got %p", p.workspace);
+    m.run(p);
+  });
+}
+
+lc_status lc_workspace(const lc_args* args, size_t* bytes) {
+  return guarded([&] {
+    if (!bytes) lc::fail(LC_INVALID, "bytes: expected a pointer, got NULL");
+    const lc_args a = widen(args);
+    const lc::Problem p = lc::check_structure(a);
+    *bytes = lc::choose(p, a.method).workspace(p);
+  });
+}
+
+lc_status lc_explain(const lc_args* args, char* text, size_t size) {
+  return guarded([&] {
+    if (!text || !size) lc::fail(LC_INVALID, "text: expected a buffer of at least one byte, got none");
+    const lc_args a = widen(args);
+    const lc::Problem p = lc::check_structure(a);
+    const lc::Method& chosen = lc::choose(p, a.method);
+    std::string s;
+    for (const lc::Method* m : lc::methods()) {
+      char line[256];
+      if (const char* why = lc::refusal(*m, p)) {
+        std::snprintf(line, sizeof line, "  %-10s %-4s  refuses: %s\n", m->info.name, m->info.device, why);
+      } else {
+        const lc::Cost c = m->cost(p);
+        std::snprintf(line, sizeof line, "%c %-10s %-4s  predicted %.1f us, %.4g Mflop, at least %.4g MB moved, workspace %zu bytes\n",
+                      m == &chosen ? '*' : ' ', m->info.name, m->info.device, c.microseconds, c.flop / 1e6, c.bytes / 1e6,
+                      m->workspace(p));
+      }
+      s += line;
+    }
+    std::snprintf(text, size, "%s", s.c_str());
+  });
+}
+
+const lc_method_info* lc_method(int index) {
+  const lc_method_info* info = nullptr;
+  guarded([&] {
+    const lc::Methods all = lc::methods();
+    if (index >= 0 && index < all.end() - all.begin()) info = &all.begin()[index]->info;
+  });
+  return info;
+}
+
+const char* lc_last_error(void) { return last_error.c_str(); }
+
+int lc_version(void) { return LC_VERSION; }
+
+const char* lc_build_info(void) {
+  static thread_local std::string text;
+  const lc_status status = guarded([&] {
+    text = "version=" + std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
+           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::kIsaNames[int(lc::isa())] + "\nisas=";
+    const char* separator = "";
+    for (lc::Isa isa : {lc::Isa::generic, lc::Isa::avx2, lc::Isa::avx512})
+      if (lc::compiled(isa)) text += separator + std::string(lc::kIsaNames[int(isa)]), separator = " ";
+    text += "\ncuda=no\nopenmp=" + std::string(lc::openmp_version()) + "\nthreads=" + std::to_string(lc::num_threads());
+  });
+  return status == LC_OK ? text.c_str() : "";
+}
+
+void lc_set_num_threads(int n) { lc::set_num_threads(n); }
+
+int lc_num_threads(void) { return lc::num_threads(); }

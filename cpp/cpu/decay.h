@@ -1,0 +1,91 @@
+// decay.h - the weights of one chunk of tokens, from log-decays in base 2. With cum_i = L_1 + ... + L_i within the chunk,
+//
+//   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
+//   in[i]      = 2^cum_i                        the state before the chunk at token i
+//   out[j]     = 2^(cum_last - cum_j)           token j in the state after the chunk
+//   total      = 2^cum_last                     the state before in the state after
+//
+// Every exponent is <= 0 and a difference of sums kept in float64 that restart at each chunk. With a constant decay
+// the mask is Toeplitz: one row of 2C numbers, seen with a row stride of -1.
+#pragma once
+#include <cmath>
+
+#include "parallel.h"
+#include "tile.h"
+
+namespace lc::LC_ISA {
+
+template <class T>
+class ChunkDecay {
+ public:
+  const T* in;
+  const T* out;
+  T total;
+  Matrix<const T> mask;  // entries above the diagonal mean nothing: select, do not multiply
+
+  ChunkDecay(Arena& arena, const Problem& p, int chunk)
+      : chunk_(chunk),
+        constant_(p.decay != Decay::per_token),
+        powers_(arena.take<T>(padded<T>(chunk) + kLanes<T>)),
+        table_(arena.take<T>(constant_ ? 2 * padded<T>(chunk) : int64_t(chunk) * padded<T>(chunk))),
+        last_(arena.take<T>(padded<T>(chunk))),
+        cum_(arena.take<double>(padded<T>(chunk))) {}
+
+  // Before the chunks of one head of one sequence.
+  void begin_head(const Problem& p, const Sequence& s, int64_t hs) {
+    p_ = &p, row_ = s.row, head_ = hs;
+    if (!constant_) return;
+    const double step = log2_decay(p, s.row, hs, 0);
+    T* mask0 = table_ + chunk_ - 1;  // mask0[j - i]
+    const int longest = s.length < chunk_ ? int(s.length) : chunk_;
+    for (int i = 0; i <= longest; ++i) powers_[i] = T(std::exp2(step * i));
+    for (int i = 0; i < longest; ++i) mask0[-i] = powers_[i];
+    for (int i = 1; i <= padded<T>(chunk_); ++i) mask0[i] = 0;
+    in = powers_ + 1;
+    mask = {mask0, -1};
+  }
+
+  // The chunk of n <= C tokens that begins at token t.
+  void chunk(int64_t t, int n) {
+    if (constant_) {
+      out = mask.data - (n - 1);
+      total = powers_[n];
+      return;
+    }
+    double sum = 0;
+    for (int i = 0; i < padded<T>(n); ++i) {
+      if (i < n) sum += log2_decay(*p_, row_, head_, t + i);
+      cum_[i] = sum;
+    }
+    for (int i = 0; i < n; ++i) powers_of_differences(table_ + i * padded<T>(chunk_), cum_[i], i + 1);
+    powers_of_differences(last_, sum, n);
+    for (int i = 0; i < n; i += kLanes<T>) store<T>(powers_ + i, exp2<T>(gather(0, -1, i)));
+    in = powers_, out = last_, total = T(std::exp2(sum));
+    mask = {table_, padded<T>(chunk_)};
+  }
+
+ private:
+  // sign * cum_[j ...] + offset, in float64, then rounded
+  LC_INLINE Vec<T> gather(double offset, double sign, int j) const {
+    T d[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const double x = offset - sign * cum_[j + l];
+      d[l] = T(x < 0 ? x : 0);
+    }
+    return load<T>(d);
+  }
+  LC_INLINE void powers_of_differences(T* to, double from, int n) const {
+    for (int j = 0; j < n; j += kLanes<T>) store<T>(to + j, exp2<T>(gather(from, 1, j)));
+  }
+
+  int chunk_;
+  bool constant_;
+  T* powers_;
+  T* table_;
+  T* last_;
+  double* cum_;
+  const Problem* p_ = nullptr;
+  int64_t row_ = 0, head_ = 0;
+};
+
+}  // namespace lc::LC_ISA

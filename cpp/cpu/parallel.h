@@ -1,0 +1,55 @@
+// parallel.h - threads of the CPU methods. The work of one call is split over workers; a worker knows its number only.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "../problem.h"
+
+namespace lc {
+
+int num_threads();
+void set_num_threads(int n);  // n < 1: the default
+const char* openmp_version();
+
+// Calls body(context, worker, workers) for worker = 0 ... workers - 1 at the same time, each with denormals flushed to zero.
+// Where fewer threads than wished for can be had (inside another parallel region, say), workers is 1.
+void run_workers(int wished, void (*body)(void* context, int worker, int workers), void* context);
+
+// The same with a lambda body(worker, workers).
+template <class F>
+LC_INLINE void run_workers(int wished, F&& body) {
+  run_workers(wished, [](void* f, int w, int workers) { (*static_cast<std::remove_reference_t<F>*>(f))(w, workers); }, &body);
+}
+
+// As many workers as threads, but not more than tasks, nor than the work pays for: waking one costs some microseconds.
+int workers_for(int64_t tasks, double flop);
+
+// Lets a few workers wait for one another, often: it spins, and yields the core when that takes long.
+class Barrier {
+ public:
+  void wait(int workers);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
+
+// A 64-byte aligned scratch area cut into pieces, measured by the same code that cuts it: with base nullptr it only adds up.
+class Arena {
+ public:
+  LC_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  LC_INLINE T* take(int64_t count) {
+    char* here = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(here);
+  }
+  LC_INLINE size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace lc

@@ -1,0 +1,202 @@
+// simd.h - the CPU's instructions, named: vectors of T, as wide as the instruction set this file is compiled for has them.
+// The only file with intrinsics. Vectors are the compiler's own (GCC and Clang vector extensions), so +, *, ?: and
+// comparisons work as written, a scalar operand is broadcast, and a * b + c becomes one FMA (-ffp-contract=fast).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../problem.h"
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace lc::LC_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+// The 16-bit formats are storage only.
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Simd {
+  using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  static constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+  typedef Int Ivec __attribute__((vector_size(kVectorBytes)));                               // what comparisons yield
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));                            // as many 16-bit values
+  typedef uint16_t HalfUnaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+};
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+constexpr int kLanes = Simd<T>::kLanes;
+
+template <class T>
+LC_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // exact for -0 too
+}
+
+// 0, 1, 2, ...
+template <class T>
+LC_INLINE typename Simd<T>::Ivec iota() {
+  typename Simd<T>::Ivec v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+
+namespace detail {
+
+using F = Simd<float>;
+typedef uint32_t Uvec __attribute__((vector_size(kVectorBytes)));
+
+LC_INLINE Vec<float> from_bits(Uvec u) { return reinterpret_cast<Vec<float>>(u); }
+LC_INLINE Uvec to_bits(Vec<float> x) { return reinterpret_cast<Uvec>(x); }
+
+LC_INLINE Vec<float> widen_bf16(F::Half h) { return from_bits(__builtin_convertvector(h, Uvec) << 16); }
+
+LC_INLINE F::Half narrow_bf16(Vec<float> x) {  // to nearest even
+  const Uvec u = to_bits(x);
+  const Uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Uvec nan = (u >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : nan, F::Half);
+}
+
+LC_INLINE Vec<float> widen_f16(F::Half h) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h));  // unmasked, GCC 12 warns in its own header
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
+#else
+  const Uvec u = __builtin_convertvector(h, Uvec);
+  const Uvec sign = (u & 0x8000) << 16, magnitude = u & 0x7fff;
+  Uvec normal = (magnitude << 13) + (112u << 23);
+  normal = magnitude >= 0x7c00 ? normal + (112u << 23) : normal;  // inf and NaN
+  const Vec<float> small = __builtin_convertvector(reinterpret_cast<F::Ivec>(magnitude), Vec<float>) * 0x1p-24f;
+  return from_bits((magnitude < 0x400 ? to_bits(small) : normal) | sign);
+#endif
+}
+
+LC_INLINE F::Half narrow_f16(Vec<float> x) {  // to nearest even
+#if defined(__AVX512F__)
+  return reinterpret_cast<F::Half>(_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return reinterpret_cast<F::Half>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Uvec u = to_bits(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  const Uvec normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const Uvec small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000;  // 0.5 has the unit of the half's subnormals
+  Uvec r = magnitude < 0x38800000 ? small : normal;
+  const Uvec inf = Uvec{} + 0x7c00, nan = Uvec{} + 0x7e00;
+  r = magnitude >= 0x477ff000 ? inf : r;
+  r = magnitude > 0x7f800000 ? nan : r;
+  return __builtin_convertvector(r | sign, F::Half);
+#endif
+}
+
+template <class T, int... L>
+LC_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, L...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::Ivec{L...});
+#endif
+}
+
+template <class T, int D, int... L>
+LC_INLINE void transpose_steps(Vec<T> (&r)[kLanes<T>], std::integer_sequence<int, L...> lanes) {
+  constexpr int n = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & D) continue;
+    const Vec<T> a = r[i], b = r[i + D];
+    r[i] = shuffle<T, (L & D ? n + L - D : L)...>(a, b);
+    r[i + D] = shuffle<T, (L & D ? n + L : L + D)...>(a, b);
+  }
+  if constexpr (D > 1) transpose_steps<T, D / 2>(r, lanes);
+}
+
+}  // namespace detail
+
+// One vector of T from consecutive elements of storage type E, and back (rounded to nearest even).
+template <class T, class E>
+LC_INLINE Vec<T> load(const E* p) {
+  if constexpr (std::is_same_v<T, E>) {
+    return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+  } else {
+    const auto h = *reinterpret_cast<const typename Simd<T>::HalfUnaligned*>(p);
+    if constexpr (std::is_same_v<E, bf16>)
+      return detail::widen_bf16(h);
+    else
+      return detail::widen_f16(h);
+  }
+}
+template <class T, class E>
+LC_INLINE void store(E* p, Vec<T> x) {
+  if constexpr (std::is_same_v<T, E>) {
+    *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = x;
+  } else {
+    auto* h = reinterpret_cast<typename Simd<T>::HalfUnaligned*>(p);
+    if constexpr (std::is_same_v<E, bf16>)
+      *h = detail::narrow_bf16(x);
+    else
+      *h = detail::narrow_f16(x);
+  }
+}
+
+// The same for the first n < kLanes elements; the rest reads as zero and is not written.
+template <class T, class E>
+LC_INLINE Vec<T> load(const E* p, int n) {
+  E part[kLanes<T>] = {};
+  std::memcpy(part, p, size_t(n) * sizeof(E));
+  return load<T>(part);
+}
+template <class T, class E>
+LC_INLINE void store(E* p, Vec<T> x, int n) {
+  E part[kLanes<T>];
+  store<T>(part, x);
+  std::memcpy(p, part, size_t(n) * sizeof(E));
+}
+
+// 2^x for x <= 0, correctly rounded to about one unit; exactly 0 below the smallest normal number, exactly 1 at 0.
+// 2^x = 2^n e^(f ln 2) with n = round(x), |f| <= 1/2 and the Taylor series of e to the accuracy of T.
+template <class T>
+LC_INLINE Vec<T> exp2(Vec<T> x) {
+  using Ivec = typename Simd<T>::Ivec;
+  constexpr bool f64 = sizeof(T) == 8;
+  constexpr T kLowest = f64 ? -1022 : -126, kRound = f64 ? 0x1.8p52 : 0x1.8p23;
+  constexpr T kLn2 = T(0.693147180559945309417);
+  const Vec<T> y = x < kLowest ? broadcast<T>(kLowest) : x;
+  const Vec<T> shifted = y + kRound;  // the low bits now hold round(y)
+  const Vec<T> f = (y - (shifted - kRound)) * kLn2;
+  Vec<T> e = broadcast<T>(1);
+  for (int i = f64 ? 13 : 7; i >= 1; --i) e = e * f * T(1.0 / i) + T(1);
+  const Ivec n = reinterpret_cast<Ivec>(shifted) << (f64 ? 52 : 23);
+  e = reinterpret_cast<Vec<T>>(reinterpret_cast<Ivec>(e) + n);
+  return x < kLowest ? Vec<T>{} : e;
+}
+
+// Transposes a kLanes x kLanes block held in registers: at distance d = kLanes/2, ..., 1 rows i and i + d swap the blocks
+// of d lanes off the diagonal.
+template <class T>
+LC_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  detail::transpose_steps<T, kLanes<T> / 2>(r, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+}  // namespace lc::LC_ISA

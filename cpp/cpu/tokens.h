@@ -1,0 +1,92 @@
+// tokens.h - up to C consecutive tokens of one head, ready for matrix products: Q and V row-major, K transposed, as numbers of
+// the accumulator's type T, with their decay weights (decay.h).
+#pragma once
+#include <algorithm>
+
+#include "decay.h"
+
+namespace lc::LC_ISA {
+
+constexpr int C = 64;      // tokens of a chunk
+constexpr int kBand = 16;  // rows of the scores that share their last column: whole vectors in every type
+
+// Rows that are farther apart than this (in elements) are copied together: they would compete for the same cache sets.
+constexpr int64_t kDirectStride = 1024;
+
+template <class E, class T = Accumulator<E>>
+struct Tokens {
+  ChunkDecay<T> decay;
+  Matrix<const T> q{}, v{};
+  T* keys;    // [K, C]
+  T* scores;  // [C, C], see score()
+  int64_t t = 0;
+  int n = 0;
+
+  LC_INLINE Tokens(Arena& arena, const Problem& p)
+      : decay(arena, p, C),
+        keys(arena.take<T>(p.K * C)),
+        scores(arena.take<T>(C * C)),
+        q_copy_(arena.take<T>(C * padded<T>(p.K))),
+        v_copy_(arena.take<T>(C * padded<T>(p.V))) {}
+
+  // Once per worker: products read whole tiles of scores, a little to the right of what score() writes.
+  LC_INLINE void clear_scores() { std::memset(scores, 0, sizeof(T) * C * C); }
+
+  // The tokens [begin, begin + C) of the sequence, or what is left of it.
+  LC_INLINE void locate(const Sequence& s, int64_t begin) {
+    t = s.begin + begin, n = int(s.length - begin < C ? s.length - begin : C);
+    decay.chunk(t, n);
+  }
+
+  LC_INLINE void load_queries(const Problem& p, const Sequence& s, int64_t h) {
+    const Matrix<const E> from{p.q.at<const E>(s.row, q_head(p, h), t), p.q.stride[2]};
+    if constexpr (std::is_same_v<E, T>) {
+      q = from;
+    } else {
+      q = {q_copy_, padded<T>(p.K)};
+      load<T>(Matrix<T>{q_copy_, q.ld}, from, n, int(p.K));
+    }
+  }
+
+  LC_INLINE void load_keys_values(const Problem& p, const Sequence& s, int64_t hs) {
+    load_transposed<T>(Matrix<T>{keys, C}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n, int(p.K));
+    const Matrix<const E> from{p.v.at<const E>(s.row, v_head(p, hs), t), p.v.stride[2]};
+    v = {v_copy_, padded<T>(p.V)};
+    if constexpr (std::is_same_v<E, T>)
+      if (p.V % kLanes<T> == 0 && from.ld >= 0 && from.ld <= kDirectStride) v = from;
+    if (v.data == v_copy_) load<T>(Matrix<T>{v_copy_, v.ld}, from, n, int(p.V));
+  }
+
+  // scores_ij = scale [j <= i] mask_ij q_i.k_j, zero right of the diagonal as far as a band of rows reaches
+  LC_INLINE void score(const Problem& p) {
+    const auto lanes = iota<T>();
+    const T scale = T(p.scale);
+    for (int band = 0; band < n; band += kBand) {
+      const Panels panels(vectors<T>(band + kBand));
+      for (int panel = 0; panel < panels.count; ++panel)
+        for_tiles<T>(band, n < band + kBand ? n : band + kBand, panels.begin(panel), panels.width(panel), [&](auto& a, int i0, int c) {
+          const int j0 = c * kLanes<T>;
+          zero(a);
+          mma(a, {q.row(i0), q.ld}, {keys + j0, C}, int(p.K));
+          map(a, [&](int i, int j, Vec<T> x) {
+            x = x * (load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
+            return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
+          });
+          store(Matrix<T>{scores + i0 * C + j0, C}, a);
+        });
+    }
+  }
+
+  // keys_rj = weight out_j keys_rj
+  LC_INLINE void weigh_keys(const Problem& p, T weight = 1) {
+    Vec<T> w[C / kLanes<T>];
+    for (int j = 0; j < n; j += kLanes<T>) w[j / kLanes<T>] = load<T>(decay.out + j) * weight;
+    for (int64_t r = 0; r < p.K; ++r)
+      for (int j = 0; j < n; j += kLanes<T>) store<T>(keys + r * C + j, load<T>(keys + r * C + j) * w[j / kLanes<T>]);
+  }
+
+ private:
+  T *q_copy_, *v_copy_;
+};
+
+}  // namespace lc::LC_ISA

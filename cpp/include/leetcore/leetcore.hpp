@@ -1,0 +1,260 @@
+// leetcore.hpp - the C++17 face of leetcore.h: header-only, throws, owns nothing but scratch.
+//
+//     const leetcore::Tensor q(q_data, {B, Hq, N, K}), k(k_data, {B, Hk, N, K}), v(v_data, {B, Hv, N, V}), o(o_data,
+//     {B, H, N, V}); const leetcore::Tensor log_decay(g_data, {Hs}); leetcore::linear_attention(q, k, v, log_decay, o);
+//
+// A Tensor is a view of the caller's memory. Every function may be called from any number of threads at once, with a
+// Workspace for each. Shapes, dtypes and what is refused: leetcore.h.
+#ifndef LEETCORE_HPP
+#define LEETCORE_HPP
+#include <leetcore/leetcore.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace leetcore {
+
+// A call that failed: what() is the library's sentence, which begins with the argument's name.
+class Error : public std::runtime_error {
+ public:
+  Error(lc_status status, const std::string& text) : std::runtime_error(text), status_(status) {}
+  lc_status status() const noexcept { return status_; }
+
+ private:
+  lc_status status_;
+};
+
+// The 16-bit formats are storage only: cast a pointer to your own such type to one of these.
+struct half {
+  std::uint16_t bits;
+};
+struct bfloat16 {
+  std::uint16_t bits;
+};
+
+// The dtype of an element type; specialise it for your own types.
+template <class T>
+struct dtype_of;
+template <>
+struct dtype_of<double> {
+  static constexpr lc_dtype value = {LC_FLOAT, 64, 1};
+};
+template <>
+struct dtype_of<float> {
+  static constexpr lc_dtype value = {LC_FLOAT, 32, 1};
+};
+template <>
+struct dtype_of<half> {
+  static constexpr lc_dtype value = {LC_FLOAT, 16, 1};
+};
+template <>
+struct dtype_of<bfloat16> {
+  static constexpr lc_dtype value = {LC_BFLOAT, 16, 1};
+};
+template <>
+struct dtype_of<std::int32_t> {
+  static constexpr lc_dtype value = {LC_INT, 32, 1};
+};
+template <>
+struct dtype_of<std::int64_t> {
+  static constexpr lc_dtype value = {LC_INT, 64, 1};
+};
+
+// A strided view of the caller's memory, or, default-constructed, an absent argument.
+class Tensor {
+ public:
+  static constexpr std::size_t kMaxRank = 4;
+
+  Tensor() = default;
+
+  // shape {} is a scalar; strides count elements and default to dense row-major.
+  template <class T>
+  Tensor(T* data, std::initializer_list<std::int64_t> shape, std::initializer_list<std::int64_t> strides = {},
+         lc_device device = {LC_CPU, 0})
+      : data_(const_cast<std::remove_const_t<T>*>(data)),
+        dtype_(dtype_of<std::remove_const_t<T>>::value),
+        device_(device),
+        rank_(shape.size()),
+        dense_(strides.size() == 0) {
+    if (rank_ > kMaxRank) throw Error(LC_INVALID, "shape: expected at most 4 sizes, got " + std::to_string(rank_));
+    if (!dense_ && strides.size() != rank_)
+      throw Error(LC_INVALID, "strides: expected " + std::to_string(rank_) +
+                                  " numbers, one for each size of the shape, got " + std::to_string(strides.size()));
+    std::size_t i = 0;
+    for (std::int64_t n : shape) shape_[i++] = n;
+    i = 0;
+    for (std::int64_t n : strides) strides_[i++] = n;
+  }
+
+  explicit operator bool() const noexcept { return dtype_.bits != 0; }  // present?
+
+  // The same as the C ABI has it; valid as long as this Tensor. The library writes neither shape nor strides.
+  lc_tensor c_tensor() const noexcept {
+    lc_tensor t = {};
+    t.data = data_;
+    t.device = device_;
+    t.ndim = static_cast<std::int32_t>(rank_);
+    t.dtype = dtype_;
+    t.shape = const_cast<std::int64_t*>(shape_);
+    t.strides = dense_ ? nullptr : const_cast<std::int64_t*>(strides_);
+    return t;
+  }
+
+ private:
+  void* data_ = nullptr;
+  lc_dtype dtype_ = {};
+  lc_device device_ = {LC_CPU, 0};
+  std::size_t rank_ = 0;
+  bool dense_ = true;
+  std::int64_t shape_[kMaxRank] = {}, strides_[kMaxRank] = {};
+};
+
+// Scratch for CPU calls, one call at a time: 64-byte aligned, grows when it must, freed at the end.
+class Workspace {
+ public:
+  void* reserve(std::size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(::operator new(bytes, kAlignment));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+  std::size_t size() const noexcept { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(void* p) const noexcept { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  std::size_t size_ = 0;
+};
+
+enum class Layout { bhnd, bnhd };  // order of heads and tokens in every tensor that has both
+
+// What most calls leave alone. bhnd shapes; S is B, or with cu_seqlens the number of packed sequences.
+struct Options {
+  double scale = 1;             // o is multiplied by it
+  const char* method = "auto";  // a name of methods()
+  Layout layout = Layout::bhnd;
+  bool allow_tf32 = false;         // GPU: float32 products rounded to tf32
+  Tensor initial_state;            // linear_attention: [S, Hs, K, V], zeros when absent
+  Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
+  Tensor cu_seqlens;               // linear_attention: int32 or int64 [S + 1], packed sequences, B = 1
+  Tensor state_indices;            // decode_step: int32 [B], slot of each sequence, -1 skips; absent: slot b
+  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one
+  void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
+};
+
+namespace detail {
+
+// lc_args and the lc_tensors that it points to.
+class Call {
+ public:
+  Call(lc_op op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Options& options) {
+    args.struct_size = sizeof args;
+    args.op = op;
+    args.method = options.method;
+    args.scale = options.scale;
+    if (options.layout == Layout::bnhd) args.flags |= LC_LAYOUT_BNHD;
+    if (options.allow_tf32) args.flags |= LC_ALLOW_TF32;
+    args.q = add(q);
+    args.k = add(k);
+    args.v = add(v);
+    args.log_decay = add(log_decay);
+    args.initial_state = add(options.initial_state);
+    args.state_indices = add(options.state_indices);
+    args.cu_seqlens = add(options.cu_seqlens);
+    args.final_state = add(options.final_state);
+    args.stream = options.stream;
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // nullptr when absent; t must outlive the call
+  const lc_tensor* add(const Tensor& t) {
+    if (!t) return nullptr;
+    tensors_[used_] = t.c_tensor();
+    return &tensors_[used_++];
+  }
+
+  static void require(lc_status status) {
+    if (status != LC_OK) throw Error(status, lc_last_error());
+  }
+
+  void run(Workspace* workspace) {
+    Workspace local;
+    require(lc_workspace(&args, &args.workspace_bytes));
+    args.workspace = (workspace ? workspace : &local)->reserve(args.workspace_bytes);
+    require(lc_run(&args));
+  }
+
+  lc_args args = {};
+
+ private:
+  lc_tensor tensors_[9];  // as many as the members of lc_args set here and in run's callers
+  std::size_t used_ = 0;
+};
+
+}  // namespace detail
+
+// o_t = scale * q_t^T S_t with S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, for all tokens.
+//   q [B, Hq, N, K], k [B, Hk, N, K], v [B, Hv, N, V], o [B, H, N, V] (written), H = max(Hq, Hk, Hv), Hs = max(Hk, Hv)
+//   log_decay: natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or [B, Hs, N]; Tensor() for no decay
+// Throws Error, and then has written nothing.
+inline void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                             const Tensor& o, const Options& options = {}) {
+  detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
+  call.args.o = call.add(o);
+  call.run(options.workspace);
+}
+
+// The same for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
+// Throws Error, and then has written nothing.
+inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Tensor& state,
+                        const Tensor& o, const Options& options = {}) {
+  detail::Call call(LC_DECODE, q, k, v, log_decay, options);
+  if (options.final_state) throw Error(LC_INVALID, "final_state: expected none, decode_step updates state in place");
+  call.args.final_state = call.add(state);
+  call.args.o = call.add(o);
+  call.run(options.workspace);
+}
+
+// Which method serves this linear_attention call, what each one predicts, and why others do not: one line a method.
+inline std::string explain(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
+                           const Options& options = {}) {
+  const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
+  for (std::string text(1024, '\0');; text.resize(2 * text.size())) {
+    detail::Call::require(lc_explain(&call.args, &text[0], text.size()));
+    const std::size_t length = std::strlen(text.c_str());
+    if (length + 1 == text.size()) continue;  // cut off
+    text.resize(length);
+    return text;
+  }
+}
+
+// The methods that this build has, on every device: name, device, idea, paper.
+inline std::vector<lc_method_info> methods() {
+  std::vector<lc_method_info> all;
+  while (const lc_method_info* info = lc_method(static_cast<int>(all.size()))) all.push_back(*info);
+  return all;
+}
+
+// Of the library that was loaded: "0.1.0".
+inline std::string version() {
+  const int n = lc_version();
+  return std::to_string(n / 10000) + "." + std::to_string(n / 100 % 100) + "." + std::to_string(n % 100);
+}
+
+}  // namespace leetcore
+#endif

@@ -1,0 +1,64 @@
+// methods.cpp - the table of methods and the choice among them.
+#include "methods.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/isa.h"
+
+namespace lc {
+
+namespace generic {
+extern const Methods table;
+}
+#ifdef LC_X86_ISAS
+namespace avx2 {
+extern const Methods table;
+}
+namespace avx512 {
+extern const Methods table;
+}
+#endif
+
+Methods methods() {
+  switch (isa()) {
+#ifdef LC_X86_ISAS
+    case Isa::avx512: return avx512::table;
+    case Isa::avx2: return avx2::table;
+#endif
+    default: return generic::table;
+  }
+}
+
+const char* refusal(const Method& m, const Problem& p) {
+  if (std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu")) return "is for another device";
+  return m.refuses(p);
+}
+
+const Method& choose(const Problem& p, const char* name) {
+  static const char* const wish = std::getenv("LEETCORE_METHOD");
+  const char* argument = "method";
+  if (name && !std::strcmp(name, "auto")) name = nullptr;
+  if (!name && wish && *wish && std::strcmp(wish, "auto") && p.op == LC_FORWARD) name = wish, argument = "LEETCORE_METHOD";
+
+  const Method* best = nullptr;
+  double least = 0;
+  std::string known, reasons;
+  bool found = !name;
+  for (const Method* m : methods()) {
+    known += std::string(", ") + m->info.name;
+    const char* why = refusal(*m, p);
+    reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");
+    if (name && std::strcmp(m->info.name, name)) continue;
+    found = true;
+    if (why) continue;
+    const double us = m->cost(p).microseconds;
+    if (!best || us < least) best = m, least = us;
+  }
+  if (!found) fail(LC_INVALID, "%s: unknown method '%s'; known are auto%s", argument, name, known.c_str());
+  if (!best && name) fail(LC_UNSUPPORTED, "%s: '%s' does not serve this problem:%s", argument, name, reasons.c_str());
+  if (!best) fail(LC_UNSUPPORTED, "no method serves this problem:%s", reasons.c_str());
+  return *best;
+}
+
+}  // namespace lc

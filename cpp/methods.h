@@ -1,0 +1,32 @@
+// methods.h - what every computation method provides; methods.def lists them.
+#pragma once
+#include "problem.h"
+
+namespace lc {
+
+struct Cost {
+  double flop;          // multiplications and additions
+  double bytes;         // read and written once, at the least
+  double microseconds;  // predicted on this device; "auto" takes the smallest
+};
+
+struct Method {
+  lc_method_info info;
+  const char* (*refuses)(const Problem&);  // nullptr, or a sentence saying what it cannot do
+  Cost (*cost)(const Problem&);
+  size_t (*workspace)(const Problem&);  // bytes
+  void (*run)(const Problem&);          // throws Error only before it writes
+};
+
+struct Methods {
+  const Method* const* first;
+  const Method* const* last;
+  const Method* const* begin() const { return first; }
+  const Method* const* end() const { return last; }
+};
+
+Methods methods();                                          // of every device; CPU rows of the instruction set in use
+const char* refusal(const Method& m, const Problem& p);     // why m does not serve p, nullptr if it does
+const Method& choose(const Problem& p, const char* name);   // nullptr or "auto": cheapest; throws Error with every reason
+
+}  // namespace lc

@@ -1,0 +1,108 @@
+// problem.h - one validated call: plain data, passed by value to every method and every kernel.
+#pragma once
+#include <leetcore/leetcore.h>
+
+#include <stdexcept>
+#include <string>
+
+// Functions of headers are always inlined: an out-of-line copy compiled for one instruction set could otherwise be linked
+// into code that runs on every machine.
+#ifdef __CUDACC__
+#define LC_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
+#define LC_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace lc {
+
+enum class Type : uint8_t { f64, f32, f16, bf16 };
+
+// Strided memory over [b, h, n, d]; strides count elements, may be 0 (broadcast) or negative, and stride[3] is 1.
+// A state is [b, h, key, value] and log_decay [b, h, n, -] in the same frame.
+struct View {
+  void* data = nullptr;
+  int64_t stride[4] = {};
+  LC_INLINE explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  LC_INLINE T* at(int64_t b, int64_t h, int64_t n) const {
+    return static_cast<T*>(data) + b * stride[0] + h * stride[1] + n * stride[2];
+  }
+};
+
+enum class Decay : uint8_t { none, constant, per_token };
+
+struct Problem {
+  lc_op op;
+  lc_device device;
+  Type type;        // of q, k, v, o
+  Type state_type;  // of initial_state and final_state
+  Type decay_type;  // of log_decay
+  Decay decay;
+  bool tf32;
+  int32_t cu_bits;                 // width of cu_seqlens' integers, 32 or 64; 0 when not packed
+  int64_t B;                       // sequences: the batch, or the packed sequences
+  int64_t N;                       // tokens of one batch entry; packed: of all sequences together
+  int64_t K, V;                    // key and value head dims
+  int64_t H, Hq, Hk, Hv, Hs;       // heads of o, q, k, v; distinct (k, v) pairs: states and decays
+  int64_t slots;                   // LC_DECODE: states in the pool
+  double scale;
+  View q, k, v, o;                 // [B, H?, N, K|V]
+  View log_decay;                  // [B, Hs, N] of decay_type, broadcast by zero strides
+  View initial_state, final_state; // [B | slots, Hs, K, V] of state_type
+  const void* cu_seqlens;          // [B + 1]
+  const int32_t* state_indices;    // [B], stride 1, or nullptr: sequence b is slot b
+  void* workspace;
+  size_t workspace_bytes;
+  void* stream;
+};
+
+// Tokens of all sequences.
+LC_INLINE int64_t tokens(const Problem& p) { return p.cu_bits ? p.N : p.B * p.N; }
+
+// Query heads that read one state (all of them read the same k and v head).
+LC_INLINE int64_t group(const Problem& p) { return p.H / p.Hs; }
+LC_INLINE int64_t q_head(const Problem& p, int64_t h) { return h * p.Hq / p.H; }
+LC_INLINE int64_t k_head(const Problem& p, int64_t hs) { return hs * p.Hk / p.Hs; }
+LC_INLINE int64_t v_head(const Problem& p, int64_t hs) { return hs * p.Hv / p.Hs; }
+
+// Where sequence b lies: its row in q, k, v, o and log_decay, its first token there, its length.
+struct Sequence {
+  int64_t row, begin, length;
+};
+LC_INLINE int64_t cu_seqlen(const Problem& p, int64_t i) {
+  return p.cu_bits == 64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : static_cast<const int32_t*>(p.cu_seqlens)[i];
+}
+LC_INLINE Sequence sequence(const Problem& p, int64_t b) {
+  if (!p.cu_bits) return {b, 0, p.N};
+  const int64_t begin = cu_seqlen(p, b);
+  return {0, begin, cu_seqlen(p, b + 1) - begin};
+}
+
+// The slot of sequence b in the pool, -1: skip.
+LC_INLINE int64_t slot(const Problem& p, int64_t b) { return p.state_indices ? p.state_indices[b] : b; }
+
+// log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay finite.
+inline constexpr double kLog2e = 1.4426950408889634;
+LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
+  if (p.decay == Decay::none) return 0;
+  const double g = p.decay_type == Type::f64 ? *p.log_decay.at<double>(row, hs, n) : *p.log_decay.at<float>(row, hs, n);
+  const double floor = p.type == Type::f64 ? -1100 : -160;
+  const double x = g * kLog2e;
+  return x > floor ? x : floor;
+}
+
+struct Error : std::runtime_error {
+  lc_status status;
+  Error(lc_status s, const std::string& text) : std::runtime_error(text), status(s) {}
+};
+[[noreturn]] void fail(lc_status status, const char* format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 2, 3)))
+#endif
+    ;
+
+// check.cpp: the only place that validates arguments; throws Error. Structure: everything but values in memory.
+Problem check_structure(const lc_args& args);  // o may be absent
+Problem check(const lc_args& args);            // structure, required outputs, and the values a host can read
+
+}  // namespace lc

@@ -1,0 +1,277 @@
+// python.cpp - the extension module leetcore._core. It uses the C ABI and nothing else of leetcore.
+//
+// What is particular to an array library comes as `lib`, an object of python/leetcore/arrays.py: how to export an array, to
+// copy one whose last dimension is not contiguous, to make an empty one, to hand back a result.
+#include <leetcore/leetcore.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+namespace nb = nanobind;
+
+namespace {
+
+// Scratch of the CPU methods: kept by each calling thread, as fresh pages cost as much as the work on them.
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local size_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (!memory) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
+[[noreturn]] void raise(PyObject* kind, const std::string& text) {
+  PyErr_SetString(kind, text.c_str());
+  throw nb::python_error();
+}
+
+void check(lc_status status) {
+  switch (status) {
+    case LC_OK: return;
+    case LC_INVALID: raise(PyExc_ValueError, lc_last_error());
+    case LC_DTYPE: raise(PyExc_TypeError, lc_last_error());
+    case LC_UNSUPPORTED: raise(PyExc_NotImplementedError, lc_last_error());
+    case LC_MEMORY: raise(PyExc_MemoryError, lc_last_error());
+    default: raise(PyExc_RuntimeError, lc_last_error());
+  }
+}
+
+// One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run and is
+// refused there.
+class Argument {
+ public:
+  const lc_tensor* tensor() const { return present_ ? &tensor_ : nullptr; }
+  lc_tensor& get() { return tensor_; }
+
+  void read(const nb::object& lib, const char* name, nb::handle array, bool contiguous = true) {
+    if (array.is_none()) return;
+    take<nb::ndarray<nb::ro>>(lib, name, array, false);
+    if (contiguous && scattered()) take<nb::ndarray<nb::ro>>(lib, name, lib.attr("contiguous")(array), false);
+  }
+  void write(const nb::object& lib, const char* name, nb::handle array) { take<nb::ndarray<>>(lib, name, array, true); }
+
+  void number(double x, bool f64) {
+    present_ = true;
+    tensor_ = {};
+    single_ = float(x), double_ = x;
+    tensor_.data = f64 ? static_cast<void*>(&double_) : &single_;
+    tensor_.device = {LC_CPU, 0};
+    tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
+  }
+
+  // [B, H, K] as [B, H, 1, K]
+  void insert_token() {
+    if (!present_ || tensor_.ndim != 3) return;
+    int64_t dense = tensor_.shape[2];
+    for (int i = 0; i < 4; ++i) {
+      const int from = i < 2 ? i : 2;
+      shape_[i] = i == 2 ? 1 : tensor_.shape[from];
+      strides_[i] = i == 2 ? dense : tensor_.strides[from];
+    }
+    tensor_.ndim = 4, tensor_.shape = shape_, tensor_.strides = strides_;
+  }
+
+ private:
+  template <class Array>
+  void take(const nb::object& lib, const char* name, nb::handle array, bool writable) {
+    nb::object exported = lib.attr("export")(name, array, writable);
+    Array view;
+    if (!nb::try_cast<Array>(exported, view, false)) {
+      exported = lib.attr("repair")(name, array, writable);
+      if (!nb::try_cast<Array>(exported, view, false))
+        raise(PyExc_TypeError, std::string(name) + (writable ? ": expected a writable array, got one that cannot be exported for writing"
+                                                             : ": expected an array, got one that cannot be exported"));
+    }
+    hold_ = nb::ndarray<nb::ro>(view);
+    present_ = true;
+    tensor_.data = const_cast<void*>(hold_.data());
+    tensor_.device = {hold_.device_type(), hold_.device_id()};
+    tensor_.ndim = int32_t(hold_.ndim());
+    tensor_.dtype = {uint8_t(hold_.dtype().code), hold_.dtype().bits, hold_.dtype().lanes};
+    tensor_.shape = const_cast<int64_t*>(hold_.shape_ptr());
+    tensor_.strides = const_cast<int64_t*>(hold_.stride_ptr());
+    tensor_.byte_offset = 0;
+  }
+
+  bool scattered() const {
+    const int last = tensor_.ndim - 1;
+    return last >= 0 && tensor_.shape[last] > 1 && tensor_.strides[last] != 1;
+  }
+
+  nb::ndarray<nb::ro> hold_;
+  lc_tensor tensor_ = {};
+  int64_t shape_[4], strides_[4];
+  float single_;
+  double double_;
+  bool present_ = false;
+};
+
+bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bits == 64; }
+
+// One call: its arrays and its lc_args.
+struct Call {
+  nb::object lib;
+  Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
+  lc_args args = {};
+
+  Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay, double scale,
+       const char* method, bool bnhd, bool tf32, uintptr_t stream)
+      : lib(std::move(library)) {
+    q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
+    if (decay.is_none()) {
+    } else if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr())) {
+      log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
+    } else {
+      log_decay.read(lib, "log_decay", decay, false);
+    }
+    args.struct_size = sizeof args;
+    args.op = op;
+    args.method = method;
+    args.scale = scale;
+    args.flags = (bnhd ? LC_LAYOUT_BNHD : 0) | (tf32 ? LC_ALLOW_TF32 : 0);
+    args.stream = reinterpret_cast<void*>(stream);
+  }
+
+  void prepare() {
+    args.q = q.tensor(), args.k = k.tensor(), args.v = v.tensor(), args.log_decay = log_decay.tensor();
+    args.initial_state = initial_state.tensor(), args.cu_seqlens = cu_seqlens.tensor();
+    args.state_indices = state_indices.tensor();
+    args.o = o.tensor(), args.final_state = final_state.tensor();
+    check(lc_workspace(&args, &args.workspace_bytes));
+  }
+
+  // A new array of the caller's library, of the dtype of `like` unless float_bits says 32 or 64.
+  nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const { return lib.attr("empty")(shape, like, float_bits); }
+
+  void run() {
+    args.workspace = scratch(args.workspace_bytes);
+    lc_status status;
+    {
+      nb::gil_scoped_release unlocked;
+      status = lc_run(&args);
+    }
+    check(status);
+  }
+};
+
+int64_t most_heads(const Call& c, int axis) { return std::max({c.args.q->shape[axis], c.args.k->shape[axis], c.args.v->shape[axis]}); }
+
+nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay, nb::handle initial_state,
+                   nb::handle cu_seqlens, nb::object out, double scale, const char* method, bool bnhd, bool tf32,
+                   uintptr_t stream, bool return_state) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
+  c.initial_state.read(c.lib, "initial_state", initial_state);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  if (!out.is_none()) c.o.write(c.lib, "out", out);
+  c.prepare();
+
+  const int heads = bnhd ? 2 : 1;
+  const lc_tensor &tq = *c.args.q, &tk = *c.args.k, &tv = *c.args.v;
+  const int64_t H = most_heads(c, heads), Hs = std::max(tk.shape[heads], tv.shape[heads]), N = tq.shape[3 - heads];
+  if (out.is_none()) {
+    out = c.empty(nb::make_tuple(tq.shape[0], bnhd ? N : H, bnhd ? H : N, tv.shape[3]), v);
+    c.o.write(c.lib, "out", out);
+  }
+  nb::object state;
+  if (return_state) {
+    const int64_t sequences = c.args.cu_seqlens ? c.args.cu_seqlens->shape[0] - 1 : tq.shape[0];
+    state = c.empty(nb::make_tuple(sequences, Hs, tk.shape[3], tv.shape[3]), v, is_f64(tq) ? 64 : 32);
+    c.final_state.write(c.lib, "final_state", state);
+  }
+  c.prepare();
+  c.run();
+  out = c.lib.attr("result")(out);
+  return return_state ? nb::object(nb::make_tuple(out, c.lib.attr("result")(state))) : out;
+}
+
+nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
+                  nb::handle state_indices, nb::object out, double scale, uintptr_t stream) {
+  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, scale, nullptr, false, false, stream);
+  c.final_state.write(c.lib, "state", state);
+  c.state_indices.read(c.lib, "state_indices", state_indices);
+  if (!out.is_none()) c.o.write(c.lib, "out", out);
+  const bool one_token = c.q.get().ndim == 3;
+  if (one_token) {
+    for (Argument* a : {&c.q, &c.k, &c.v, &c.o}) a->insert_token();
+  }
+  c.prepare();
+  if (out.is_none()) {
+    const lc_tensor &tq = *c.args.q, &tv = *c.args.v;
+    const int64_t H = most_heads(c, 1);
+    out = c.empty(one_token ? nb::make_tuple(tq.shape[0], H, tv.shape[3]) : nb::make_tuple(tq.shape[0], H, tq.shape[2], tv.shape[3]), v);
+    c.o.write(c.lib, "out", out);
+    if (one_token) c.o.insert_token();
+    c.prepare();
+  }
+  c.run();
+  return c.lib.attr("result")(out);
+}
+
+std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay, nb::handle initial_state,
+                    nb::handle cu_seqlens, double scale, const char* method, bool bnhd, bool tf32, uintptr_t stream) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
+  c.initial_state.read(c.lib, "initial_state", initial_state);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.prepare();
+  std::string text(16384, '\0');
+  check(lc_explain(&c.args, text.data(), text.size()));
+  text.resize(std::strlen(text.c_str()));
+  return text;
+}
+
+// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
+template <class Array>
+nb::object bits_as_bfloat16(nb::handle array, Array bits) {
+  return nb::cast(Array(bits.data(), bits.ndim(), reinterpret_cast<const size_t*>(bits.shape_ptr()), array, bits.stride_ptr(),
+                        nb::dlpack::dtype{uint8_t(LC_BFLOAT), 16, 1}, bits.device_type(), bits.device_id()));
+}
+nb::object as_bfloat16(nb::handle array) {
+  nb::ndarray<> writable;
+  if (nb::try_cast(array, writable, false)) return bits_as_bfloat16(array, writable);
+  return bits_as_bfloat16(array, nb::cast<nb::ndarray<nb::ro>>(array, false));
+}
+
+nb::list methods() {
+  nb::list rows;
+  for (int i = 0; const lc_method_info* m = lc_method(i); ++i) rows.append(nb::make_tuple(m->name, m->device, m->idea, m->paper));
+  if (!nb::len(rows)) raise(PyExc_RuntimeError, lc_last_error());
+  return rows;
+}
+
+std::string build_info() {
+  const std::string text = lc_build_info();
+  if (text.empty()) raise(PyExc_RuntimeError, lc_last_error());
+  return text;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  using namespace nb::literals;
+  m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(), "initial_state"_a.none(),
+        "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a, "return_state"_a);
+  m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
+        "out"_a.none(), "scale"_a, "stream"_a);
+  m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(), "cu_seqlens"_a.none(),
+        "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
+  m.def("as_bfloat16", &as_bfloat16, "bits"_a);
+  m.def("methods", &methods);
+  m.def("build_info", &build_info);
+  m.def("set_num_threads", &lc_set_num_threads, "n"_a);
+  m.def("num_threads", &lc_num_threads);
+}

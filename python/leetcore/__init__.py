@@ -1,0 +1,41 @@
+"""leetcore: causal linear attention with exponential decay, by every known method, on arrays of any DLPack library."""
+
+from pathlib import Path
+
+from . import decay
+from .api import (
+    Method,
+    build_info,
+    decode_step,
+    explain,
+    linear_attention,
+    methods,
+    num_threads,
+    set_num_threads,
+)
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "Method",
+    "build_info",
+    "decay",
+    "decode_step",
+    "explain",
+    "get_cmake_dir",
+    "get_include",
+    "linear_attention",
+    "methods",
+    "num_threads",
+    "set_num_threads",
+]
+
+
+def get_include() -> str:
+    """The directory to put on a C or C++ compiler's include path for leetcore/leetcore.h."""
+    return str(Path(__file__).parent / "include")
+
+
+def get_cmake_dir() -> str:
+    """The directory with leetcoreConfig.cmake: pass it as -Dleetcore_DIR=... to CMake."""
+    return str(next(Path(__file__).parent.glob("lib*/cmake/leetcore")))

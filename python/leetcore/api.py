@@ -1,0 +1,195 @@
+"""The operator for arrays of any DLPack library: numpy, torch, jax and others in, the same kind out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from . import _core
+from .arrays import Array, library_of
+
+Layout = Literal["bhnd", "bnhd"]
+Precision = Literal["ieee", "tf32"]
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | float | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    return_state: bool = False,
+    cu_seqlens: Array | None = None,
+    layout: Layout = "bhnd",
+    method: str = "auto",
+    precision: Precision | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Any:
+    """Causal linear attention with exponential decay.
+
+    For each head, with a state S of [K, V]::
+
+        S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    Args:
+        q: [B, Hq, N, K]. Float64, float32, float16 or bfloat16, the same for q, k and v. Any strides; an array whose
+            last dimension is not contiguous is copied.
+        k: [B, Hk, N, K].
+        v: [B, Hv, N, V].
+        log_decay: natural log of the decay, <= 0 (-inf forgets everything): a number, [], [Hs], [B, Hs], or one value
+            per token, [B, Hs, N]; float32 (float64 too with float64 inputs). None: no decay. See `leetcore.decay`.
+        scale: multiplies the output. Not K**-0.5 unless you say so.
+        initial_state: [B, Hs, K, V], float32 (float64 with float64 inputs), [S, Hs, K, V] with cu_seqlens.
+        return_state: also return the state after the last token, shaped like initial_state.
+        cu_seqlens: [S + 1] int32 or int64, from 0 to N: S sequences packed along the token axis; B is 1.
+        layout: "bhnd", or "bnhd" for [B, N, H, D] (and log_decay [B, N, Hs]).
+        method: "auto" or a name of `leetcore.methods()`.
+        precision: "ieee" (default) or "tf32", which lets GPUs round float32 products; the CPU never does.
+        out: receives o; writable, its own memory.
+        stream: for GPU arrays; None on the CPU.
+
+    H = max(Hq, Hk, Hv) heads; each of Hq, Hk, Hv divides H, and a head reads q head h * Hq // H and so on.
+    Hs = max(Hk, Hv) states.
+
+    Returns:
+        o [B, H, N, V] of q's dtype in the caller's array library, or (o, final_state).
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rules above; the text names it, what it was and what is allowed.
+        NotImplementedError: no method, or not the named one, serves the problem.
+    """
+    lib = library_of(
+        q,
+        ("k", k),
+        ("v", v),
+        ("log_decay", log_decay),
+        ("initial_state", initial_state),
+        ("cu_seqlens", cu_seqlens),
+        ("out", out),
+    )
+    return _core.forward(
+        lib,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        out,
+        scale,
+        method,
+        _bnhd(layout),
+        _tf32(precision),
+        stream or 0,
+        return_state,
+    )
+
+
+def decode_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Array,
+    log_decay: Array | float | None = None,
+    *,
+    scale: float = 1.0,
+    state_indices: Array | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Any:
+    """One step (or a few tokens) of generation: updates states in place and returns the outputs.
+
+    Args:
+        q: [B, Hq, K], or [B, Hq, T, K] for T <= 64 tokens at once; k and v likewise.
+        state: [slots, Hs, K, V], read and updated in place; float32 (float64 with float64 inputs). Float16 and bfloat16
+            pools are taken too and rounded once a call: errors then grow with the number of calls where decay is slow.
+        log_decay: a number, [], [Hs], [B, Hs] or [B, Hs, T], as in `linear_attention`.
+        scale: multiplies the output.
+        state_indices: int32 [B], the slot of each sequence, all different; -1 skips a sequence, whose output is 0.
+            Default: sequence b uses slot b.
+        out: receives the output.
+        stream: for GPU arrays; None on the CPU.
+
+    Returns:
+        o, [B, H, V] or [B, H, T, V]. Raises as `linear_attention`.
+    """
+    lib = library_of(
+        q,
+        ("k", k),
+        ("v", v),
+        ("state", state),
+        ("log_decay", log_decay),
+        ("state_indices", state_indices),
+        ("out", out),
+    )
+    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, scale, stream or 0)
+
+
+def explain(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | float | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    layout: Layout = "bhnd",
+    method: str = "auto",
+    precision: Precision | None = None,
+) -> str:
+    """Which method `linear_attention` would run for these arguments (marked *), what each one predicts, why others refuse."""
+    lib = library_of(
+        q, ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state), ("cu_seqlens", cu_seqlens)
+    )
+    return _core.explain(
+        lib, q, k, v, log_decay, initial_state, cu_seqlens, scale, method, _bnhd(layout), _tf32(precision), 0
+    )
+
+
+class Method(NamedTuple):
+    """A row of the table of methods: its name for ``method=``, its device, its idea and where that comes from."""
+
+    name: str
+    device: str
+    idea: str
+    paper: str
+
+
+def methods() -> list[Method]:
+    """Every method of this build."""
+    return [Method(*row) for row in _core.methods()]
+
+
+def build_info() -> dict[str, str]:
+    """What was built and what is in use: version, compiler, isa, isas, cuda, openmp, threads."""
+    return dict(line.split("=", 1) for line in _core.build_info().splitlines())
+
+
+def set_num_threads(n: int) -> None:
+    """Threads of the CPU methods, for the whole process; n < 1 restores the default."""
+    _core.set_num_threads(n)
+
+
+def num_threads() -> int:
+    """Threads the CPU methods use at the most."""
+    return _core.num_threads()
+
+
+def _bnhd(layout: str) -> bool:
+    if layout == "bhnd":
+        return False
+    if layout == "bnhd":
+        return True
+    raise ValueError(f"layout: expected 'bhnd' or 'bnhd', got {layout!r}")
+
+
+def _tf32(precision: str | None) -> bool:
+    if precision is None or precision == "ieee":
+        return False
+    if precision == "tf32":
+        return True
+    raise ValueError(f"precision: expected None, 'ieee' or 'tf32', got {precision!r}")

@@ -1,0 +1,265 @@
+/* api_test.c - the whole C ABI, used from C99. Exits with the number of failed checks. */
+#include <leetcore/leetcore.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+#define CHECK(condition)                                                                                \
+  do {                                                                                                  \
+    if (!(condition)) {                                                                                 \
+      ++failures;                                                                                       \
+      printf("%s:%d: not so: %s\n  last error: %s\n", __FILE__, __LINE__, #condition, lc_last_error()); \
+    }                                                                                                   \
+  } while (0)
+
+static int starts_with(const char* text, const char* prefix) { return strncmp(text, prefix, strlen(prefix)) == 0; }
+
+/* One head and two tokens, K = V = 1, gamma = 1/2:
+ *   S_1 = 4 * 6 = 24, o_1 = 2 * 24 = 48;  S_2 = 24 / 2 + 5 * 7 = 47, o_2 = 3 * 47 = 141. */
+static float q[2] = {2, 3}, k[2] = {4, 5}, v[2] = {6, 7}, o[2], state[1], log_decay[1];
+static int64_t shape[4] = {1, 1, 2, 1}, state_shape[4] = {1, 1, 1, 1}, decay_shape[1] = {1};
+static lc_tensor tq, tk, tv, to, tstate, tdecay;
+
+static lc_tensor f32(float* data, int32_t ndim, int64_t* dims) {
+  lc_tensor t = {NULL, {LC_CPU, 0}, 0, {LC_FLOAT, 32, 1}, NULL, NULL, 0};
+  t.data = data;
+  t.ndim = ndim;
+  t.shape = dims;
+  return t;
+}
+
+static lc_args tiny(void) {
+  lc_args a;
+  memset(&a, 0, sizeof a);
+  tq = f32(q, 4, shape), tk = f32(k, 4, shape), tv = f32(v, 4, shape), to = f32(o, 4, shape);
+  tstate = f32(state, 4, state_shape);
+  tdecay = f32(log_decay, 1, decay_shape);
+  log_decay[0] = (float)log(0.5);
+  o[0] = o[1] = state[0] = -1;
+  a.struct_size = sizeof a;
+  a.op = LC_FORWARD;
+  a.scale = 1;
+  a.q = &tq, a.k = &tk, a.v = &tv, a.log_decay = &tdecay, a.o = &to, a.final_state = &tstate;
+  return a;
+}
+
+static char memory[1 << 22];
+
+/* lc_workspace, then lc_run with the scratch it asked for. */
+static lc_status run(lc_args* a) {
+  size_t bytes = 0;
+  const lc_status status = lc_workspace(a, &bytes);
+  if (status != LC_OK) return status;
+  if (bytes > sizeof memory - 64) return LC_INTERNAL;
+  a->workspace = memory + (64 - (uintptr_t)memory % 64);
+  a->workspace_bytes = bytes;
+  return lc_run(a);
+}
+
+static int untouched(void) { return o[0] == -1 && o[1] == -1 && state[0] == -1; }
+static int near(float x, double want) { return fabs(x - want) <= 1e-5 * fabs(want); }
+
+static void values(void) {
+  lc_args a = tiny();
+  CHECK(run(&a) == LC_OK);
+  CHECK(near(o[0], 48) && near(o[1], 141) && near(state[0], 47));
+
+  a = tiny(); /* scale is no more than a factor of o */
+  a.scale = -2;
+  CHECK(run(&a) == LC_OK);
+  CHECK(near(o[0], -96) && near(o[1], -282) && near(state[0], 47));
+
+  a = tiny(); /* no decay */
+  a.log_decay = NULL;
+  CHECK(run(&a) == LC_OK);
+  CHECK(near(o[0], 48) && near(o[1], 177) && near(state[0], 59));
+
+  a = tiny(); /* decode: both tokens, from S_0 = 2: S_1 = 25, S_2 = 47.5 */
+  a.op = LC_DECODE;
+  state[0] = 2;
+  CHECK(run(&a) == LC_OK);
+  CHECK(near(o[0], 50) && near(o[1], 142.5) && near(state[0], 47.5));
+
+  a = tiny(); /* the named method computes the same */
+  a.method = "recurrent";
+  CHECK(run(&a) == LC_OK);
+  CHECK(near(o[0], 48) && near(o[1], 141) && near(state[0], 47));
+}
+
+static void statuses(void) {
+  lc_args a;
+  size_t bytes;
+
+  a = tiny();
+  tk.ndim = 3;
+  CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && untouched());
+  CHECK(starts_with(lc_last_error(), "k: "));
+
+  a = tiny();
+  a.op = LC_BACKWARD;
+  CHECK(run(&a) == LC_UNSUPPORTED && lc_run(&a) == LC_UNSUPPORTED && untouched());
+  CHECK(*lc_last_error());
+
+  if (strstr(lc_build_info(), "cuda=no")) {
+    a = tiny();
+    tq.device.type = tk.device.type = tv.device.type = LC_CUDA;
+    tdecay.device.type = to.device.type = tstate.device.type = LC_CUDA;
+    CHECK(run(&a) == LC_DEVICE && lc_run(&a) == LC_DEVICE && untouched());
+    CHECK(*lc_last_error());
+  }
+
+  { /* a problem whose cheapest method needs scratch: 1024 tokens */
+    enum { N = 1024, D = 64 };
+    static float x[N * D], y[N * D];
+    int64_t dims[4] = {1, 1, N, D};
+    a = tiny();
+    a.final_state = NULL;
+    tq = f32(x, 4, dims), tk = f32(x, 4, dims), tv = f32(x, 4, dims), to = f32(y, 4, dims);
+    a.method = "parallel";
+    y[0] = -1;
+    CHECK(lc_workspace(&a, &bytes) == LC_OK && bytes > 64);
+    CHECK(lc_run(&a) == LC_MEMORY && starts_with(lc_last_error(), "workspace: "));
+    a.workspace = memory + (64 - (uintptr_t)memory % 64);
+    a.workspace_bytes = bytes - 1;
+    CHECK(lc_run(&a) == LC_MEMORY && starts_with(lc_last_error(), "workspace: "));
+    a.workspace_bytes = bytes + 64;
+    a.workspace = (char*)a.workspace + 4;
+    CHECK(lc_run(&a) == LC_MEMORY && starts_with(lc_last_error(), "workspace: "));
+    CHECK(y[0] == -1);
+    CHECK(run(&a) == LC_OK && y[0] == 0);
+  }
+
+  CHECK(lc_run(NULL) == LC_INVALID && *lc_last_error());
+  CHECK(lc_workspace(NULL, &bytes) == LC_INVALID);
+  CHECK(lc_explain(NULL, memory, sizeof memory) == LC_INVALID);
+  a = tiny();
+  CHECK(lc_workspace(&a, NULL) == LC_INVALID && starts_with(lc_last_error(), "bytes: "));
+}
+
+static void struct_sizes(void) {
+  struct {
+    lc_args known;
+    char future[64];
+  } newer;
+  lc_args a = tiny();
+
+  a.struct_size = 0;
+  CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && *lc_last_error() && untouched());
+
+  a = tiny(); /* an older caller: what lies behind its struct is not read */
+  CHECK(run(&a) == LC_OK);
+  a.struct_size = offsetof(lc_args, stream);
+  a.stream = &a;
+  o[1] = -1;
+  CHECK(lc_run(&a) == LC_OK && near(o[1], 141));
+
+  a = tiny();
+  a.struct_size = offsetof(lc_args, o);
+  CHECK(lc_run(&a) == LC_INVALID && starts_with(lc_last_error(), "o: ") && untouched());
+
+  memset(&newer, 0, sizeof newer);
+  newer.known = tiny();
+  newer.known.struct_size = sizeof newer;
+  CHECK(run(&newer.known) == LC_OK && near(o[1], 141));
+}
+
+static void* other_thread(void* unused) {
+  lc_args a = {0};
+  (void)unused;
+  CHECK(strcmp(lc_last_error(), "") == 0);
+  a.struct_size = sizeof a;
+  a.op = 77;
+  CHECK(lc_run(&a) == LC_INVALID);
+  CHECK(strstr(lc_last_error(), "77") != NULL);
+  return NULL;
+}
+
+static void last_error(void) {
+  pthread_t thread;
+  char before[1024];
+  lc_args a = tiny();
+  tv.ndim = 3;
+  CHECK(lc_run(&a) == LC_INVALID && starts_with(lc_last_error(), "v: "));
+  snprintf(before, sizeof before, "%s", lc_last_error());
+  CHECK(pthread_create(&thread, NULL, other_thread, NULL) == 0);
+  pthread_join(thread, NULL);
+  CHECK(strcmp(lc_last_error(), before) == 0);
+  a = tiny();
+  CHECK(run(&a) == LC_OK);
+  CHECK(strcmp(lc_last_error(), before) == 0);
+}
+
+static void explain(void) {
+  char text[8192], cut[16];
+  const lc_method_info* m;
+  lc_args a = tiny();
+  int i;
+  CHECK(lc_explain(&a, text, sizeof text) == LC_OK);
+  for (i = 0; (m = lc_method(i)) != NULL; ++i) CHECK(strstr(text, m->name) != NULL);
+  for (i = 1; i <= 10; i += 3) {
+    memset(cut, 'x', sizeof cut);
+    CHECK(lc_explain(&a, cut, (size_t)i) == LC_OK);
+    CHECK(strncmp(cut, text, (size_t)i - 1) == 0 && cut[i - 1] == '\0' && cut[i] == 'x');
+  }
+  CHECK(lc_explain(&a, text, 0) == LC_INVALID && starts_with(lc_last_error(), "text: "));
+  CHECK(lc_explain(&a, NULL, 100) == LC_INVALID && starts_with(lc_last_error(), "text: "));
+  CHECK(untouched());
+}
+
+static void methods(void) {
+  int i, n = 0, chunk = 0, recurrent = 0, parallel = 0;
+  const lc_method_info* m;
+  for (; (m = lc_method(n)) != NULL; ++n) {
+    CHECK(*m->name && *m->idea && *m->paper);
+    CHECK(!strcmp(m->device, "cpu") || !strcmp(m->device, "cuda"));
+    chunk += !strcmp(m->name, "chunk") && !strcmp(m->device, "cpu");
+    recurrent += !strcmp(m->name, "recurrent") && !strcmp(m->device, "cpu");
+    parallel += !strcmp(m->name, "parallel") && !strcmp(m->device, "cpu");
+    for (i = 0; i < n; ++i) CHECK(strcmp(m->name, lc_method(i)->name) || strcmp(m->device, lc_method(i)->device));
+  }
+  CHECK(chunk == 1 && recurrent == 1 && parallel == 1);
+  CHECK(lc_method(-1) == NULL && lc_method(n + 1) == NULL && lc_method(1 << 30) == NULL);
+}
+
+static void build(void) {
+  static const char* const keys[] = {"version=", "compiler=", "isa=", "isas=", "cuda=", "openmp="};
+  char version[64];
+  size_t i;
+  const char* info = lc_build_info();
+  for (i = 0; i < sizeof keys / sizeof *keys; ++i) {
+    const char* line = strstr(info, keys[i]);
+    CHECK(line && (line == info || line[-1] == '\n') && line[strlen(keys[i])] > ' ');
+  }
+  CHECK(lc_version() == LC_VERSION);
+  snprintf(version, sizeof version, "version=%d.%d.%d\n", LC_VERSION_MAJOR, LC_VERSION_MINOR, LC_VERSION_PATCH);
+  CHECK(starts_with(info, version));
+}
+
+static void threads(void) {
+  const int n = lc_num_threads();
+  lc_args a = tiny();
+  CHECK(n >= 1);
+  lc_set_num_threads(n + 3);
+  CHECK(lc_num_threads() == n + 3);
+  CHECK(run(&a) == LC_OK && near(o[1], 141));
+  lc_set_num_threads(0);
+  CHECK(lc_num_threads() == n);
+  lc_set_num_threads(-5);
+  CHECK(lc_num_threads() == n);
+}
+
+int main(void) {
+  values();
+  statuses();
+  struct_sizes();
+  last_error();
+  explain();
+  methods();
+  build();
+  threads();
+  printf(failures ? "%d checks FAILED\n" : "all checks passed\n", failures);
+  return failures != 0;
+}

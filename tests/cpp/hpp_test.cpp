@@ -1,0 +1,144 @@
+// hpp_test.cpp - the C++ face: what it passes on, what it throws, how it reuses scratch.
+#include <gtest/gtest.h>
+
+#include <leetcore/leetcore.hpp>
+
+namespace {
+
+using leetcore::Tensor;
+
+// One head, two tokens, K = V = 1, gamma = 1/2: o = 48, 141 and S = 47 (api_test.c works it out).
+struct Tiny {
+  float q[2] = {2, 3}, k[2] = {4, 5}, v[2] = {6, 7}, o[2] = {-1, -1}, state[1] = {-1};
+  const float log_decay = -0.6931472f;
+  Tensor tq{q, {1, 1, 2, 1}}, tk{k, {1, 1, 2, 1}}, tv{v, {1, 1, 2, 1}}, to{o, {1, 1, 2, 1}};
+  Tensor tg{&log_decay, {}}, ts{state, {1, 1, 1, 1}};
+};
+
+TEST(Hpp, LinearAttention) {
+  Tiny x;
+  leetcore::linear_attention(x.tq, x.tk, x.tv, x.tg, x.to);
+  EXPECT_FLOAT_EQ(48, x.o[0]);
+  EXPECT_FLOAT_EQ(141, x.o[1]);
+
+  leetcore::Options options;
+  options.scale = -1;
+  options.final_state = x.ts;
+  options.layout = leetcore::Layout::bnhd;
+  options.method = "recurrent";
+  const Tensor q(x.q, {1, 2, 1, 1}), k(x.k, {1, 2, 1, 1}), v(x.v, {1, 2, 1, 1}), o(x.o, {1, 2, 1, 1});
+  leetcore::linear_attention(q, k, v, {}, o, options);
+  EXPECT_FLOAT_EQ(-48, x.o[0]);
+  EXPECT_FLOAT_EQ(-177, x.o[1]);
+  EXPECT_FLOAT_EQ(59, x.state[0]);
+
+  options.initial_state = x.ts;  // in place
+  leetcore::linear_attention(q, k, v, {}, o, options);
+  EXPECT_FLOAT_EQ(59 + 59, x.state[0]);
+}
+
+TEST(Hpp, DecodeStep) {
+  Tiny x;
+  x.state[0] = 2;
+  leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to);
+  EXPECT_FLOAT_EQ(50, x.o[0]);
+  EXPECT_FLOAT_EQ(142.5, x.o[1]);
+  EXPECT_FLOAT_EQ(47.5, x.state[0]);
+
+  const int32_t skip[] = {-1};
+  leetcore::Options options;
+  options.state_indices = Tensor(skip, {1});
+  leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options);
+  EXPECT_EQ(0, x.o[0]);
+  EXPECT_FLOAT_EQ(47.5, x.state[0]);
+}
+
+TEST(Hpp, PackedSequencesAndStrides) {
+  // Two sequences of one token each, in every other element of memory.
+  float q[] = {2, 0, 3, 0}, k[] = {4, 0, 5, 0}, v[] = {6, 0, 7, 0}, o[] = {-1, -1, -1, -1};
+  const auto strided = [](float* data) { return Tensor(data, {1, 1, 2, 1}, {4, 4, 2, 1}); };
+  const int64_t cu_seqlens[] = {0, 1, 2};
+  leetcore::Options options;
+  options.cu_seqlens = Tensor(cu_seqlens, {3});
+  leetcore::linear_attention(strided(q), strided(k), strided(v), {}, strided(o), options);
+  EXPECT_FLOAT_EQ(48, o[0]);
+  EXPECT_EQ(-1, o[1]);
+  EXPECT_FLOAT_EQ(105, o[2]);
+  EXPECT_EQ(-1, o[3]);
+}
+
+TEST(Hpp, SixteenBitTypes) {
+  leetcore::bfloat16 one{0x3F80}, bo{0};
+  const Tensor b(&one, {1, 1, 1, 1});
+  leetcore::linear_attention(b, b, b, {}, Tensor(&bo, {1, 1, 1, 1}));
+  EXPECT_EQ(0x3F80, bo.bits);
+  leetcore::half h{0x3C00}, ho{0};
+  const Tensor f(&h, {1, 1, 1, 1});
+  leetcore::linear_attention(f, f, f, {}, Tensor(&ho, {1, 1, 1, 1}));
+  EXPECT_EQ(0x3C00, ho.bits);
+}
+
+TEST(Hpp, Errors) {
+  Tiny x;
+  const auto error = [](auto&& call) {
+    try {
+      call();
+    } catch (const leetcore::Error& e) {
+      return std::to_string(e.status()) + " " + e.what();
+    }
+    return std::string("nothing thrown");
+  };
+  const auto starts = [&](const std::string& prefix, auto&& call) {
+    const std::string text = error(call);
+    EXPECT_EQ(0u, text.find(prefix)) << text;
+  };
+  starts("1 k: ", [&] { leetcore::linear_attention(x.tq, Tensor(x.k, {1, 1, 1, 1}), x.tv, x.tg, x.to); });
+  starts("1 v: ", [&] { leetcore::linear_attention(x.tq, x.tk, {}, x.tg, x.to); });
+  starts("1 o: ", [&] { leetcore::linear_attention(x.tq, x.tk, x.tv, x.tg, {}); });
+  starts("1 q: ", [&] { leetcore::explain({}, x.tk, x.tv); });
+  starts("1 final_state: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, {}, x.to); });
+  leetcore::Options options;
+  options.method = "chunk";
+  starts("2 method: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options); });
+  options.final_state = x.ts;
+  starts("1 final_state: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options); });
+  starts("1 shape: ", [&] { Tensor(x.q, {1, 1, 1, 1, 2}); });
+  starts("1 strides: ", [&] { Tensor(x.q, {1, 1, 2, 1}, {1, 1}); });
+  EXPECT_EQ(-1, x.o[0]);
+  EXPECT_EQ(-1, x.state[0]);
+  EXPECT_TRUE((std::is_base_of_v<std::runtime_error, leetcore::Error>));
+}
+
+TEST(Hpp, Workspace) {
+  leetcore::Workspace workspace;
+  EXPECT_EQ(0u, workspace.size());
+  void* first = workspace.reserve(1000);
+  EXPECT_EQ(0u, reinterpret_cast<uintptr_t>(first) % 64);
+  EXPECT_EQ(first, workspace.reserve(10));
+  EXPECT_EQ(1000u, workspace.size());
+  EXPECT_EQ(0u, reinterpret_cast<uintptr_t>(workspace.reserve(5000)) % 64);
+  EXPECT_EQ(5000u, workspace.size());
+
+  std::vector<float> x(300 * 32, 0.01f), o(x.size());
+  const Tensor t(x.data(), {1, 1, 300, 32});
+  leetcore::Options options;
+  options.workspace = &workspace;
+  for (const lc_method_info& method : leetcore::methods()) {
+    options.method = method.name;
+    leetcore::linear_attention(t, t, t, {}, Tensor(o.data(), {1, 1, 300, 32}), options);
+    EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6) << method.name;
+  }
+}
+
+TEST(Hpp, WhatThereIs) {
+  Tiny x;
+  const std::string text = leetcore::explain(x.tq, x.tk, x.tv, x.tg);
+  EXPECT_GE(leetcore::methods().size(), 3u);
+  for (const lc_method_info& method : leetcore::methods()) EXPECT_NE(std::string::npos, text.find(method.name)) << text;
+  EXPECT_EQ('\n', text.back());
+  EXPECT_EQ(std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
+                std::to_string(LC_VERSION_PATCH),
+            leetcore::version());
+}
+
+}  // namespace

@@ -1,0 +1,226 @@
+// method_test.cpp - every CPU row of lc_method() against the definition, with the instruction set that LEETCORE_ISA
+// names.
+//
+// Scratch and outputs are full of NaN before each call and have guard bytes around them. What a method refuses must be
+// refused for every number of threads; what it computes must be the same, bit for bit, for every number of threads.
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "call.h"
+
+namespace {
+
+using namespace test;
+
+// "key=value" of lc_build_info
+std::string build_info(const std::string& key) {
+  std::istringstream lines(lc_build_info());
+  for (std::string line; std::getline(lines, line);)
+    if (line.compare(0, key.size() + 1, key + "=") == 0) return line.substr(key.size() + 1);
+  return "";
+}
+
+bool machine_has(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == "generic";
+}
+
+class Methods : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const char* wanted = std::getenv("LEETCORE_ISA");
+    if (wanted && !machine_has(wanted)) GTEST_SKIP() << "this machine lacks " << wanted;
+    if (wanted) {
+      ASSERT_EQ(wanted, build_info("isa")) << lc_last_error();
+    }
+  }
+  void TearDown() override { lc_set_num_threads(0); }
+
+  // Runs every CPU method on the call that `spec` describes.
+  void check(const Spec& spec) {
+    SCOPED_TRACE(describe(spec));
+    Answer answer;
+    for (int row = 0; const lc_method_info* method = lc_method(row); ++row) {
+      if (std::strcmp(method->device, "cpu")) continue;
+      SCOPED_TRACE(method->name);
+      Bytes first_o, first_state;
+      for (int threads : {1, 2, 5}) {
+        SCOPED_TRACE(threads);
+        lc_set_num_threads(threads);
+        Call call(spec);
+        call.args.method = method->name;
+        if (answer.o.empty() && answer.state.empty()) answer = reference(call.args);
+        for (Tensor* t : {&call.o, &call.final_state})
+          if (t != &call.final_state || spec.op == LC_FORWARD) poison(*t);
+        const auto before = call.memory();
+        const lc_status status = call.run();
+        if (status == LC_UNSUPPORTED) {
+          EXPECT_EQ(1, threads) << "served with fewer threads";
+          EXPECT_TRUE(before == call.memory());
+          refusals_.insert(std::string(method->name) + (spec.op == LC_DECODE ? " decode" : " forward"));
+          break;
+        }
+        ASSERT_EQ(LC_OK, status) << lc_last_error();
+        EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
+        if (threads == 1) {
+          const double o_error = relative_error(values(call.o), answer.o, answer.o);
+          EXPECT_LE(o_error, output_tolerance(spec.dtype));
+          if (call.args.final_state) {
+            const lc_tensor& state = *call.args.final_state;
+            const double error = relative_error(values(state), answer.state, answer.state);
+            EXPECT_LE(error, std::max(state_tolerance(spec.dtype), state_tolerance(state.dtype)));
+          }
+          first_o = call.o.memory;
+          first_state = (call.spec.in_place ? call.initial_state : call.final_state).memory;
+        } else {
+          EXPECT_TRUE(first_o == call.o.memory) << "o depends on the number of threads";
+          EXPECT_TRUE(first_state == (call.spec.in_place ? call.initial_state : call.final_state).memory)
+              << "the state depends on the number of threads";
+        }
+      }
+    }
+  }
+
+  std::set<std::string> refusals_;
+
+ private:
+  static void poison(Tensor& t) {
+    if (t.memory.empty()) return;
+    for_each_element(t, [&](const Index& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
+  }
+};
+
+constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
+constexpr int64_t kTokens[] = {1, 63, 64, 65, 130};
+
+TEST_F(Methods, TokensAndHeadDims) {
+  constexpr int64_t head_dims[][2] = {{1, 1}, {16, 24}, {33, 17}, {64, 64}, {7, 80}, {128, 3}};
+  for (lc_dtype dtype : kInputs)
+    for (int64_t N : kTokens)
+      for (const auto& dims : head_dims) {
+        Spec spec;
+        spec.dtype = dtype, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.initial = spec.final = true;
+        check(spec);
+      }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+TEST_F(Methods, Decays) {
+  for (lc_dtype dtype : kInputs)
+    for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
+      for (double gamma : {0.0, 0.5, 1.0, kMixed})
+        for (int64_t N : {int64_t{65}, int64_t{130}}) {
+          if (decay == Decay::none && gamma != 1) continue;
+          Spec spec;
+          spec.dtype = dtype, spec.decay = decay, spec.gamma = gamma, spec.N = N, spec.K = 16, spec.V = 8;
+          spec.initial = spec.final = true;
+          check(spec);
+        }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+// Slopes at which gamma^-t overflows within a few tokens.
+TEST_F(Methods, SteepDecays) {
+  for (lc_dtype dtype : kInputs)
+    for (double slope : {2.9, 20.0, 87.0, 1000.0})
+      for (Decay decay : {Decay::head, Decay::token}) {
+        Spec spec;
+        spec.dtype = dtype, spec.decay = decay, spec.gamma = std::exp(-slope), spec.N = 130, spec.K = 16, spec.V = 8;
+        spec.initial = spec.final = true;
+        check(spec);
+      }
+}
+
+TEST_F(Methods, States) {
+  for (lc_dtype dtype : kInputs)
+    for (int64_t N : {0, 1, 65})
+      for (int states = 0; states < 5; ++states) {
+        Spec spec;
+        spec.dtype = dtype, spec.N = N, spec.K = 9, spec.V = 20;
+        spec.initial = states & 1, spec.final = states & 2, spec.in_place = states == 4;
+        check(spec);
+      }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+TEST_F(Methods, PackedSequences) {
+  for (lc_dtype dtype : kInputs)
+    for (lc_dtype cu_dtype : {kI32, kI64})
+      for (const Index& cu :
+           {Index{0, 130}, Index{0, 0, 1, 64, 130, 130}, Index{0, 63, 63, 128, 129, 130}, Index{0, 0}, Index{0}})
+        for (bool bnhd : {false, true}) {
+          Spec spec;
+          spec.dtype = dtype, spec.B = 1, spec.N = cu.back(), spec.K = 16, spec.V = 12, spec.cu = cu,
+          spec.cu_dtype = cu_dtype;
+          spec.decay = Decay::token, spec.initial = spec.final = true, spec.bnhd = bnhd;
+          check(spec);
+        }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+TEST_F(Methods, GroupedHeads) {
+  constexpr int64_t heads[][3] = {{4, 2, 1}, {4, 1, 2}, {1, 4, 2},  {2, 4, 4},
+                                  {1, 1, 4}, {6, 3, 3}, {12, 6, 3}, {1, 1, 1}};
+  for (lc_dtype dtype : kInputs)
+    for (const auto& h : heads)
+      for (Decay decay : {Decay::head, Decay::batch, Decay::token})
+        for (bool bnhd : {false, true}) {
+          Spec spec;
+          spec.dtype = dtype, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.decay = decay, spec.bnhd = bnhd;
+          spec.N = 65, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
+          check(spec);
+        }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+TEST_F(Methods, Layouts) {
+  for (lc_dtype dtype : kInputs)
+    for (int64_t N : kTokens)
+      for (bool bnhd : {false, true})
+        for (bool strided : {false, true}) {
+          Spec spec;
+          spec.dtype = dtype, spec.N = N, spec.K = 13, spec.V = 32, spec.bnhd = bnhd, spec.strided = strided;
+          spec.decay = Decay::token, spec.initial = spec.final = true;
+          check(spec);
+        }
+  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+}
+
+// Large enough that every thread gets work.
+TEST_F(Methods, ManyThreads) {
+  for (lc_dtype dtype : kInputs)
+    for (const auto& [B, H, N] : {std::tuple{2, 4, 130}, std::tuple{1, 1, 600}, std::tuple{1, 3, 200}}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = B, spec.Hq = spec.Hk = spec.Hv = H, spec.N = N, spec.K = 64, spec.V = 64;
+      spec.initial = spec.final = true;
+      check(spec);
+    }
+}
+
+TEST_F(Methods, Decode) {
+  for (lc_dtype dtype : kInputs)
+    for (lc_dtype pool : kInputs)
+      for (int64_t N : {1, 5, 64})
+        for (const Index& indices : {Index{}, Index{6, 0, 3}, Index{-1, 2, -1}})
+          for (bool strided : {false, true}) {
+            if ((pool == kF64) != (dtype == kF64)) continue;
+            Spec spec;
+            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7,
+            spec.indices = indices;
+            spec.Hq = 4, spec.N = N, spec.K = 24, spec.V = 40, spec.strided = strided, spec.bnhd = strided;
+            spec.decay = N == 1 ? Decay::head : Decay::token;
+            check(spec);
+          }
+  EXPECT_EQ(0u, refusals_.count("recurrent decode"));
+}
+
+}  // namespace

@@ -1,0 +1,10 @@
+# objects.sh ISA OBJECT... - whatever these objects define for the linker to share between objects lies in namespace lc::ISA.
+# An inline function of any other namespace, compiled here for a newer machine, could be the copy that all of them get.
+set -eu
+isa=$1
+shift
+shared=$(nm -C --defined-only "$@" | awk '$2 ~ /^[WVu]$/' | grep -v -E "^[0-9a-f]+ . (guard variable for |typeinfo for |typeinfo name for |vtable for )?([^(]* )?lc::$isa::" || true)
+[ -z "$shared" ] && exit 0
+echo "Weak or unique symbols outside of lc::$isa:"
+echo "$shared" | cut -d ' ' -f 2- | sort | uniq -c
+exit 1
