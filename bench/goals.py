@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 Results = dict[str, Any]
@@ -26,17 +26,17 @@ def find(results: Results, section: str, method: str = "leetcore chunk", **equal
 
 
 def ms(row: Row) -> float:
-    return row["ms"]["median"]
+    return float(row["ms"]["median"])
 
 
 def fraction(row: Row) -> float:
-    return row["fraction"]["median"]
+    return float(row["fraction"]["median"])
 
 
 def work_seconds(results: Results, row: Row) -> float:
     """Seconds of a row at the session's median matmul rate: what the moment gave or took is divided out."""
     rates = sorted(r["ceiling"]["median"] for r in results["rows"] if r["ceiling"] and r["section"] == row["section"])
-    return row["work"] / fraction(row) / rates[len(rates) // 2]
+    return float(row["work"]) / fraction(row) / float(rates[len(rates) // 2])
 
 
 def ratio_to_torch(results: Results, row: Row) -> float | None:
@@ -72,70 +72,66 @@ def expected_rate(row: Row, by_shape: dict[str, Row]) -> float | None:
     return y0 if x0 == x1 else y0 + (y1 - y0) * (width(row["shape"]) - x0) / (x1 - x0)
 
 
-def goals(results: Results) -> Iterator[dict[str, str]]:
-    """Every goal as {goal, target, measured, verdict}; verdict is met, missed or not measured."""
+def goal(name: str, sign: str, limit: float, value: float | None, unit: str = "") -> dict[str, str]:
+    """A line of the table; sign is <= or >=."""
+    line = {"goal": name, "target": f"{sign} {limit:g}{unit}"}
+    if value is None:
+        return line | {"measured": "-", "verdict": "not measured"}
+    met = value <= limit if sign == "<=" else value >= limit
+    return line | {"measured": f"{value:.3g}{unit}", "verdict": "met" if met else "MISSED"}
 
-    def goal(name: str, target: str, value: float | None, met: Callable[[float], bool], unit: str = "") -> dict[str, str]:
-        if value is None:
-            return {"goal": name, "target": target, "measured": "-", "verdict": "not measured"}
-        return {"goal": name, "target": target, "measured": f"{value:.3g}{unit}"} | {
-            "verdict": "met" if met(value) else "MISSED"
-        }
 
-    forward = {(row["shape"], row["dtype"]): row for row in find(results, "forward")}
+def forward_goals(results: Results) -> Iterator[dict[str, str]]:
+    rows = {(row["shape"], row["dtype"]): row for row in find(results, "forward")}
     for shape, limit in MAX_TORCH_RATIO.items():
         for dtype in ("float32", "bfloat16"):
-            row = forward.get((shape, dtype))
-            value = ratio_to_torch(results, row) if row else None
-            if dtype == "float32" or row:
-                yield goal(f"{shape} {dtype}: time / best torch", f"<= {limit}", value, lambda x, m=limit: x <= m)
-    for (shape, dtype), row in forward.items():
-        least = MIN_MATMUL.get(int(shape.split(",")[3])) if shape.split(",")[3] == shape.split(",")[4] else None
-        if least and dtype == "float32":
-            yield goal(f"{shape}: exact flop / matmul", f">= {least}", fraction(row), lambda x, m=least: x >= m)
-    for shape in dict.fromkeys(shape for shape, _ in forward):
-        single, half = forward.get((shape, "float32")), forward.get((shape, "bfloat16"))
-        if single and half:
-            yield goal(f"{shape}: bf16 time / fp32 time", "<= 1", ms(half) / ms(single), lambda x: x <= 1)
+            row = rows.get((shape, dtype))
+            yield goal(
+                f"{shape} {dtype}: time / best torch", "<=", limit, ratio_to_torch(results, row) if row else None
+            )
+    for (shape, dtype), row in rows.items():
+        K, V = map(int, shape.split(",")[3:])
+        if K == V and K in MIN_MATMUL and dtype == "float32":
+            yield goal(f"{shape}: exact flop / matmul", ">=", MIN_MATMUL[K], fraction(row))
+    for shape, dtype in rows:
+        single = rows.get((shape, "float32"))
+        if dtype == "bfloat16" and single:
+            yield goal(f"{shape}: bf16 time / fp32 time", "<=", 1, ms(rows[shape, dtype]) / ms(single))
+
+
+def goals(results: Results) -> Iterator[dict[str, str]]:
+    """Every goal as {goal, target, measured, verdict}; verdict is met, MISSED or not measured."""
+    yield from forward_goals(results)
 
     heads = {row["shape"]: fraction(row) for row in find(results, "one_head")}
     one, eight = heads.get("1,1,65536,128,128"), heads.get("1,8,8192,128,128")
-    value = one / eight if one and eight else None
-    yield goal("one head at N=65536 / eight heads at 8192, rate", ">= 0.9", value, lambda x: x >= 0.9)
+    yield goal("one head of 65536 / eight of 8192, rate", ">=", 0.9, one / eight if one and eight else None)
 
-    steps = find(results, "decode")
-    for row in steps:
-        name = f"decode {row['shape']} {row['dtype']}: state bandwidth / copy"
-        yield goal(name, ">= 0.9", fraction(row), lambda x: x >= 0.9)
+    for row in find(results, "decode", "leetcore decode_step"):
+        yield goal(f"decode {row['shape']} {row['dtype']}: state bandwidth / copy", ">=", 0.9, fraction(row))
 
     times = [ms(row) for row in find(results, "gamma")]
-    value = max(times) / min(times) if len(times) > 1 else None
-    yield goal("slowest / fastest gamma, time", "<= 1.1", value, lambda x: x <= 1.1)
+    yield goal("slowest / fastest gamma, time", "<=", 1.1, max(times) / min(times) if len(times) > 1 else None)
 
     odd = {row["shape"]: row for row in find(results, "odd")}
-    ratios = {}
-    for shape, row in odd.items():
-        expected = expected_rate(row, odd) if row["peers"] else None
-        if expected:
-            ratios[shape] = fraction(row) / expected
-    worst = min(ratios, key=lambda s: ratios[s], default="")
-    name = "worst odd shape / its neighbours, rate" + (f" ({worst})" if worst else "")
-    yield goal(name, ">= 0.75", ratios.get(worst), lambda x: x >= 0.75)
+    expected = {shape: expected_rate(row, odd) for shape, row in odd.items() if row["peers"]}
+    ratios = {shape: fraction(odd[shape]) / rate for shape, rate in expected.items() if rate}
+    worst = min(ratios, key=lambda shape: ratios[shape], default="")
+    yield goal(f"worst odd shape ({worst or '-'}) / its neighbours, rate", ">=", 0.75, ratios.get(worst))
 
-    overhead = (results["facts"].get("overhead_us") or {}).get("numpy")
-    yield goal("numpy call overhead", "<= 5 us", overhead and overhead["median"], lambda x: x <= 5, " us")
+    overhead = results["facts"].get("overhead_us", {}).get("numpy")
+    yield goal("numpy call overhead", "<=", 5, overhead and overhead["median"], " us")
 
-    for heads_dim in ("8,64", "4,128"):
-        h, dim = heads_dim.split(",")
-        rows = [r for r in find(results, "growth") if r["shape"].startswith(f"1,{h},") and r["shape"].endswith(f",{dim}")]
-        slope, value = slope_and_deviation(rows, results) if len(rows) > 2 else (0.0, None)
-        name = f"H={h} K=V={dim}: largest deviation from linear in N" + (f" (slope {slope:.3f})" if value else "")
-        yield goal(name, "<= 0.1", value, lambda x: x <= 0.1)
+    for h, dim in ((8, 64), (4, 128)):
+        rows = [row for row in find(results, "growth") if row["shape"].startswith(f"1,{h},")]
+        slope, deviation = slope_and_deviation(rows, results) if len(rows) > 2 else (math.nan, None)
+        yield goal(f"H={h} K=V={dim}: deviation from linear in N (slope {slope:.3f})", "<=", 0.1, deviation)
 
-    avx2 = [row for row in find(results, "isa avx2") if row["dtype"] == "float32"]
-    for row in avx2:
-        base = forward.get((row["shape"], "float32"))
-        value = fraction(row) / fraction(base) if base else None
-        yield goal(f"{row['shape']}: AVX2 rate / {results['leetcore']['isa']}", ">= 0.45", value, lambda x: x >= 0.45)
-    if not avx2:
-        yield goal("AVX2 rate / AVX-512 rate", ">= 0.45", None, bool)
+    isa = results["leetcore"]["isa"]
+    base = {row["shape"]: fraction(row) for row in find(results, "forward", dtype="float32")}
+    narrow = find(results, "isa avx2", dtype="float32")
+    if not narrow:
+        yield goal(f"avx2 rate / {isa} rate", ">=", 0.45, None)
+    for row in narrow:
+        wide = base.get(row["shape"])
+        yield goal(f"{row['shape']}: avx2 rate / {isa} rate", ">=", 0.45, fraction(row) / wide if wide else None)

@@ -97,9 +97,7 @@ class DecodeProblem:
 
     def __post_init__(self) -> None:
         s, generator = self.shape, torch.Generator().manual_seed(self.seed)
-        self.q, self.k, self.v = (
-            torch.randn(s.B, s.H, d, generator=generator).to(self.dtype) for d in (s.K, s.K, s.V)
-        )
+        self.q, self.k, self.v = (torch.randn(s.B, s.H, d, generator=generator).to(self.dtype) for d in (s.K, s.K, s.V))
         self.initial_state = torch.randn(s.B, s.H, s.K, s.V, generator=generator)
 
     @property
@@ -150,7 +148,7 @@ def chunk_oracle(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, chunk: int = 12
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference||, Frobenius; nan if anything is not finite."""
+    """||out - reference|| / ||reference||, Frobenius; nan or inf if anything is not finite."""
     return float((out.double() - reference).norm() / reference.norm())
 
 
@@ -158,16 +156,19 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 
 class Ceilings:
-    """What the machine can do at this moment: fp32 matmul rate (flop/s) and copy bandwidth (bytes/s, read + written)."""
+    """What the machine can do at this moment: fp32 matmul rate (flop/s), copy bandwidth (bytes/s, read + written)."""
 
     def __init__(self) -> None:
         self.a, self.b, self.c = (torch.randn(1024, 1024) for _ in range(3))
         self.source, self.target = torch.ones(1 << 26), torch.ones(1 << 26)  # 256 MB each
+        self.matmul_rates: list[float] = []  # of the whole run: how quiet the machine was
         self.matmul(), self.copy()
+        self.matmul_rates.clear()
 
     def matmul(self) -> float:
         seconds = clock(lambda: torch.mm(self.a, self.b, out=self.c))
-        return 2 * 1024**3 / seconds
+        self.matmul_rates.append(2 * 1024**3 / seconds)
+        return self.matmul_rates[-1]
 
     def copy(self) -> float:
         return copy_rate(self.source, self.target)
@@ -208,11 +209,11 @@ class Row:
     call: Call | None = None  # None: nothing to time (skipped)
     work: float = 0.0  # flop (exact causal) or bytes of one call
     dense_work: float = 0.0  # flop, dense-equivalent
-    status: str = "ok"  # ok | wrong | skipped: why
+    status: str = "ok"  # ok | wrong | not finite | skipped: why
     note: str = ""
     peers: list[str] = field(default_factory=list)  # shapes whose rate this one is held against
     error: float | None = None
-    wrong_s: float = 0.0  # seconds of a call that fails the gate: no speed
+    wrong_ms: float | None = None  # of one call that fails the gate: no speed
     seconds: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)  # the adjacent ceiling, in units of work per second
     copy: list[float] = field(default_factory=list)  # copy bandwidth of the round
@@ -223,12 +224,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         scale = self.dense_work / self.work if self.work else 0.0
-        keys = ("section", "method", "dtype", "status", "note", "peers", "error", "work", "dense_work")
+        keys = ("section", "method", "dtype", "status", "note", "peers", "error", "wrong_ms", "work", "dense_work")
         return {
             **{key: getattr(self, key) for key in keys},
             "shape": str(self.shape),
             "ms": stats(1e3 * t for t in self.seconds),
-            "wrong_ms": 1e3 * self.wrong_s if self.status == "wrong" else None,
             "rate": stats(self.work / t for t in self.seconds) if self.work else None,
             "fraction": stats(self.fractions) if self.work else None,
             "dense_fraction": stats(scale * f for f in self.fractions) if scale else None,
@@ -238,18 +238,25 @@ class Row:
 
 
 def worst_error(call: Call, references: list[Tensor]) -> float:
-    """The largest relative error of successive calls; nan if any of them is."""
+    """The largest relative error of successive calls; inf if an output is not finite."""
     errors = [relative_error(call(), reference) for reference in references]
-    return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+    return max(error if math.isfinite(error) else math.inf for error in errors)
+
+
+def verdict(call: Call, p: Problem | DecodeProblem) -> tuple[str, float | None]:
+    """The correctness gate: "ok", "wrong" or "not finite", and the error."""
+    error = worst_error(call, p.references)
+    if math.isinf(error):
+        return "not finite", None
+    return ("ok" if error <= TOLERANCE[p.dtype] else "wrong"), error
 
 
 def gate(row: Row, p: Problem | DecodeProblem) -> Row:
-    """Runs the row and marks it wrong when its error is over the tolerance, or is nan."""
+    """Runs the row and fills its status and error; what fails is timed once, as the cost of a wrong answer."""
     assert row.call is not None
-    row.error = worst_error(row.call, p.references)
-    if not row.error <= TOLERANCE[p.dtype]:
-        row.status = "wrong"
-        row.wrong_s = clock(row.call)
+    row.status, row.error = verdict(row.call, p)
+    if row.status != "ok":
+        row.wrong_ms = 1e3 * clock(row.call)
     return row
 
 
@@ -290,41 +297,47 @@ def interleave(
         gc.enable()
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
-    """A way to call a rival. `problem` says why it is out: it raised, or failed the gate."""
+    """A way to call a rival; `status` is ok, what the gate said, or what it raised."""
 
     name: str
     call: Call | None = None
+    status: str = ""
     error: float | None = None
-    seconds: float = math.inf
-    problem: str = ""
+    seconds: float | None = None
+
+
+def try_out(name: str, factory: Factory, p: Problem | DecodeProblem) -> Candidate:
+    """Prepares, gates and times one candidate once."""
+    c = Candidate(name)
+    try:
+        call = factory()
+        c.status, c.error = verdict(call, p)
+        c.seconds = clock(call)
+        c.call = call if c.status == "ok" else None  # frees its buffers
+    except Exception as e:  # a rival's failure is a result, not the end of the run
+        c.status = f"{type(e).__name__}: {e}".splitlines()[0]
+    return c
 
 
 def tune(
-    factories: dict[str, Factory], p: Problem | DecodeProblem, keep: int = 1, finalists: int = 6, tick: Call = lambda: None
+    factories: dict[str, Factory],
+    p: Problem | DecodeProblem,
+    keep: int = 1,
+    finalists: int = 6,
+    tick: Call = lambda: None,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """The `keep` fastest candidates that pass the gate, and all that do not. One pass over all, three over the best."""
-    passed: list[Candidate] = []
+    passed: list[tuple[float, Candidate]] = []
     failed: list[Candidate] = []
     for name, factory in factories.items():
-        c = Candidate(name)
-        try:
-            c.call = factory()
-            c.error = worst_error(c.call, p.references)
-            c.seconds = clock(c.call)
-        except Exception as e:  # a rival's failure is a result, not ours
-            c.problem = f"{type(e).__name__}: {e}".splitlines()[0]
-        if not c.problem and not (c.error is not None and c.error <= TOLERANCE[p.dtype]):
-            c.problem = "wrong"
-        if c.problem:
-            c.call = None
-            failed.append(c)
+        c = try_out(name, factory, p)
+        if c.call and c.seconds:
+            passed = sorted([*passed, (c.seconds, c)], key=lambda pair: pair[0])[: max(finalists, keep)]
         else:
-            passed = sorted([*passed, c], key=lambda c: c.seconds)[: max(finalists, keep)]  # frees the others' buffers
+            failed.append(c)
         tick()
     for _ in range(3 if len(passed) > keep else 0):
-        for c in passed:
-            assert c.call is not None
-            c.seconds = min(c.seconds, clock(c.call))
-    return sorted(passed, key=lambda c: c.seconds)[:keep], failed
+        passed = [(min(seconds, clock(c.call)) if c.call else seconds, c) for seconds, c in passed]
+    return [c for _, c in sorted(passed, key=lambda pair: pair[0])[:keep]], failed

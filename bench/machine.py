@@ -20,7 +20,7 @@ FLAGS = ("fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", 
 
 
 def reexec_with_tuned_malloc() -> None:
-    """Starts this program anew under glibc's tuned malloc, unless it already runs so (or a variable is set to differ)."""
+    """Starts this program anew under glibc's tuned malloc, unless the variables are set, to whatever value."""
     missing = {key: value for key, value in MALLOC.items() if key not in os.environ}
     if missing and sys.platform == "linux":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)

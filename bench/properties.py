@@ -15,7 +15,7 @@ import leetcore
 import numpy as np
 import ours
 import torch
-from harness import DTYPES, Problem, Row, Shape, alibi
+from harness import Problem, Row, Shape, alibi
 from session import Session
 
 BASE = "1,8,2048,64,64"
@@ -36,8 +36,8 @@ def gamma(session: Session) -> None:
 
 def odd(session: Session) -> None:
     """Ragged N, K, V beside their even neighbours; the report compares rates, interpolated in K + V between two."""
-    peers: dict[str, list[str]] = {BASE: [], WIDE: []}
-    peers |= {f"1,8,{n},64,64": [BASE] for n in (2047, 2049, 1000)}
+    peers: dict[str, list[str]] = {BASE: [], WIDE: [], "1,8,1024,64,64": [], "1,8,1000,64,64": ["1,8,1024,64,64"]}
+    peers |= {f"1,8,{n},64,64": [BASE] for n in (2047, 2049)}
     peers |= {f"1,8,2048,{d},{d}": [BASE, WIDE] for d in (65, 80, 96, 100, 127)}
     peers |= {"1,8,2048,63,63": [BASE], "1,8,2048,129,129": [WIDE], "1,8,2048,80,96": [BASE, WIDE]}
     rows = []
@@ -137,10 +137,8 @@ def workspace(session: Session) -> None:
         [sys.executable, str(probe), *map(str, lengths)], env=env, capture_output=True, text=True, check=True
     )
     grown = [int(line) for line in done.stdout.split()]
-    said = []
-    for n in lengths:
-        x = torch.empty(1, 8, n, 64)
-        said.append(ours.workspace_bytes(x, x, x))
+    problems = [Problem(Shape(1, 8, n, 64, 64), torch.float32, alibi(8)) for n in lengths]
+    said = [ours.explained(p, "chunk", "workspace") for p in problems]
     session.facts["workspace"] = [
         {"shape": f"1,8,{n},64,64", "peak_growth_bytes": g, "explained_bytes": s}
         for n, g, s in zip(lengths, grown, said, strict=True)

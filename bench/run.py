@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
     """All that is written: conditions, every row that got anywhere, facts."""
     import leetcore
     import ours
+    from harness import stats
 
     versions = {"python": sys.version.split()[0], "leetcore": leetcore.__version__}
     for name in ("torch", "numpy", "transformers"):
@@ -48,6 +50,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
         "threads": ours.available_threads(),
         "chunk": session.chunk,
         "fma_peak": peak,
+        "matmul": stats(session.ceilings.matmul_rates),
         "interrupted": interrupted,
         "rows": [row.to_json() for row in session.rows] + session.imported,
         "facts": session.facts,
@@ -56,8 +59,12 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
 
 
 @click.command()
-@click.option("--shapes", multiple=True, help="B,H,N,K,V of the forward tables; repeat for more. Default: eight shapes.")
-@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="float32, bfloat16, float16; comma-separated.")
+@click.option(
+    "--shapes", multiple=True, help="B,H,N,K,V of the forward tables; repeat for more. Default: eight shapes."
+)
+@click.option(
+    "--dtypes", default="float32,bfloat16", show_default=True, help="float32, bfloat16, float16; comma-separated."
+)
 @click.option("--sections", default="", help=f"Comma-separated, of: {', '.join(TABLES + PROPERTIES)}. Default: all.")
 @click.option("--methods", default="*", help="Glob of the methods to time, e.g. 'leetcore*' or 'torch*'.")
 @click.option("--rounds", default=0, help="Samples per method. Default: 11, or 5 with --quick.")
@@ -116,7 +123,13 @@ def main(
         session.tick = lambda: progress.advance(task)
         try:
             for name in chosen:
-                getattr(tables if name in TABLES else properties, name)(session)
+                start = time.monotonic()
+                try:
+                    getattr(tables if name in TABLES else properties, name)(session)
+                except Exception as e:  # the other sections are worth having; the report names this one
+                    session.facts.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
+                    console.print_exception()
+                session.facts.setdefault("took_s", {})[name] = round(time.monotonic() - start, 1)
         except KeyboardInterrupt:
             interrupted = True
             console.print("Interrupted: what was measured so far is kept.")
@@ -126,7 +139,7 @@ def main(
     if output is None:
         output = machine.HERE / "results" / ("quick.json" if quick else "cpu.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    output.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     if not no_report:
         output.with_suffix(".md").write_text(report.markdown(results))
         Console().print(Markdown(report.goals_section(results)))

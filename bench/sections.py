@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import ours
@@ -33,11 +34,12 @@ def leetcore_rows(session: Session, p: Problem) -> list[Row]:
     limit = ours.MAX_PREDICTED_S / (10 if session.quick else 1)
     rows = []
     for method, reuse_out in [("chunk", False), ("chunk", True), *((m, False) for m in ours.methods() if m != "chunk")]:
-        seconds = ours.predicted_seconds(method, p.shape, session.ceilings.matmul())
         if not session.wants(ours.label(method, reuse_out)):
             continue
+        seconds = 1e-6 * (ours.explained(p, method, "predicted") or 0.0)
         if seconds > limit:
-            rows.append(session.row("forward", ours.label(method), p, status=f"skipped: about {seconds:.0f} s"))
+            status = f"skipped: predicted {seconds:.1f} s"
+            rows.append(session.row("forward", ours.label(method), p, status=status))
         else:
             rows.append(session.leetcore("forward", p, method, reuse_out))
     return rows
@@ -67,9 +69,9 @@ def decode(session: Session) -> None:
             p = DecodeProblem(shape, DTYPES[dtype], alibi(shape.H))
             rows += [session.leetcore("decode", p), session.leetcore("decode", p, reuse_out=True)]
             rows += session.rival_rows("decode", p)
-        rows.append(session.row("decode", "(torch mul_ of the pool, in place)", p, call=lambda pool=pool: pool.mul_(1.0)))
+        rows.append(session.row("decode", "(torch mul_ of the pool, in place)", p, call=partial(pool.mul_, 1.0)))
         session.say(f"decode {shape}: {len(rows)} methods in turn")
-        session.measure(rows, 2 * session.rounds, ceiling=lambda a=pool, b=other: copy_rate(a, b))
+        session.measure(rows, 2 * session.rounds, ceiling=partial(copy_rate, pool, other))
 
 
 def isa(session: Session) -> None:
@@ -79,7 +81,9 @@ def isa(session: Session) -> None:
         if name == used:
             continue
         # The portable code is there to be right: one small shape tells enough.
-        shapes = [s for s in session.shapes if name != "generic"] or [min(session.shapes, key=lambda s: s.exact_flop(64))]
+        shapes = [s for s in session.shapes if name != "generic"] or [
+            min(session.shapes, key=lambda s: s.exact_flop(64))
+        ]
         session.say(f"isa {name}: {len(shapes)} shapes in a child process")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "isa.json"
@@ -88,7 +92,7 @@ def isa(session: Session) -> None:
             command += [part for s in shapes for part in ("--shapes", str(s))]
             done = subprocess.run(command, env=os.environ | {"LEETCORE_ISA": name}, capture_output=True, text=True)
             if done.returncode:
-                session.facts.setdefault("isa_failed", {})[name] = done.stderr.strip().splitlines()[-1:]
+                session.facts.setdefault("failed", {})[f"isa {name}"] = done.stderr.strip().splitlines()[-1]
                 continue
             child = json.loads(path.read_text())
         assert child["leetcore"]["isa"] == name, "the child measured another instruction set"

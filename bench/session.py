@@ -52,7 +52,8 @@ class Session:
         """A gated row of leetcore; reuse_out: the output is preallocated, as a careful caller would."""
         out = torch.empty_like(p.v) if reuse_out else None
         call = ours.decode(p, out) if isinstance(p, DecodeProblem) else ours.forward(p, method, out)
-        return harness.gate(self.row(section, ours.label(method, reuse_out), p, call=call, **fields), p)
+        name = ours.label("decode_step" if isinstance(p, DecodeProblem) else method, reuse_out)
+        return harness.gate(self.row(section, name, p, call=call, **fields), p)
 
     def rival_rows(self, section: str, p: Problem | DecodeProblem) -> list[Row]:
         """The best candidates of every rival; what failed is noted in left_out."""
@@ -67,7 +68,8 @@ class Session:
                 rows.append(self.row(section, label, p, call=c.call, error=c.error, note=rival.NAME))
             where = {"section": section, "rival": rival.NAME, "shape": str(p.shape), "dtype": str(p.dtype)[6:]}
             self.left_out += [
-                where | {"candidate": c.name, "problem": c.problem, "error": c.error, "wrong_ms": 1e3 * c.seconds}
+                where
+                | {"candidate": c.name, "status": c.status, "error": c.error, "wrong_ms": c.seconds and 1e3 * c.seconds}
                 for c in failed
             ]
         return rows

@@ -4,12 +4,13 @@ Per chunk of C tokens, with P the state before the chunk:   o = (Q K^T * mask) V
 and over the chunks:                                        P' = gamma^C P + (K * gamma^(C-1-j))^T V
 Every product is one bmm over (heads x chunks); `heads` heads go through at a time (all of them, or few enough that the
 intermediates stay in cache). Tables and buffers are made once, outside the timing; table entries under 1e-30 are 0, as
-they would make denormals. The scan over chunk states is either one addcmul a chunk or one small matrix product. 16-bit inputs are converted to fp32
-and back (torch_chunk_half.py: not).
+they would make denormals. The scan over chunk states is one addcmul a chunk, or one small matrix product. 16-bit inputs
+are converted to fp32 and back (in torch_chunk_half.py they are not).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -79,7 +80,9 @@ class ChunkForward:
         last = None
         if n:
             Q, K, V = (x[:, :body].reshape(g * n, C, -1) for x in (q, k, v))
-            scores, weighted, update, before = (x[: g * n] for x in (self.scores, self.weighted, self.update, self.before))
+            scores, weighted, update, before = (
+                x[: g * n] for x in (self.scores, self.weighted, self.update, self.before)
+            )
             direct = not self.cast and (g == 1 or not self.tail)  # o's chunks can be written in place
             result = o[:, :body].view(g * n, C, -1) if direct else self.result[: g * n]
             torch.bmm(Q, K.transpose(1, 2), out=scores)
@@ -125,7 +128,7 @@ def configurations(p: Problem, dtype: torch.dtype, quick: bool) -> dict[str, Fac
     for chunk, heads, scan in product((64, 128) if quick else CHUNKS, groups, ("loop", "matmul")):
         if scan == "loop" or s.N // chunk <= MAX_MATMUL_SCAN:
             name = f"C={chunk} heads={heads} scan={scan}"
-            candidates[name] = lambda c=chunk, h=heads, n=scan: ChunkForward(p, c, h, n, dtype)
+            candidates[name] = partial(ChunkForward, p, chunk, heads, scan, dtype)
     return candidates
 
 

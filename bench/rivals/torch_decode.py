@@ -7,6 +7,7 @@ compiled by torch.compile.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from harness import Call, DecodeProblem, Factory, Problem
@@ -73,6 +74,6 @@ def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
     for outer in ("baddbmm", "addcmul"):
         for sequences in sorted({1, p.shape.B}):
             name = f"mul_+{outer}_+bmm" + ("" if sequences == p.shape.B else ", a sequence at a time")
-            candidates[name] = lambda outer=outer, n=sequences: eager(p, outer, n)
-    candidates["torch.compile"] = lambda: compiled(p)
+            candidates[name] = partial(eager, p, outer, sequences)
+    candidates["torch.compile"] = partial(compiled, p)
     return candidates

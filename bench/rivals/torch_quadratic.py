@@ -13,8 +13,8 @@ MAX_BYTES = 4 << 30  # of the mask, N x N x H in fp32
 
 def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
     s = p.shape
-    limit = MAX_BYTES // 16 if quick else MAX_BYTES
-    if 4 * s.N * s.N * s.H > limit:
+    mask_bytes = 4 * s.N * s.N * s.H
+    if mask_bytes > (MAX_BYTES // 16 if quick else MAX_BYTES):
         return {}
 
     def make(dtype: torch.dtype) -> Call:
