@@ -75,9 +75,10 @@ lc_status lc_explain(const lc_args* args, char* text, size_t size) {
         std::snprintf(line, sizeof line, "  %-10s %-4s  refuses: %s\n", m->info.name, m->info.device, why);
       } else {
         const lc::Cost c = m->cost(p);
-        std::snprintf(line, sizeof line, "%c %-10s %-4s  predicted %.1f us, %.4g Mflop, at least %.4g MB moved, workspace %zu bytes\n",
-                      m == &chosen ? '*' : ' ', m->info.name, m->info.device, c.microseconds, c.flop / 1e6, c.bytes / 1e6,
-                      m->workspace(p));
+        std::snprintf(line, sizeof line,
+                      "%c %-10s %-4s  predicted %.1f us, %.4g Mflop, at least %.4g MB moved, workspace %zu bytes\n",
+                      m == &chosen ? '*' : ' ', m->info.name, m->info.device, c.microseconds, c.flop / 1e6,
+                      c.bytes / 1e6, m->workspace(p));
       }
       s += line;
     }
@@ -102,7 +103,8 @@ const char* lc_build_info(void) {
   static thread_local std::string text;
   const lc_status status = guarded([&] {
     text = "version=" + std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
-           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::kIsaNames[int(lc::isa())] + "\nisas=";
+           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::kIsaNames[int(lc::isa())] +
+           "\nisas=";
     const char* separator = "";
     for (lc::Isa isa : {lc::Isa::generic, lc::Isa::avx2, lc::Isa::avx512})
       if (lc::compiled(isa)) text += separator + std::string(lc::kIsaNames[int(isa)]), separator = " ";

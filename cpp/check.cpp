@@ -1,5 +1,5 @@
-// check.cpp - lc_args -> Problem. All validation, and all the sentences that refuse an argument, live here. Each begins with
-// the argument's name and says what was given and what is allowed.
+// check.cpp - lc_args -> Problem. All validation, and all the sentences that refuse an argument, live here. Each begins
+// with the argument's name and says what was given and what is allowed.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -25,7 +25,8 @@ namespace {
 
 constexpr int64_t kMostHeadDim = 8192, kMostDecodeTokens = 64;
 
-// ---- words --------------------------------------------------------------------------------------------------------------
+// ---- words
+// --------------------------------------------------------------------------------------------------------------
 
 std::string shape_text(const lc_tensor& t) {
   std::string s = "[";
@@ -64,13 +65,21 @@ Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type
   fail(LC_DTYPE, "%s: expected dtype %s%s, got %s", name, list.c_str(), reason, dtype_text(t.dtype).c_str());
 }
 
-// ---- tensors ------------------------------------------------------------------------------------------------------------
+// ---- tensors
+// ------------------------------------------------------------------------------------------------------------
 
 // One expected dimension: a number, or a letter for any number of at least `least`.
 struct Dim {
-  const char* letter;
-  int64_t size;  // -1: any
+  const char* letter = "";
+  int64_t size = -1;  // any
   int64_t least = 0;
+};
+
+// The expected shape: a rank and that many dimensions.
+struct Dims {
+  Dim at[4];
+  int rank;
+  Dims(std::initializer_list<Dim> list) : at{}, rank(int(list.size())) { std::copy(list.begin(), list.end(), at); }
 };
 
 // The bytes a tensor touches, [low, high), and its layout: dense enough for every question of overlap.
@@ -110,15 +119,15 @@ class Checker {
   }
 
   // Rank and sizes; dims are given in the order of the default layout.
-  void shape(const char* name, const lc_tensor& t, std::vector<Dim> dims, bool swap = false) {
-    if (swap && bnhd) std::swap(dims[1], dims[2]);
-    bool good = t.ndim == int(dims.size()) && (t.shape || !t.ndim);
-    for (size_t i = 0; good && i < dims.size(); ++i)
-      good = t.shape[i] >= std::max<int64_t>(0, dims[i].least) && (dims[i].size < 0 || t.shape[i] == dims[i].size);
+  void shape(const char* name, const lc_tensor& t, Dims dims, bool swap = false) {
+    if (swap && bnhd) std::swap(dims.at[1], dims.at[2]);
+    bool good = t.ndim == dims.rank && (t.shape || !t.ndim);
+    for (int i = 0; good && i < dims.rank; ++i)
+      good = t.shape[i] >= std::max<int64_t>(0, dims.at[i].least) && (dims.at[i].size < 0 || t.shape[i] == dims.at[i].size);
     if (good) return;
     std::string want = "[";
-    for (size_t i = 0; i < dims.size(); ++i)
-      want += (i ? ", " : "") + (dims[i].size < 0 ? std::string(dims[i].letter) : std::to_string(dims[i].size));
+    for (int i = 0; i < dims.rank; ++i)
+      want += (i ? ", " : "") + (dims.at[i].size < 0 ? std::string(dims.at[i].letter) : std::to_string(dims.at[i].size));
     if (t.ndim < 0 || t.ndim > 16 || (!t.shape && t.ndim))
       fail(LC_INVALID, "%s: expected shape %s], got no valid shape (ndim %d)", name, want.c_str(), t.ndim);
     fail(LC_INVALID, "%s: expected shape %s], got %s", name, want.c_str(), shape_text(t).c_str());
@@ -127,7 +136,8 @@ class Checker {
   // Device, address, strides: what every tensor has to satisfy once its shape is known.
   void memory(const char* name, const lc_tensor& t, bool contiguous_last = true) {
     const bool host_scalar = t.ndim == 0;
-    if (host_scalar ? t.device.type != LC_CPU : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
+    if (host_scalar ? t.device.type != LC_CPU
+                    : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
       fail(LC_INVALID, "%s: expected on %s%s, got %s", name, host_scalar ? "the CPU" : device_text(p.device).c_str(),
            host_scalar ? " as every scalar" : " like q", device_text(t.device).c_str());
     if (empty(t)) return;
@@ -138,25 +148,32 @@ class Checker {
       (reach < 0 ? low : high) += reach;
     }
     constexpr __int128 kMost = INT64_MAX / 16;
-    if (high - low > kMost || -low > kMost) fail(LC_INVALID, "%s: expected an extent below 2^59 bytes, got shape %s with larger strides", name, shape_text(t).c_str());
+    if (high - low > kMost || -low > kMost)
+      fail(LC_INVALID, "%s: expected an extent below 2^59 bytes, got shape %s with larger strides", name,
+           shape_text(t).c_str());
     if (!t.data) fail(LC_INVALID, "%s: expected data, got NULL for shape %s", name, shape_text(t).c_str());
     const uintptr_t first = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-    if (first % uintptr_t(item)) fail(LC_INVALID, "%s: expected an address that is a multiple of %d, got %p", name, int(item), reinterpret_cast<void*>(first));
+    if (first % uintptr_t(item))
+      fail(LC_INVALID, "%s: expected an address that is a multiple of %d, got %p", name, int(item),
+           reinterpret_cast<void*>(first));
     const int last = t.ndim - 1;
     if (contiguous_last && last >= 0 && t.shape[last] > 1 && stride_of(t, last) != 1)
-      fail(LC_INVALID, "%s: expected a contiguous last dimension, got stride %lld", name, static_cast<long long>(stride_of(t, last)));
-    extents.push_back({name, &t, __int128(first) + low, __int128(first) + high});
+      fail(LC_INVALID, "%s: expected a contiguous last dimension, got stride %lld", name,
+           static_cast<long long>(stride_of(t, last)));
+    extents[count++] = {name, &t, __int128(first) + low, __int128(first) + high};
   }
 
   // In the frame [b, h, n, d] of View, whatever the layout.
   View view(const lc_tensor& t, bool swap) const {
     View w;
     w.data = static_cast<char*>(t.data) + t.byte_offset;
-    for (int i = 0; i < t.ndim; ++i) w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 ? stride_of(t, i) : 0;
+    for (int i = 0; i < t.ndim; ++i)
+      w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 ? stride_of(t, i) : 0;
     return w;
   }
 
-  View tensor(const char* name, const lc_tensor& t, const std::vector<Dim>& dims, Type type, const char* reason, bool swap) {
+  View tensor(const char* name, const lc_tensor& t, const Dims& dims, Type type, const char* reason,
+              bool swap) {
     shape(name, t, dims, swap);
     type_among(name, t, {type}, reason);
     memory(name, t);
@@ -167,13 +184,18 @@ class Checker {
 
   // No element of a written tensor may share memory with another of its own, ...
   void distinct(const char* name, const lc_tensor& t) const {
-    std::vector<std::pair<int64_t, int64_t>> steps;
+    std::pair<int64_t, int64_t> steps[4];  // stride, size
+    int n = 0;
     for (int i = 0; i < t.ndim; ++i)
-      if (t.shape[i] > 1) steps.emplace_back(std::llabs(stride_of(t, i)), t.shape[i]);
-    std::sort(steps.begin(), steps.end());
+      if (t.shape[i] > 1) steps[n++] = {std::llabs(stride_of(t, i)), t.shape[i]};
+    for (int i = 1; i < n; ++i)
+      for (int j = i; j > 0 && steps[j] < steps[j - 1]; --j) std::swap(steps[j], steps[j - 1]);
     __int128 reach = 0;
-    for (const auto& [stride, size] : steps) {
-      if (stride <= reach) fail(LC_INVALID, "%s: expected elements that do not overlap, as it is written; got shape %s with stride %lld", name, shape_text(t).c_str(), static_cast<long long>(stride));
+    for (int i = 0; i < n; ++i) {
+      const auto [stride, size] = steps[i];
+      if (stride <= reach)
+        fail(LC_INVALID, "%s: expected elements that do not overlap, as it is written; got shape %s with stride %lld",
+             name, shape_text(t).c_str(), static_cast<long long>(stride));
       reach += __int128(stride) * (size - 1);
     }
   }
@@ -182,19 +204,22 @@ class Checker {
   void apart(const char* name, const lc_tensor* t, const lc_tensor* except = nullptr) const {
     const Extent* mine = find(t);
     if (!mine) return;
-    for (const Extent& other : extents) {
+    for (int i = 0; i < count; ++i) {
+      const Extent& other = extents[i];
       if (other.tensor == t || other.high <= mine->low || mine->high <= other.low) continue;
       if (other.tensor == except && identical(*t, *except)) continue;
-      if (!interleaved(*mine, other)) fail(LC_INVALID, "%s: expected memory of its own, as it is written; got an overlap with %s", name, other.name);
+      if (!interleaved(*mine, other))
+        fail(LC_INVALID, "%s: expected memory of its own, as it is written; got an overlap with %s", name, other.name);
     }
   }
 
-  std::vector<Extent> extents;
+  Extent extents[12];
+  int count = 0;
 
  private:
   const Extent* find(const lc_tensor* t) const {
-    for (const Extent& e : extents)
-      if (e.tensor == t) return &e;
+    for (int i = 0; i < count; ++i)
+      if (extents[i].tensor == t) return &extents[i];
     return nullptr;
   }
 
@@ -221,7 +246,8 @@ class Checker {
   }
 };
 
-// ---- values a host can read -----------------------------------------------------------------------------------------------
+// ---- values a host can read
+// -----------------------------------------------------------------------------------------------
 
 template <class T>
 void check_log_decay_values(const lc_tensor& t) {
@@ -238,19 +264,22 @@ void check_log_decay_values(const lc_tensor& t) {
         const int64_t index[3] = {i, j, l};
         std::string where;
         for (int d = 3 - t.ndim; d < 3; ++d) where += (where.empty() ? " at [" : ", ") + std::to_string(index[d]);
-        fail(LC_INVALID, "log_decay: expected values <= 0, got %g%s%s", double(row[l * step[2]]), where.c_str(), t.ndim ? "]" : "");
+        fail(LC_INVALID, "log_decay: expected values <= 0, got %g%s%s", double(row[l * step[2]]), where.c_str(),
+             t.ndim ? "]" : "");
       }
     }
 }
 
 void check_cu_seqlens_values(const Problem& p) {
   const auto refuse = [&](const char* rule, int64_t i) {
-    fail(LC_INVALID, "cu_seqlens: expected %s, got %lld at [%lld]", rule, static_cast<long long>(cu_seqlen(p, i)), static_cast<long long>(i));
+    fail(LC_INVALID, "cu_seqlens: expected %s, got %lld at [%lld]", rule, static_cast<long long>(cu_seqlen(p, i)),
+         static_cast<long long>(i));
   };
   if (cu_seqlen(p, 0) != 0) refuse("0 as the first value", 0);
   for (int64_t i = 1; i <= p.B; ++i)
     if (cu_seqlen(p, i) < cu_seqlen(p, i - 1)) refuse("values that do not decrease", i);
-  if (cu_seqlen(p, p.B) != p.N) refuse(("the number of tokens, " + std::to_string(p.N) + ", as the last value").c_str(), p.B);
+  if (cu_seqlen(p, p.B) != p.N)
+    refuse(("the number of tokens, " + std::to_string(p.N) + ", as the last value").c_str(), p.B);
 }
 
 void check_state_indices_values(const Problem& p) {
@@ -258,22 +287,28 @@ void check_state_indices_values(const Problem& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t i = p.state_indices[b];
     if (i < -1 || i >= p.slots)
-      fail(LC_INVALID, "state_indices: expected -1 or a slot below %lld, got %lld at [%lld]", static_cast<long long>(p.slots), static_cast<long long>(i), static_cast<long long>(b));
+      fail(LC_INVALID, "state_indices: expected -1 or a slot below %lld, got %lld at [%lld]",
+           static_cast<long long>(p.slots), static_cast<long long>(i), static_cast<long long>(b));
     if (i < 0) continue;
-    if (taken[size_t(i)]) fail(LC_INVALID, "state_indices: expected slots that differ, got %lld again at [%lld]", static_cast<long long>(i), static_cast<long long>(b));
+    if (taken[size_t(i)])
+      fail(LC_INVALID, "state_indices: expected slots that differ, got %lld again at [%lld]", static_cast<long long>(i),
+           static_cast<long long>(b));
     taken[size_t(i)] = true;
   }
 }
 
-// ---- the whole call -------------------------------------------------------------------------------------------------------
+// ---- the whole call
+// -------------------------------------------------------------------------------------------------------
 
 Checker structure(const lc_args& a) {
   Checker c(a);
   Problem& p = c.p;
-  if (a.op == LC_BACKWARD) fail(LC_UNSUPPORTED, "op: no method computes gradients in this version; expected LC_FORWARD or LC_DECODE");
+  if (a.op == LC_BACKWARD)
+    fail(LC_UNSUPPORTED, "op: no method computes gradients in this version; expected LC_FORWARD or LC_DECODE");
   if (a.op != LC_FORWARD && a.op != LC_DECODE) fail(LC_INVALID, "op: expected LC_FORWARD or LC_DECODE, got %d", a.op);
   const bool decode = a.op == LC_DECODE;
-  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32)) fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
+  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
+    fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
   if (!std::isfinite(a.scale)) fail(LC_INVALID, "scale: expected a finite number, got %g", a.scale);
 
@@ -287,22 +322,31 @@ Checker structure(const lc_args& a) {
   p.Hk = c.heads(k), p.Hv = c.heads(v), p.V = v.shape[3];
   p.H = std::max({p.Hq, p.Hk, p.Hv}), p.Hs = std::max(p.Hk, p.Hv);
   const auto divides = [](const char* name, int64_t heads, int64_t all, const char* whose) {
-    if (all % heads) fail(LC_INVALID, "%s: expected a number of heads that divides %lld, the most of %s, got %lld", name, static_cast<long long>(all), whose, static_cast<long long>(heads));
+    if (all % heads)
+      fail(LC_INVALID, "%s: expected a number of heads that divides %lld, the most of %s, got %lld", name,
+           static_cast<long long>(all), whose, static_cast<long long>(heads));
   };
   divides("q", p.Hq, p.H, "q, k and v");
   divides("k", p.Hk, p.Hs, "k and v");
   divides("v", p.Hv, p.Hs, "k and v");
   if (p.H % p.Hs) divides(p.Hk > p.Hv ? "k" : "v", p.Hs, p.H, "q, k and v");
   for (const auto& [name, dim] : {std::pair{"q", p.K}, std::pair{"v", p.V}})
-    if (dim > kMostHeadDim) fail(LC_INVALID, "%s: expected a head dim of at most %d, got %lld", name, int(kMostHeadDim), static_cast<long long>(dim));
+    if (dim > kMostHeadDim)
+      fail(LC_INVALID, "%s: expected a head dim of at most %d, got %lld", name, int(kMostHeadDim),
+           static_cast<long long>(dim));
   if (decode && p.N > kMostDecodeTokens)
-    fail(LC_INVALID, "q: expected at most %d tokens to decode, got %lld; prefill the others", int(kMostDecodeTokens), static_cast<long long>(p.N));
+    fail(LC_INVALID, "q: expected at most %d tokens to decode, got %lld; prefill the others", int(kMostDecodeTokens),
+         static_cast<long long>(p.N));
   if (p.B > INT64_MAX / 2 / p.H || p.B * p.H > INT64_MAX / 2 / std::max<int64_t>(1, p.N))
-    fail(LC_INVALID, "q: expected B * H * N below 2^62, got shape %s with %lld heads", shape_text(q).c_str(), static_cast<long long>(p.H));
+    fail(LC_INVALID, "q: expected B * H * N below 2^62, got shape %s with %lld heads", shape_text(q).c_str(),
+         static_cast<long long>(p.H));
 
   p.type = type_among("q", q, {Type::f64, Type::f32, Type::f16, Type::bf16});
-  if (p.device.type != LC_CPU && p.device.type != LC_CUDA) fail(LC_INVALID, "q: expected on the CPU or a CUDA device, got %s", device_text(p.device).c_str());
-  if (p.device.type == LC_CUDA) fail(LC_DEVICE, "q: is on %s, and this build of leetcore has no CUDA methods; move it to the CPU", device_text(p.device).c_str());
+  if (p.device.type != LC_CPU && p.device.type != LC_CUDA)
+    fail(LC_INVALID, "q: expected on the CPU or a CUDA device, got %s", device_text(p.device).c_str());
+  if (p.device.type == LC_CUDA)
+    fail(LC_DEVICE, "q: is on %s, and this build of leetcore has no CUDA methods; move it to the CPU",
+         device_text(p.device).c_str());
   if (a.stream) fail(LC_INVALID, "stream: expected NULL for tensors on the CPU, got %p", a.stream);
   for (const auto& [name, t] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
     type_among(name, *t, {p.type}, " like q");
@@ -312,7 +356,7 @@ Checker structure(const lc_args& a) {
 
   const Dim hs{"Hs", p.Hs};
   if (const lc_tensor* t = a.log_decay) {
-    const std::vector<Dim> forms[] = {{}, {hs}, {{"B", p.B}, hs}, {{"B", p.B}, hs, {"N", p.N}}};
+    const Dims forms[] = {{}, {hs}, {{"B", p.B}, hs}, {{"B", p.B}, hs, {"N", p.N}}};
     if (t->ndim < 0 || t->ndim > 3)
       fail(LC_INVALID, "log_decay: expected a scalar, [Hs], [B, Hs] or [B, Hs, N], got %d dimensions", t->ndim);
     c.shape("log_decay", *t, forms[t->ndim], t->ndim == 3);
@@ -333,7 +377,8 @@ Checker structure(const lc_args& a) {
     if (!same(t->dtype, {LC_INT, 32, 1}) && !same(t->dtype, {LC_INT, 64, 1}))
       fail(LC_DTYPE, "cu_seqlens: expected dtype int32 or int64, got %s", dtype_text(t->dtype).c_str());
     c.memory("cu_seqlens", *t);
-    if (p.B != 1) fail(LC_INVALID, "cu_seqlens: expected B = 1 with packed sequences, got B = %lld", static_cast<long long>(p.B));
+    if (p.B != 1)
+      fail(LC_INVALID, "cu_seqlens: expected B = 1 with packed sequences, got B = %lld", static_cast<long long>(p.B));
     p.cu_bits = t->dtype.bits, p.cu_seqlens = c.view(*t, false).data;
     sequences = t->shape[0] - 1;
   }
@@ -341,7 +386,7 @@ Checker structure(const lc_args& a) {
   const Type state_type = p.type == Type::f64 ? Type::f64 : Type::f32;
   const char* why = p.type == Type::f64 ? " with float64 inputs" : "";
   p.state_type = state_type;
-  const std::vector<Dim> state{{a.cu_seqlens ? "S" : "B", sequences}, hs, {"K", p.K}, {"V", p.V}};
+  const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, hs, {"K", p.K}, {"V", p.V}};
   if (decode) {
     c.absent("initial_state", a.initial_state, "LC_FORWARD (LC_DECODE updates final_state in place)");
     const lc_tensor& t = c.required("final_state", a.final_state);
@@ -354,11 +399,13 @@ Checker structure(const lc_args& a) {
     p.final_state = c.view(t, false), p.slots = t.shape[0];
     if (const lc_tensor* i = a.state_indices) {
       c.shape("state_indices", *i, {{"B", p.B}});
-      if (!same(i->dtype, {LC_INT, 32, 1})) fail(LC_DTYPE, "state_indices: expected dtype int32, got %s", dtype_text(i->dtype).c_str());
+      if (!same(i->dtype, {LC_INT, 32, 1}))
+        fail(LC_DTYPE, "state_indices: expected dtype int32, got %s", dtype_text(i->dtype).c_str());
       c.memory("state_indices", *i);
       p.state_indices = static_cast<const int32_t*>(c.view(*i, false).data);
     } else if (p.slots < p.B) {
-      fail(LC_INVALID, "final_state: expected at least %lld slots, one a sequence, got %lld", static_cast<long long>(p.B), static_cast<long long>(p.slots));
+      fail(LC_INVALID, "final_state: expected at least %lld slots, one a sequence, got %lld",
+           static_cast<long long>(p.B), static_cast<long long>(p.slots));
     }
   } else {
     c.absent("state_indices", a.state_indices, "LC_DECODE");
@@ -388,7 +435,8 @@ Problem check(const lc_args& args) {
   Checker c = structure(args);
   c.required("o", args.o);
   const Problem& p = c.p;
-  if (const lc_tensor* t = args.log_decay; t && !empty(*t)) p.decay_type == Type::f64 ? check_log_decay_values<double>(*t) : check_log_decay_values<float>(*t);
+  if (const lc_tensor* t = args.log_decay; t && !empty(*t))
+    p.decay_type == Type::f64 ? check_log_decay_values<double>(*t) : check_log_decay_values<float>(*t);
   if (p.cu_bits) check_cu_seqlens_values(p);
   if (p.state_indices) check_state_indices_values(p);
   return p;

@@ -23,10 +23,13 @@ extern const Methods table;
 Methods methods() {
   switch (isa()) {
 #ifdef LC_X86_ISAS
-    case Isa::avx512: return avx512::table;
-    case Isa::avx2: return avx2::table;
+    case Isa::avx512:
+      return avx512::table;
+    case Isa::avx2:
+      return avx2::table;
 #endif
-    default: return generic::table;
+    default:
+      return generic::table;
   }
 }
 
@@ -39,26 +42,29 @@ const Method& choose(const Problem& p, const char* name) {
   static const char* const wish = std::getenv("LEETCORE_METHOD");
   const char* argument = "method";
   if (name && !std::strcmp(name, "auto")) name = nullptr;
-  if (!name && wish && *wish && std::strcmp(wish, "auto") && p.op == LC_FORWARD) name = wish, argument = "LEETCORE_METHOD";
+  if (!name && wish && *wish && std::strcmp(wish, "auto") && p.op == LC_FORWARD)
+    name = wish, argument = "LEETCORE_METHOD";
 
   const Method* best = nullptr;
   double least = 0;
-  std::string known, reasons;
-  bool found = !name;
   for (const Method* m : methods()) {
-    known += std::string(", ") + m->info.name;
-    const char* why = refusal(*m, p);
-    reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");
-    if (name && std::strcmp(m->info.name, name)) continue;
-    found = true;
-    if (why) continue;
+    if ((name && std::strcmp(m->info.name, name)) || refusal(*m, p)) continue;
     const double us = m->cost(p).microseconds;
     if (!best || us < least) best = m, least = us;
   }
+  if (best) return *best;
+
+  std::string known, reasons;
+  bool found = !name;
+  for (const Method* m : methods()) {
+    const char* why = refusal(*m, p);
+    known += std::string(", ") + m->info.name;
+    reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");
+    found = found || !std::strcmp(m->info.name, name);
+  }
   if (!found) fail(LC_INVALID, "%s: unknown method '%s'; known are auto%s", argument, name, known.c_str());
-  if (!best && name) fail(LC_UNSUPPORTED, "%s: '%s' does not serve this problem:%s", argument, name, reasons.c_str());
-  if (!best) fail(LC_UNSUPPORTED, "no method serves this problem:%s", reasons.c_str());
-  return *best;
+  if (name) fail(LC_UNSUPPORTED, "%s: '%s' does not serve this problem:%s", argument, name, reasons.c_str());
+  fail(LC_UNSUPPORTED, "no method serves this problem:%s", reasons.c_str());
 }
 
 }  // namespace lc

@@ -25,8 +25,9 @@ struct Methods {
   const Method* const* end() const { return last; }
 };
 
-Methods methods();                                          // of every device; CPU rows of the instruction set in use
-const char* refusal(const Method& m, const Problem& p);     // why m does not serve p, nullptr if it does
-const Method& choose(const Problem& p, const char* name);   // nullptr or "auto": cheapest; throws Error with every reason
+Methods methods();                                       // of every device; CPU rows of the instruction set in use
+const char* refusal(const Method& m, const Problem& p);  // why m does not serve p, nullptr if it does
+const Method& choose(const Problem& p,
+                     const char* name);  // nullptr or "auto": cheapest; throws Error with every reason
 
 }  // namespace lc

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-// Functions of headers are always inlined: an out-of-line copy compiled for one instruction set could otherwise be linked
-// into code that runs on every machine.
+// Functions of headers are always inlined: an out-of-line copy compiled for one instruction set could otherwise be
+// linked into code that runs on every machine.
 #ifdef __CUDACC__
 #define LC_INLINE __host__ __device__ inline __attribute__((always_inline))
 #else
@@ -39,18 +39,18 @@ struct Problem {
   Type decay_type;  // of log_decay
   Decay decay;
   bool tf32;
-  int32_t cu_bits;                 // width of cu_seqlens' integers, 32 or 64; 0 when not packed
-  int64_t B;                       // sequences: the batch, or the packed sequences
-  int64_t N;                       // tokens of one batch entry; packed: of all sequences together
-  int64_t K, V;                    // key and value head dims
-  int64_t H, Hq, Hk, Hv, Hs;       // heads of o, q, k, v; distinct (k, v) pairs: states and decays
-  int64_t slots;                   // LC_DECODE: states in the pool
+  int32_t cu_bits;            // width of cu_seqlens' integers, 32 or 64; 0 when not packed
+  int64_t B;                  // sequences: the batch, or the packed sequences
+  int64_t N;                  // tokens of one batch entry; packed: of all sequences together
+  int64_t K, V;               // key and value head dims
+  int64_t H, Hq, Hk, Hv, Hs;  // heads of o, q, k, v; distinct (k, v) pairs: states and decays
+  int64_t slots;              // LC_DECODE: states in the pool
   double scale;
-  View q, k, v, o;                 // [B, H?, N, K|V]
-  View log_decay;                  // [B, Hs, N] of decay_type, broadcast by zero strides
-  View initial_state, final_state; // [B | slots, Hs, K, V] of state_type
-  const void* cu_seqlens;          // [B + 1]
-  const int32_t* state_indices;    // [B], stride 1, or nullptr: sequence b is slot b
+  View q, k, v, o;                  // [B, H?, N, K|V]
+  View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
+  View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
+  const void* cu_seqlens;           // [B + 1]
+  const int32_t* state_indices;     // [B], stride 1, or nullptr: sequence b is slot b
   void* workspace;
   size_t workspace_bytes;
   void* stream;
@@ -81,7 +81,8 @@ LC_INLINE Sequence sequence(const Problem& p, int64_t b) {
 // The slot of sequence b in the pool, -1: skip.
 LC_INLINE int64_t slot(const Problem& p, int64_t b) { return p.state_indices ? p.state_indices[b] : b; }
 
-// log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay finite.
+// log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay
+// finite.
 inline constexpr double kLog2e = 1.4426950408889634;
 LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
   if (p.decay == Decay::none) return 0;

@@ -1,7 +1,7 @@
 // python.cpp - the extension module leetcore._core. It uses the C ABI and nothing else of leetcore.
 //
-// What is particular to an array library comes as `lib`, an object of python/leetcore/arrays.py: how to export an array, to
-// copy one whose last dimension is not contiguous, to make an empty one, to hand back a result.
+// What is particular to an array library comes as `lib`, an object of python/leetcore/arrays.py: how to export an
+// array, to copy one whose last dimension is not contiguous, to make an empty one, to hand back a result.
 #include <leetcore/leetcore.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -42,28 +42,48 @@ void* scratch(size_t bytes) {
 
 void check(lc_status status) {
   switch (status) {
-    case LC_OK: return;
-    case LC_INVALID: raise(PyExc_ValueError, lc_last_error());
-    case LC_DTYPE: raise(PyExc_TypeError, lc_last_error());
-    case LC_UNSUPPORTED: raise(PyExc_NotImplementedError, lc_last_error());
-    case LC_MEMORY: raise(PyExc_MemoryError, lc_last_error());
-    default: raise(PyExc_RuntimeError, lc_last_error());
+    case LC_OK:
+      return;
+    case LC_INVALID:
+      raise(PyExc_ValueError, lc_last_error());
+    case LC_DTYPE:
+      raise(PyExc_TypeError, lc_last_error());
+    case LC_UNSUPPORTED:
+      raise(PyExc_NotImplementedError, lc_last_error());
+    case LC_MEMORY:
+      raise(PyExc_MemoryError, lc_last_error());
+    default:
+      raise(PyExc_RuntimeError, lc_last_error());
   }
 }
 
-// One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run and is
-// refused there.
+// An array library of arrays.py.
+struct Library {
+  nb::object object;
+  bool plain;  // arrays export themselves and results are as made
+  explicit Library(nb::object library) : object(std::move(library)), plain(nb::cast<bool>(object.attr("plain"))) {}
+
+  nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const {
+    return object.attr("empty")(shape, like, float_bits);
+  }
+  nb::object result(nb::object array) const { return plain ? array : object.attr("result")(array); }
+};
+
+// One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run
+// and is refused there.
 class Argument {
  public:
   const lc_tensor* tensor() const { return present_ ? &tensor_ : nullptr; }
   lc_tensor& get() { return tensor_; }
 
-  void read(const nb::object& lib, const char* name, nb::handle array, bool contiguous = true) {
+  void read(const Library& lib, const char* name, nb::handle array, bool contiguous = true) {
     if (array.is_none()) return;
     take<nb::ndarray<nb::ro>>(lib, name, array, false);
-    if (contiguous && scattered()) take<nb::ndarray<nb::ro>>(lib, name, lib.attr("contiguous")(array), false);
+    if (contiguous && scattered()) take<nb::ndarray<nb::ro>>(lib, name, lib.object.attr("contiguous")(array), false);
   }
-  void write(const nb::object& lib, const char* name, nb::handle array) { take<nb::ndarray<>>(lib, name, array, true); }
+  void write(const Library& lib, const char* name, nb::handle array) {
+    if (!array.is_none()) take<nb::ndarray<>>(lib, name, array, true);
+  }
 
   void number(double x, bool f64) {
     present_ = true;
@@ -88,15 +108,12 @@ class Argument {
 
  private:
   template <class Array>
-  void take(const nb::object& lib, const char* name, nb::handle array, bool writable) {
-    nb::object exported = lib.attr("export")(name, array, writable);
+  void take(const Library& lib, const char* name, nb::handle array, bool writable) {
     Array view;
-    if (!nb::try_cast<Array>(exported, view, false)) {
-      exported = lib.attr("repair")(name, array, writable);
-      if (!nb::try_cast<Array>(exported, view, false))
-        raise(PyExc_TypeError, std::string(name) + (writable ? ": expected a writable array, got one that cannot be exported for writing"
-                                                             : ": expected an array, got one that cannot be exported"));
-    }
+    if (!nb::try_cast<Array>(lib.plain ? array : lib.object.attr("export")(name, array, writable), view, false) &&
+        !nb::try_cast<Array>(lib.object.attr("repair")(name, array, writable), view, false))
+      raise(PyExc_TypeError, std::string(name) + ": expected an array that can be exported" +
+                                 (writable ? " for writing" : "") + ", got one that cannot");
     hold_ = nb::ndarray<nb::ro>(view);
     present_ = true;
     tensor_.data = const_cast<void*>(hold_.data());
@@ -125,7 +142,7 @@ bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bit
 
 // One call: its arrays and its lc_args.
 struct Call {
-  nb::object lib;
+  Library lib;
   Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
   lc_args args = {};
 
@@ -133,12 +150,10 @@ struct Call {
        const char* method, bool bnhd, bool tf32, uintptr_t stream)
       : lib(std::move(library)) {
     q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
-    if (decay.is_none()) {
-    } else if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr())) {
+    if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr()))
       log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
-    } else {
+    else
       log_decay.read(lib, "log_decay", decay, false);
-    }
     args.struct_size = sizeof args;
     args.op = op;
     args.method = method;
@@ -147,18 +162,21 @@ struct Call {
     args.stream = reinterpret_cast<void*>(stream);
   }
 
-  void prepare() {
+  void fill() {
     args.q = q.tensor(), args.k = k.tensor(), args.v = v.tensor(), args.log_decay = log_decay.tensor();
     args.initial_state = initial_state.tensor(), args.cu_seqlens = cu_seqlens.tensor();
     args.state_indices = state_indices.tensor();
     args.o = o.tensor(), args.final_state = final_state.tensor();
+  }
+
+  // Checks everything but values: the shapes may be relied upon afterwards.
+  void check_structure() {
+    fill();
     check(lc_workspace(&args, &args.workspace_bytes));
   }
 
-  // A new array of the caller's library, of the dtype of `like` unless float_bits says 32 or 64.
-  nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const { return lib.attr("empty")(shape, like, float_bits); }
-
   void run() {
+    fill();
     args.workspace = scratch(args.workspace_bytes);
     lc_status status;
     {
@@ -167,36 +185,38 @@ struct Call {
     }
     check(status);
   }
+
+  int64_t heads(int axis) const {
+    return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]});
+  }
 };
 
-int64_t most_heads(const Call& c, int axis) { return std::max({c.args.q->shape[axis], c.args.k->shape[axis], c.args.v->shape[axis]}); }
-
-nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay, nb::handle initial_state,
-                   nb::handle cu_seqlens, nb::object out, double scale, const char* method, bool bnhd, bool tf32,
-                   uintptr_t stream, bool return_state) {
+nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
+                   nb::handle initial_state, nb::handle cu_seqlens, nb::object out, double scale, const char* method,
+                   bool bnhd, bool tf32, uintptr_t stream, bool return_state) {
   Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-  if (!out.is_none()) c.o.write(c.lib, "out", out);
-  c.prepare();
+  c.o.write(c.lib, "out", out);
+  c.check_structure();
 
-  const int heads = bnhd ? 2 : 1;
+  const int axis = bnhd ? 2 : 1;
   const lc_tensor &tq = *c.args.q, &tk = *c.args.k, &tv = *c.args.v;
-  const int64_t H = most_heads(c, heads), Hs = std::max(tk.shape[heads], tv.shape[heads]), N = tq.shape[3 - heads];
+  const int64_t B = tq.shape[0], N = tq.shape[3 - axis], K = tk.shape[3], V = tv.shape[3];
   if (out.is_none()) {
-    out = c.empty(nb::make_tuple(tq.shape[0], bnhd ? N : H, bnhd ? H : N, tv.shape[3]), v);
+    const int64_t H = c.heads(axis);
+    out = c.lib.empty(bnhd ? nb::make_tuple(B, N, H, V) : nb::make_tuple(B, H, N, V), v);
     c.o.write(c.lib, "out", out);
   }
   nb::object state;
   if (return_state) {
-    const int64_t sequences = c.args.cu_seqlens ? c.args.cu_seqlens->shape[0] - 1 : tq.shape[0];
-    state = c.empty(nb::make_tuple(sequences, Hs, tk.shape[3], tv.shape[3]), v, is_f64(tq) ? 64 : 32);
+    const int64_t sequences = c.args.cu_seqlens ? c.args.cu_seqlens->shape[0] - 1 : B;
+    state = c.lib.empty(nb::make_tuple(sequences, std::max(tk.shape[axis], tv.shape[axis]), K, V), v, is_f64(tq) ? 64 : 32);
     c.final_state.write(c.lib, "final_state", state);
   }
-  c.prepare();
   c.run();
-  out = c.lib.attr("result")(out);
-  return return_state ? nb::object(nb::make_tuple(out, c.lib.attr("result")(state))) : out;
+  out = c.lib.result(out);
+  return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
 }
 
 nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
@@ -204,30 +224,28 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
   Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, scale, nullptr, false, false, stream);
   c.final_state.write(c.lib, "state", state);
   c.state_indices.read(c.lib, "state_indices", state_indices);
-  if (!out.is_none()) c.o.write(c.lib, "out", out);
+  c.o.write(c.lib, "out", out);
   const bool one_token = c.q.get().ndim == 3;
-  if (one_token) {
+  if (one_token)
     for (Argument* a : {&c.q, &c.k, &c.v, &c.o}) a->insert_token();
-  }
-  c.prepare();
+  c.check_structure();
   if (out.is_none()) {
-    const lc_tensor &tq = *c.args.q, &tv = *c.args.v;
-    const int64_t H = most_heads(c, 1);
-    out = c.empty(one_token ? nb::make_tuple(tq.shape[0], H, tv.shape[3]) : nb::make_tuple(tq.shape[0], H, tq.shape[2], tv.shape[3]), v);
+    const int64_t B = c.args.q->shape[0], H = c.heads(1), T = c.args.q->shape[2], V = c.args.v->shape[3];
+    out = c.lib.empty(one_token ? nb::make_tuple(B, H, V) : nb::make_tuple(B, H, T, V), v);
     c.o.write(c.lib, "out", out);
     if (one_token) c.o.insert_token();
-    c.prepare();
   }
   c.run();
-  return c.lib.attr("result")(out);
+  return c.lib.result(out);
 }
 
-std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay, nb::handle initial_state,
-                    nb::handle cu_seqlens, double scale, const char* method, bool bnhd, bool tf32, uintptr_t stream) {
+std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
+                    nb::handle initial_state, nb::handle cu_seqlens, double scale, const char* method, bool bnhd,
+                    bool tf32, uintptr_t stream) {
   Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-  c.prepare();
+  c.check_structure();
   std::string text(16384, '\0');
   check(lc_explain(&c.args, text.data(), text.size()));
   text.resize(std::strlen(text.c_str()));
@@ -237,8 +255,9 @@ std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb
 // A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
 template <class Array>
 nb::object bits_as_bfloat16(nb::handle array, Array bits) {
-  return nb::cast(Array(bits.data(), bits.ndim(), reinterpret_cast<const size_t*>(bits.shape_ptr()), array, bits.stride_ptr(),
-                        nb::dlpack::dtype{uint8_t(LC_BFLOAT), 16, 1}, bits.device_type(), bits.device_id()));
+  return nb::cast(Array(bits.data(), bits.ndim(), reinterpret_cast<const size_t*>(bits.shape_ptr()), array,
+                        bits.stride_ptr(), nb::dlpack::dtype{uint8_t(LC_BFLOAT), 16, 1}, bits.device_type(),
+                        bits.device_id()));
 }
 nb::object as_bfloat16(nb::handle array) {
   nb::ndarray<> writable;
@@ -248,7 +267,8 @@ nb::object as_bfloat16(nb::handle array) {
 
 nb::list methods() {
   nb::list rows;
-  for (int i = 0; const lc_method_info* m = lc_method(i); ++i) rows.append(nb::make_tuple(m->name, m->device, m->idea, m->paper));
+  for (int i = 0; const lc_method_info* m = lc_method(i); ++i)
+    rows.append(nb::make_tuple(m->name, m->device, m->idea, m->paper));
   if (!nb::len(rows)) raise(PyExc_RuntimeError, lc_last_error());
   return rows;
 }
@@ -263,12 +283,13 @@ std::string build_info() {
 
 NB_MODULE(_core, m) {
   using namespace nb::literals;
-  m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(), "initial_state"_a.none(),
-        "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a, "return_state"_a);
+  m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a,
+        "stream"_a, "return_state"_a);
   m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
         "out"_a.none(), "scale"_a, "stream"_a);
-  m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(), "cu_seqlens"_a.none(),
-        "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
+  m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
+        "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
   m.def("methods", &methods);
   m.def("build_info", &build_info);

@@ -1,4 +1,5 @@
-// decay.h - the weights of one chunk of tokens, from log-decays in base 2. With cum_i = L_1 + ... + L_i within the chunk,
+// decay.h - the weights of one chunk of tokens, from log-decays in base 2. With cum_i = L_1 + ... + L_i within the
+// chunk,
 //
 //   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
 //   in[i]      = 2^cum_i                        the state before the chunk at token i

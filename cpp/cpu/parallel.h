@@ -12,14 +12,15 @@ int num_threads();
 void set_num_threads(int n);  // n < 1: the default
 const char* openmp_version();
 
-// Calls body(context, worker, workers) for worker = 0 ... workers - 1 at the same time, each with denormals flushed to zero.
-// Where fewer threads than wished for can be had (inside another parallel region, say), workers is 1.
+// Calls body(context, worker, workers) for worker = 0 ... workers - 1 at the same time, each with denormals flushed to
+// zero. Where fewer threads than wished for can be had (inside another parallel region, say), workers is 1.
 void run_workers(int wished, void (*body)(void* context, int worker, int workers), void* context);
 
 // The same with a lambda body(worker, workers).
 template <class F>
 LC_INLINE void run_workers(int wished, F&& body) {
-  run_workers(wished, [](void* f, int w, int workers) { (*static_cast<std::remove_reference_t<F>*>(f))(w, workers); }, &body);
+  run_workers(
+      wished, [](void* f, int w, int workers) { (*static_cast<std::remove_reference_t<F>*>(f))(w, workers); }, &body);
 }
 
 // As many workers as threads, but not more than tasks, nor than the work pays for: waking one costs some microseconds.
@@ -35,7 +36,8 @@ class Barrier {
   std::atomic<unsigned> phase_{0};
 };
 
-// A 64-byte aligned scratch area cut into pieces, measured by the same code that cuts it: with base nullptr it only adds up.
+// A 64-byte aligned scratch area cut into pieces, measured by the same code that cuts it: with base nullptr it only
+// adds up.
 class Arena {
  public:
   LC_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}

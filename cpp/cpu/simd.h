@@ -1,6 +1,6 @@
-// simd.h - the CPU's instructions, named: vectors of T, as wide as the instruction set this file is compiled for has them.
-// The only file with intrinsics. Vectors are the compiler's own (GCC and Clang vector extensions), so +, *, ?: and
-// comparisons work as written, a scalar operand is broadcast, and a * b + c becomes one FMA (-ffp-contract=fast).
+// simd.h - the CPU's instructions, named: vectors of T, as wide as the instruction set this file is compiled for has
+// them. The only file with intrinsics. Vectors are the compiler's own (GCC and Clang vector extensions), so +, *, ?:
+// and comparisons work as written, a scalar operand is broadcast, and a * b + c becomes one FMA (-ffp-contract=fast).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -38,9 +38,9 @@ struct Simd {
   using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
-  typedef Int Ivec __attribute__((vector_size(kVectorBytes)));                               // what comparisons yield
+  typedef Int Ivec __attribute__((vector_size(kVectorBytes)));  // what comparisons yield
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));                            // as many 16-bit values
+  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));  // as many 16-bit values
   typedef uint16_t HalfUnaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 };
 template <class T>
@@ -192,8 +192,8 @@ LC_INLINE Vec<T> exp2(Vec<T> x) {
   return x < kLowest ? Vec<T>{} : e;
 }
 
-// Transposes a kLanes x kLanes block held in registers: at distance d = kLanes/2, ..., 1 rows i and i + d swap the blocks
-// of d lanes off the diagonal.
+// Transposes a kLanes x kLanes block held in registers: at distance d = kLanes/2, ..., 1 rows i and i + d swap the
+// blocks of d lanes off the diagonal.
 template <class T>
 LC_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   detail::transpose_steps<T, kLanes<T> / 2>(r, std::make_integer_sequence<int, kLanes<T>>{});

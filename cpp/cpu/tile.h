@@ -1,5 +1,6 @@
 // tile.h - the tile verbs of the CPU: load, zero, mma, map, store; the same names and meanings as on the GPU, so that a
-// method's two sources read alike. T is the accumulator's type (float, double), E the storage type of the caller's tensors.
+// method's two sources read alike. T is the accumulator's type (float, double), E the storage type of the caller's
+// tensors.
 #pragma once
 #include "simd.h"
 
@@ -12,10 +13,14 @@ using Accumulator = std::conditional_t<std::is_same_v<E, double>, double, float>
 template <class F>
 LC_INLINE void with_type(Type t, F&& f) {
   switch (t) {
-    case Type::f64: return f(double{});
-    case Type::f32: return f(float{});
-    case Type::f16: return f(f16{});
-    case Type::bf16: return f(bf16{});
+    case Type::f64:
+      return f(double{});
+    case Type::f32:
+      return f(float{});
+    case Type::f16:
+      return f(f16{});
+    case Type::bf16:
+      return f(bf16{});
   }
 }
 
@@ -36,7 +41,8 @@ struct Matrix {
   LC_INLINE T* row(int64_t i) const { return data + i * ld; }
 };
 
-// ---- register tiles: M rows of N vectors ------------------------------------------------------------------------------
+// ---- register tiles: M rows of N vectors
+// ------------------------------------------------------------------------------
 
 template <class T, int M_, int N_>
 struct Tile {
@@ -90,7 +96,8 @@ LC_INLINE void store(Matrix<T> to, const Tile<T, M, N>& c) {
     for (int j = 0; j < N; ++j) store<T>(to.row(i) + j * kLanes<T>, c.x[i][j]);
 }
 
-// The widest tile, and the tallest of each width, whose accumulators, one row of b and one element of a fit the registers.
+// The widest tile, and the tallest of each width, whose accumulators, one row of b and one element of a fit the
+// registers.
 constexpr int kTileWidth = kRegisters == 32 ? 4 : 2;
 constexpr int tile_height(int width) {
   return kRegisters == 32 ? (width == 4 ? 6 : width == 3 ? 8 : 12) : kVectorBytes == 32 ? (width == 2 ? 6 : 8) : 4;
@@ -102,6 +109,14 @@ struct Panels {
   LC_INLINE explicit Panels(int vectors) : n(vectors), count((vectors + kTileWidth - 1) / kTileWidth) {}
   LC_INLINE int begin(int panel) const { return n * panel / count; }
   LC_INLINE int width(int panel) const { return begin(panel + 1) - begin(panel); }
+  template <class T>
+  LC_INLINE int column(int panel) const {
+    return begin(panel) * kLanes<T>;
+  }
+  template <class T>
+  LC_INLINE int columns(int panel) const {
+    return width(panel) * kLanes<T>;
+  }
 };
 
 namespace detail {
@@ -140,7 +155,8 @@ LC_INLINE void for_tiles(int begin, int end, int c, int width, F&& f) {
   if (width == 1) return detail::tiles_of_width<T, 1>(f, begin, end, c);
 }
 
-// ---- matrices in memory -----------------------------------------------------------------------------------------------
+// ---- matrices in memory
+// -----------------------------------------------------------------------------------------------
 
 // One row, widened to T and padded with zeros to whole vectors.
 template <class T, class E>

@@ -1,5 +1,5 @@
-// tokens.h - up to C consecutive tokens of one head, ready for matrix products: Q and V row-major, K transposed, as numbers of
-// the accumulator's type T, with their decay weights (decay.h).
+// tokens.h - up to C consecutive tokens of one head, ready for matrix products: Q and V row-major, K transposed, as
+// numbers of the accumulator's type T, with their decay weights (decay.h).
 #pragma once
 #include <algorithm>
 
@@ -10,13 +10,10 @@ namespace lc::LC_ISA {
 constexpr int C = 64;      // tokens of a chunk
 constexpr int kBand = 16;  // rows of the scores that share their last column: whole vectors in every type
 
-// Rows that are farther apart than this (in elements) are copied together: they would compete for the same cache sets.
-constexpr int64_t kDirectStride = 1024;
-
 template <class E, class T = Accumulator<E>>
 struct Tokens {
   ChunkDecay<T> decay;
-  Matrix<const T> q{}, v{};
+  Matrix<const T> q{};
   T* keys;    // [K, C]
   T* scores;  // [C, C], see score()
   int64_t t = 0;
@@ -28,6 +25,13 @@ struct Tokens {
         scores(arena.take<T>(C * C)),
         q_copy_(arena.take<T>(C * padded<T>(p.K))),
         v_copy_(arena.take<T>(C * padded<T>(p.V))) {}
+
+  // V's vectors from c on, within one of the panels it was loaded by.
+  LC_INLINE Matrix<const T> v(const Panels& panels, int panel, int c) const {
+    if (v_ld_) return {v_ + c * kLanes<T>, v_ld_};
+    return {v_ + C * panels.template column<T>(panel) + (c - panels.begin(panel)) * kLanes<T>,
+            panels.template columns<T>(panel)};
+  }
 
   // Once per worker: products read whole tiles of scores, a little to the right of what score() writes.
   LC_INLINE void clear_scores() { std::memset(scores, 0, sizeof(T) * C * C); }
@@ -48,13 +52,19 @@ struct Tokens {
     }
   }
 
-  LC_INLINE void load_keys_values(const Problem& p, const Sequence& s, int64_t hs) {
-    load_transposed<T>(Matrix<T>{keys, C}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n, int(p.K));
+  LC_INLINE void load_keys_values(const Problem& p, const Sequence& s, int64_t hs, const Panels& panels) {
+    load_transposed<T>(Matrix<T>{keys, C}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n,
+                       int(p.K));
     const Matrix<const E> from{p.v.at<const E>(s.row, v_head(p, hs), t), p.v.stride[2]};
-    v = {v_copy_, padded<T>(p.V)};
+    v_ = v_copy_, v_ld_ = 0;
     if constexpr (std::is_same_v<E, T>)
-      if (p.V % kLanes<T> == 0 && from.ld >= 0 && from.ld <= kDirectStride) v = from;
-    if (v.data == v_copy_) load<T>(Matrix<T>{v_copy_, v.ld}, from, n, int(p.V));
+      if (p.V % kLanes<T> == 0 && from.ld == p.V && panels.count == 1) v_ = from.data, v_ld_ = from.ld;
+    if (v_ == v_copy_)
+      for (int i = 0; i < panels.count; ++i) {
+        const int column = panels.template column<T>(i), wide = panels.template columns<T>(i);
+        load<T>(Matrix<T>{v_copy_ + C * column, wide}, Matrix<const E>{from.data + column, from.ld}, n,
+                std::min(wide, int(p.V) - column));
+      }
   }
 
   // scores_ij = scale [j <= i] mask_ij q_i.k_j, zero right of the diagonal as far as a band of rows reaches
@@ -64,16 +74,17 @@ struct Tokens {
     for (int band = 0; band < n; band += kBand) {
       const Panels panels(vectors<T>(band + kBand));
       for (int panel = 0; panel < panels.count; ++panel)
-        for_tiles<T>(band, n < band + kBand ? n : band + kBand, panels.begin(panel), panels.width(panel), [&](auto& a, int i0, int c) {
-          const int j0 = c * kLanes<T>;
-          zero(a);
-          mma(a, {q.row(i0), q.ld}, {keys + j0, C}, int(p.K));
-          map(a, [&](int i, int j, Vec<T> x) {
-            x = x * (load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
-            return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
-          });
-          store(Matrix<T>{scores + i0 * C + j0, C}, a);
-        });
+        for_tiles<T>(band, n < band + kBand ? n : band + kBand, panels.begin(panel), panels.width(panel),
+                     [&](auto& a, int i0, int c) {
+                       const int j0 = c * kLanes<T>;
+                       zero(a);
+                       mma(a, {q.row(i0), q.ld}, {keys + j0, C}, int(p.K));
+                       map(a, [&](int i, int j, Vec<T> x) {
+                         x = x * (load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
+                         return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
+                       });
+                       store(Matrix<T>{scores + i0 * C + j0, C}, a);
+                     });
     }
   }
 
@@ -87,6 +98,8 @@ struct Tokens {
 
  private:
   T *q_copy_, *v_copy_;
+  const T* v_;
+  int64_t v_ld_;  // 0: panels, each of them contiguous
 };
 
 }  // namespace lc::LC_ISA

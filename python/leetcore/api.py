@@ -10,6 +10,9 @@ from .arrays import Array, library_of
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["ieee", "tf32"]
 
+_FORWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "out")
+_DECODE = ("q", "k", "v", "state", "log_decay", "state_indices", "out")
+
 
 def linear_attention(
     q: Array,
@@ -61,15 +64,7 @@ def linear_attention(
         ValueError, TypeError: an argument breaks the rules above; the text names it, what it was and what is allowed.
         NotImplementedError: no method, or not the named one, serves the problem.
     """
-    lib = library_of(
-        q,
-        ("k", k),
-        ("v", v),
-        ("log_decay", log_decay),
-        ("initial_state", initial_state),
-        ("cu_seqlens", cu_seqlens),
-        ("out", out),
-    )
+    lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens, out)
     return _core.forward(
         lib,
         q,
@@ -116,15 +111,7 @@ def decode_step(
     Returns:
         o, [B, H, V] or [B, H, T, V]. Raises as `linear_attention`.
     """
-    lib = library_of(
-        q,
-        ("k", k),
-        ("v", v),
-        ("state", state),
-        ("log_decay", log_decay),
-        ("state_indices", state_indices),
-        ("out", out),
-    )
+    lib = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out)
     return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, scale, stream or 0)
 
 
@@ -142,9 +129,7 @@ def explain(
     precision: Precision | None = None,
 ) -> str:
     """Which method `linear_attention` would run for these arguments (marked *), what each one predicts, why others refuse."""
-    lib = library_of(
-        q, ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state), ("cu_seqlens", cu_seqlens)
-    )
+    lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens)
     return _core.explain(
         lib, q, k, v, log_decay, initial_state, cu_seqlens, scale, method, _bnhd(layout), _tf32(precision), 0
     )

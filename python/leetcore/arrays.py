@@ -2,6 +2,7 @@
 
 A library here is an object with
 
+- ``plain``: whether ``export`` and ``result`` return what they are given, so that they need not be called;
 - ``owns(array)``: whether the array is of this library;
 - ``export(name, array, writable)``: what the extension module imports through DLPack or the buffer protocol, usually
   the array itself; raises for an array that must not be used as it is;
@@ -25,6 +26,7 @@ Array = Any
 
 class NumPy:
     name = "numpy"
+    plain = True
 
     def owns(self, array: Array) -> bool:
         return isinstance(array, np.ndarray)
@@ -51,6 +53,7 @@ class NumPy:
 
 class Torch:
     name = "torch"
+    plain = False
 
     def owns(self, array: Array) -> bool:
         torch = sys.modules.get("torch")
@@ -89,6 +92,8 @@ class Torch:
 
 class Immutable(NumPy):
     """Libraries whose arrays are never written: results are made by numpy and handed over."""
+
+    plain = False
 
     def __init__(self, name: str, convert: Any) -> None:
         self.name = name
@@ -193,12 +198,13 @@ def _find(name: str, array: Array) -> Library:
     return library
 
 
-def library_of(first: Array, *others: tuple[str, Array]) -> Library:
+def library_of(names: tuple[str, ...], *arrays: Array) -> Library:
     """The library all arrays are of; None and Python numbers are of every one. Raises TypeError for a mixture."""
-    library = _of_type.get(type(first)) or _find("q", first)
-    for name, array in others:
-        if array is None or type(array) is type(first) or isinstance(array, (float, int)):
+    kind = type(arrays[0])
+    library = _of_type.get(kind) or _find(names[0], arrays[0])
+    for name, array in zip(names, arrays):
+        if array is None or type(array) is kind or isinstance(array, (float, int)):
             continue
         if (found := _of_type.get(type(array)) or _find(name, array)) is not library:
-            raise TypeError(f"{name}: expected an array of {library.name} like q, got one of {found.name}")
+            raise TypeError(f"{name}: expected an array of {library.name} like {names[0]}, got one of {found.name}")
     return library

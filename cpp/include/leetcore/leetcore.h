@@ -93,12 +93,12 @@ typedef struct lc_args {
   const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
   const lc_tensor* state_indices; /* LC_DECODE: int32 [B], the slot of each sequence in final_state, -1 skips it (its
                                      output rows become 0). Absent: sequence b uses slot b */
-  const lc_tensor* cu_seqlens;    /* LC_FORWARD: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S sequences
-                                     packed one behind the other along the token axis */
-  const lc_tensor* o;             /* [B, H, N, V], written */
-  const lc_tensor* final_state;   /* LC_FORWARD: [B, Hs, K, V] ([S, ...] with cu_seqlens), written; may be initial_state.
-                                     LC_DECODE: the pool [slots, Hs, K, V], read and updated in place */
-  const lc_tensor* d_o;           /* LC_BACKWARD: gradients of o and final_state, read; the others written */
+  const lc_tensor* cu_seqlens; /* LC_FORWARD: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S sequences
+                                  packed one behind the other along the token axis */
+  const lc_tensor* o;          /* [B, H, N, V], written */
+  const lc_tensor* final_state; /* LC_FORWARD: [B, Hs, K, V] ([S, ...] with cu_seqlens), written; may be initial_state.
+                                   LC_DECODE: the pool [slots, Hs, K, V], read and updated in place */
+  const lc_tensor* d_o;         /* LC_BACKWARD: gradients of o and final_state, read; the others written */
   const lc_tensor* d_final_state;
   const lc_tensor* d_q;
   const lc_tensor* d_k;
@@ -113,8 +113,8 @@ typedef struct lc_args {
 /* Runs the problem. Everything is validated before anything is written. */
 LC_API lc_status lc_run(const lc_args* args);
 
-/* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no tensor's
- * values; o may be absent (an LC_FORWARD caller can size o from a validated problem). */
+/* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no
+ * tensor's values; o may be absent (an LC_FORWARD caller can size o from a validated problem). */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
 /* Writes which method serves the problem, what each one predicts and why others do not, one line a method, as a
@@ -130,8 +130,8 @@ LC_API const lc_method_info* lc_method(int index); /* in the order of the table;
 LC_API const char* lc_last_error(void);            /* of this thread, until its next failing call; "" if none failed */
 LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
 
-/* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda, openmp.
- * The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
+/* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda,
+ * openmp. The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
 LC_API const char* lc_build_info(void);
 
 /* Threads of the CPU methods, for the whole process: LEETCORE_NUM_THREADS, else one per available core. n < 1 restores

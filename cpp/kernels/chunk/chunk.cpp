@@ -1,12 +1,12 @@
 // chunk.cpp - CPU: the sequence in chunks of C tokens; matrix products inside a chunk, one state between chunks.
 //
-//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j            weights in, mask, out, total: cpu/decay.h
-//   S = total S + (diag(out) K)^T V
+//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j            weights in, mask, out, total:
+//   cpu/decay.h S = total S + (diag(out) K)^T V
 //
 //   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] kept as column panels, one register tile wide
 //   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 3K + 2V) numbers, whatever N
-//   workers: one (sequence, state) each; with fewer of those, its q heads; else a team shares one and splits the columns of V
-//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
+//   workers: one (sequence, state) each; with fewer of those, its q heads; else a team shares one and splits the
+//   columns of V Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include <algorithm>
 #include <new>
 
@@ -55,19 +55,16 @@ struct Columns {
   bool live = false;  // the state is not zero
 
   Columns(const Problem& problem, T* shared_state, T* copy, int member, int team)
-      : p(problem),
-        panels(vectors<T>(p.V)),
-        first(0),
-        last(panels.count),
-        state(shared_state),
-        o_copy(copy) {
+      : p(problem), panels(vectors<T>(p.V)), first(0), last(panels.count), state(shared_state), o_copy(copy) {
     if (team > 1) {
       panels.count = std::max(panels.count, team);
       first = panels.count * member / team, last = panels.count * (member + 1) / team;
     }
   }
 
-  Matrix<T> state_panel(int panel) const { return {state + p.K * panels.begin(panel) * kLanes<T>, panels.width(panel) * kLanes<T>}; }
+  Matrix<T> state_panel(int panel) const {
+    return {state + p.K * panels.begin(panel) * kLanes<T>, panels.width(panel) * kLanes<T>};
+  }
   int column(int panel) const { return panels.begin(panel) * kLanes<T>; }
   int columns(int panel) const { return std::min(int(p.V), panels.begin(panel + 1) * kLanes<T>) - column(panel); }
 
@@ -75,8 +72,9 @@ struct Columns {
     live = bool(p.initial_state);
     if (!live) return;
     for (int i = first; i < last; ++i)
-      load<T>(state_panel(i), Matrix<const T>{p.initial_state.at<const T>(b, hs, 0) + column(i), p.initial_state.stride[2]},
-              int(p.K), columns(i));
+      load<T>(state_panel(i),
+              Matrix<const T>{p.initial_state.at<const T>(b, hs, 0) + column(i), p.initial_state.stride[2]}, int(p.K),
+              columns(i));
   }
 
   void output(const Tokens<E>& chunk, const Sequence& s, int64_t h) {
@@ -96,7 +94,7 @@ struct Columns {
           mma(acc, {chunk.q.row(i0), chunk.q.ld}, {S.data, S.ld}, int(p.K));
           map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
         }
-        mma(acc, {chunk.scores + i0 * C, C}, {chunk.v.data + j0, chunk.v.ld}, std::min(chunk.n, i0 + acc.M));
+        mma(acc, {chunk.scores + i0 * C, C}, chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
         store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
       });
       if (!direct) {
@@ -117,7 +115,7 @@ struct Columns {
         } else {
           zero(acc);
         }
-        mma(acc, {chunk.keys + r * C, C}, {chunk.v.data + c * kLanes<T>, chunk.v.ld}, chunk.n);
+        mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, panel, c), chunk.n);
         store(Matrix<T>{S.row(r), S.ld}, acc);
       });
     }
@@ -176,23 +174,26 @@ struct Forward {
     for (int i = member; i < slots; i += plan.team) mine[i].clear_scores();
     Columns<E, T> columns(p, states + team * state_size, copies + worker * copy_size, member, plan.team);
     if (plan.team == 1) {
-      for (int64_t task; (task = next->fetch_add(1, std::memory_order_relaxed)) < plan.tasks;) alone(task, mine[0], columns);
+      for (int64_t task; (task = next->fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+        alone(task, mine[0], columns);
     } else {
       unsigned step = 0;
-      for (int64_t task = team; task < plan.tasks; task += plan.teams) together(task, mine, member, columns, barriers[team], step);
+      for (int64_t task = team; task < plan.tasks; task += plan.teams)
+        together(task, mine, member, columns, barriers[team], step);
     }
   }
 
   void alone(int64_t task, Tokens<E>& chunk, Columns<E, T>& columns) const {
     const int64_t part = task % plan.parts, hs = task / plan.parts % p.Hs, b = task / plan.parts / p.Hs;
-    const int64_t first = hs * group(p) + group(p) * part / plan.parts, last = hs * group(p) + group(p) * (part + 1) / plan.parts;
+    const int64_t first = hs * group(p) + group(p) * part / plan.parts,
+                  last = hs * group(p) + group(p) * (part + 1) / plan.parts;
     const Sequence s = sequence(p, b);
     const bool keep = p.final_state && part == 0;
     columns.begin(b, hs);
     chunk.decay.begin_head(p, s, hs);
     for (int64_t t = 0; t < s.length; t += C) {
       chunk.locate(s, t);
-      chunk.load_keys_values(p, s, hs);
+      chunk.load_keys_values(p, s, hs, columns.panels);
       for (int64_t h = first; h < last; ++h) {
         chunk.load_queries(p, s, h);
         chunk.score(p);
@@ -204,7 +205,8 @@ struct Forward {
   }
 
   // Each member prepares one of the next chunks, then all go through all of them, each for its own columns.
-  void together(int64_t task, Tokens<E>* mine, int member, Columns<E, T>& columns, Barrier& barrier, unsigned& step) const {
+  void together(int64_t task, Tokens<E>* mine, int member, Columns<E, T>& columns, Barrier& barrier,
+                unsigned& step) const {
     const int64_t h = task % p.H, hs = h / group(p), b = task / p.H;
     const Sequence s = sequence(p, b);
     const bool keep = p.final_state && h % group(p) == 0;
@@ -214,7 +216,7 @@ struct Forward {
       Tokens<E>* ready = mine + step % 2 * plan.team;
       if (t + member * C < s.length) {
         ready[member].locate(s, t + member * C);
-        ready[member].load_keys_values(p, s, hs);
+        ready[member].load_keys_values(p, s, hs, columns.panels);
         ready[member].load_queries(p, s, h);
         ready[member].score(p);
         ready[member].weigh_keys(p);
@@ -263,8 +265,12 @@ Cost cost(const Problem& p) { return predict(p, flop(p), /*efficiency=*/0.8, wor
 
 }  // namespace
 
-extern const Method chunk_cpu = {{"chunk", "cpu", "chunks of 64 tokens: matrix products inside, one state in cache between",
-                                  "Lightning Attention-2, arXiv:2401.04658"},
-                                 refuses, cost, workspace, run};
+extern const Method chunk_cpu = {
+    {"chunk", "cpu", "chunks of 64 tokens: matrix products inside, one state in cache between",
+     "Lightning Attention-2, arXiv:2401.04658"},
+    refuses,
+    cost,
+    workspace,
+    run};
 
 }  // namespace lc::LC_ISA

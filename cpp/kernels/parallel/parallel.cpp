@@ -1,11 +1,11 @@
 // parallel.cpp - CPU: the quadratic form, in blocks of C x C scores, so that no N x N array exists.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0),   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0),   S_N = sum_j 2^(G_N - G_j) k_j v_j^T +
+//   2^G_N S_0
 //
-//   Between a block I and an earlier one J the weight is in_i (product of the totals between) out_j: factors <= 1 that start
-//   anew at each block, whatever N (cpu/decay.h).  G: sums of log2 decays
-//   B H N (N+1)(K+V) flop; scratch per worker K V + C (C + 3K + 2V) numbers
-//   workers: row blocks of every head, the longest first; the final states
+//   Between a block I and an earlier one J the weight is in_i (product of the totals between) out_j: factors <= 1 that
+//   start anew at each block, whatever N (cpu/decay.h).  G: sums of log2 decays B H N (N+1)(K+V) flop; scratch per
+//   worker K V + C (C + 3K + 2V) numbers workers: row blocks of every head, the longest first; the final states
 //   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
 #include "../../cpu/cost.h"
 #include "../../cpu/tokens.h"
@@ -29,26 +29,27 @@ template <class E>
 struct Worker {
   using T = Accumulator<E>;
   const Problem& p;
+  const Panels panels;
   Tokens<E> rows, others;
   T *result, *state;  // [C, V] or [K, V], and S_0 padded to whole vectors
 
   Worker(const Problem& problem, Arena& arena)
       : p(problem),
+        panels(vectors<T>(p.V)),
         rows(arena, p),
         others(arena, p),
         result(arena.take<T>(std::max<int64_t>(C, p.K) * padded<T>(p.V))),
         state(arena.take<T>(p.K * padded<T>(p.V))) {}
 
-  // result (+)= weight a b
-  template <class Weight>
-  void accumulate(Matrix<const T> a, Matrix<const T> b, int m, int depth, bool first, Weight weight) const {
+  // result (+)= weight(row) a b, where b(panel, c) are b's vectors from c on
+  template <class B, class Weight>
+  void accumulate(Matrix<const T> a, B&& b, int m, int depth, bool first, Weight weight) const {
     const Matrix<T> to{result, padded<T>(p.V)};
-    const Panels panels(vectors<T>(p.V));
     for (int panel = 0; panel < panels.count; ++panel)
       for_tiles<T>(0, m, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
         const int j0 = c * kLanes<T>;
         zero(acc);
-        mma(acc, {a.row(i0), a.ld}, {b.data + j0, b.ld}, depth);
+        mma(acc, {a.row(i0), a.ld}, b(panel, c), depth);
         map(acc, [&](int i, int j, Vec<T> x) {
           x = x * weight(i0 + i);
           return first ? x : x + load<T>(to.row(i0 + i) + j0 + j);
@@ -57,9 +58,14 @@ struct Worker {
       });
   }
 
+  auto values(const Tokens<E>& tokens) const {
+    return [&](int panel, int c) { return tokens.v(panels, panel, c); };
+  }
+
   Matrix<const T> initial_state(int64_t b, int64_t hs) const {
     const Matrix<T> copy{state, padded<T>(p.V)};
-    load<T>(copy, Matrix<const T>{p.initial_state.at<const T>(b, hs, 0), p.initial_state.stride[2]}, int(p.K), int(p.V));
+    load<T>(copy, Matrix<const T>{p.initial_state.at<const T>(b, hs, 0), p.initial_state.stride[2]}, int(p.K),
+            int(p.V));
     return {copy.data, copy.ld};
   }
 
@@ -68,31 +74,35 @@ struct Worker {
     const T scale = T(p.scale);
     rows.decay.begin_head(p, s, hs), others.decay.begin_head(p, s, hs);
     rows.locate(s, block * C);
-    rows.load_keys_values(p, s, hs);
+    rows.load_keys_values(p, s, hs, panels);
     rows.load_queries(p, s, h);
     rows.score(p);
-    accumulate({rows.scores, C}, rows.v, rows.n, rows.n, true, [](int) { return T(1); });
+    accumulate({rows.scores, C}, values(rows), rows.n, rows.n, true, [](int) { return T(1); });
 
     const T* in = rows.decay.in;
+    const Panels across(vectors<T>(C));
     double between = 1;
     for (int64_t j = block - 1; j >= 0; --j) {
       others.locate(s, j * C);
-      others.load_keys_values(p, s, hs);
+      others.load_keys_values(p, s, hs, panels);
       others.weigh_keys(p, T(between));
-      for (int panel = 0, n = Panels(vectors<T>(C)).count; panel < n; ++panel) {
-        const Panels panels(vectors<T>(C));
-        for_tiles<T>(0, rows.n, panels.begin(panel), panels.width(panel), [&](auto& a, int i0, int c) {
+      for (int panel = 0; panel < across.count; ++panel) {
+        for_tiles<T>(0, rows.n, across.begin(panel), across.width(panel), [&](auto& a, int i0, int c) {
           zero(a);
           mma(a, {rows.q.row(i0), rows.q.ld}, {others.keys + c * kLanes<T>, C}, int(p.K));
           store(Matrix<T>{others.scores + i0 * C + c * kLanes<T>, C}, a);
         });
       }
-      accumulate({others.scores, C}, others.v, rows.n, others.n, false, [&](int i) { return in[i] * scale; });
+      accumulate({others.scores, C}, values(others), rows.n, others.n, false, [&](int i) { return in[i] * scale; });
       between *= double(others.decay.total);
     }
-    if (p.initial_state)
-      accumulate(rows.q, initial_state(b, hs), rows.n, int(p.K), false, [&](int i) { return T(in[i] * between) * scale; });
-    store<T>(Matrix<E>{p.o.at<E>(s.row, h, rows.t), p.o.stride[2]}, Matrix<const T>{result, padded<T>(p.V)}, rows.n, int(p.V));
+    if (p.initial_state) {
+      const Matrix<const T> s0 = initial_state(b, hs);
+      const auto vectors_of_s0 = [&](int, int c) { return Matrix<const T>{s0.data + c * kLanes<T>, s0.ld}; };
+      accumulate(rows.q, vectors_of_s0, rows.n, int(p.K), false, [&](int i) { return T(in[i] * between) * scale; });
+    }
+    store<T>(Matrix<E>{p.o.at<E>(s.row, h, rows.t), p.o.stride[2]}, Matrix<const T>{result, padded<T>(p.V)}, rows.n,
+             int(p.V));
   }
 
   void final_state(int64_t b, const Sequence& s, int64_t hs) {
@@ -102,17 +112,18 @@ struct Worker {
     std::memset(result, 0, sizeof(T) * size_t(p.K) * size_t(padded<T>(p.V)));
     for (int64_t j = blocks(s) - 1; j >= 0; --j) {
       others.locate(s, j * C);
-      others.load_keys_values(p, s, hs);
+      others.load_keys_values(p, s, hs, panels);
       others.weigh_keys(p, T(after));
-      accumulate({others.keys, C}, others.v, int(p.K), others.n, false, one);
+      accumulate({others.keys, C}, values(others), int(p.K), others.n, false, one);
       after *= double(others.decay.total);
     }
     if (p.initial_state) {
       const Matrix<const T> s0 = initial_state(b, hs);
-      for (int64_t i = 0; i < p.K * s0.ld; i += kLanes<T>) store<T>(result + i, load<T>(result + i) + load<T>(s0.data + i) * T(after));
+      for (int64_t i = 0; i < p.K * s0.ld; i += kLanes<T>)
+        store<T>(result + i, load<T>(result + i) + load<T>(s0.data + i) * T(after));
     }
-    store<T>(Matrix<T>{p.final_state.at<T>(b, hs, 0), p.final_state.stride[2]}, Matrix<const T>{result, padded<T>(p.V)}, int(p.K),
-             int(p.V));
+    store<T>(Matrix<T>{p.final_state.at<T>(b, hs, 0), p.final_state.stride[2]}, Matrix<const T>{result, padded<T>(p.V)},
+             int(p.K), int(p.V));
   }
 };
 
@@ -134,8 +145,8 @@ size_t workspace(const Problem& p) {
   return bytes;
 }
 
-// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final states come last: they may
-// overwrite the initial ones.
+// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final states come last: they
+// may overwrite the initial ones.
 void run(const Problem& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, blocks(sequence(p, b)));
@@ -154,7 +165,8 @@ void run(const Problem& p) {
       }
       if (!p.final_state) return;
       barrier.wait(granted);
-      for (int64_t i; (i = next_state.fetch_add(1)) < p.B * p.Hs;) worker.final_state(i / p.Hs, sequence(p, i / p.Hs), i % p.Hs);
+      for (int64_t i; (i = next_state.fetch_add(1)) < p.B * p.Hs;)
+        worker.final_state(i / p.Hs, sequence(p, i / p.Hs), i % p.Hs);
     });
   });
 }
@@ -165,8 +177,12 @@ Cost cost(const Problem& p) { return predict(p, flop(p), /*efficiency=*/0.7, wor
 
 }  // namespace
 
-extern const Method parallel_cpu = {{"parallel", "cpu", "every pair of tokens: masked scores times values, block by block",
-                                     "Katharopoulos et al. 2020, arXiv:2006.16236"},
-                                    refuses, cost, workspace, run};
+extern const Method parallel_cpu = {
+    {"parallel", "cpu", "every pair of tokens: masked scores times values, block by block",
+     "Katharopoulos et al. 2020, arXiv:2006.16236"},
+    refuses,
+    cost,
+    workspace,
+    run};
 
 }  // namespace lc::LC_ISA

@@ -1,9 +1,10 @@
-// recurrent.cpp - CPU: token by token, as the operator is defined; the one method that decodes, in place in a pool of states.
+// recurrent.cpp - CPU: token by token, as the operator is defined; the one method that decodes, in place in a pool of
+// states.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t          L: log2 decays
 //
-//   Rows of S do not depend on one another: blocks of rows that fit the L1 cache go through a tile of tokens, four at a time
-//   while a piece of a row is in registers, so that memory sees each state once per tile and once per decode call.
+//   Rows of S do not depend on one another: blocks of rows that fit the L1 cache go through a tile of tokens, four at a
+//   time while a piece of a row is in registers, so that memory sees each state once per tile and once per decode call.
 //   B (H 2KV + Hs 3KV) flop a token; scratch per worker K V + T (K (G+1) + V (G+1)) numbers, T <= 64 tokens, G = H / Hs
 //   workers: (sequence, state) pairs; with few of those, the columns of V as well
 //   Katharopoulos et al. 2020, arXiv:2006.16236
@@ -25,14 +26,15 @@ double flop(const Problem& p) { return double(tokens(p)) * double(p.K * p.V) * (
 // The tokens one pass over a block of rows takes: decay, k and q per row, v and the sums o in registers.
 template <class T>
 struct Pass {
-  const T* decay;      // [tokens]
-  Matrix<const T> k;   // [tokens, K]
-  Matrix<const T> v;   // [tokens, V]
-  Matrix<const T> q;   // [tokens or heads, K]
-  Matrix<T> o;         // [tokens or heads, V]
+  const T* decay;     // [tokens]
+  Matrix<const T> k;  // [tokens, K]
+  Matrix<const T> v;  // [tokens, V]
+  Matrix<const T> q;  // [tokens or heads, K]
+  Matrix<T> o;        // [tokens or heads, V]
 };
 
-// rows x N vectors of S at (r0, c): kTokens tokens of one q head, or one token of kHeads q heads; kUpdate: S moves on first.
+// rows x N vectors of S at (r0, c): kTokens tokens of one q head, or one token of kHeads q heads; kUpdate: S moves on
+// first.
 template <class T, int kTokens, int kHeads, int N, bool kUpdate>
 __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c) {
   constexpr int kSums = kTokens * kHeads;
@@ -113,13 +115,16 @@ struct Worker {
         v_copy(arena.take<T>(tile * padded<T>(p.V))),
         sums(arena.take<T>(tile * G * padded<T>(p.V))) {}
 
-  // Tokens [t, t + n) of (s, hs) for the vectors [c0, c1) of columns; block(r0, m, f) calls f with rows [r0, r0 + m) of the state.
+  // Tokens [t, t + n) of (s, hs) for the vectors [c0, c1) of columns; block(r0, m, f) calls f with rows [r0, r0 + m) of
+  // the state.
   template <class Block>
   void tokens_through(const Sequence& s, int64_t hs, int64_t t, int n, int c0, int c1, Block&& block) {
     const int Kp = padded<T>(p.K), Vp = padded<T>(p.V);
     const int begin = c0 * kLanes<T>, columns = std::min(int(p.V), c1 * kLanes<T>) - begin;
-    load<T>(Matrix<T>{k_copy, Kp}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n, int(p.K));
-    load<T>(Matrix<T>{v_copy + begin, Vp}, Matrix<const E>{p.v.at<const E>(s.row, v_head(p, hs), t) + begin, p.v.stride[2]}, n, columns);
+    load<T>(Matrix<T>{k_copy, Kp}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n,
+            int(p.K));
+    load<T>(Matrix<T>{v_copy + begin, Vp},
+            Matrix<const E>{p.v.at<const E>(s.row, v_head(p, hs), t) + begin, p.v.stride[2]}, n, columns);
     for (int64_t g = 0; g < G; ++g)  // [token, head]
       load<T>(Matrix<T>{q_copy + g * Kp, G * Kp},
               Matrix<const E>{p.q.at<const E>(s.row, q_head(p, hs * G + g), t), p.q.stride[2]}, n, int(p.K));
@@ -133,7 +138,11 @@ struct Worker {
       const int64_t m = std::min(rows, p.K - r0);
       block(r0, m, [&](Matrix<T> S) {
         const auto at = [&](int i, int64_t g) {
-          return Pass<T>{decay + i, {k_copy + i * Kp, Kp}, {v_copy + i * Vp, Vp}, {q_copy + (i * G + g) * Kp, Kp}, {sums + (i * G + g) * Vp, Vp}};
+          return Pass<T>{decay + i,
+                         {k_copy + i * Kp, Kp},
+                         {v_copy + i * Vp, Vp},
+                         {q_copy + (i * G + g) * Kp, Kp},
+                         {sums + (i * G + g) * Vp, Vp}};
         };
         int i = 0;
         if (G == 1)
@@ -170,7 +179,8 @@ struct Worker {
       tokens_through(s, hs, s.begin + t, int(std::min(tile, s.length - t)), c0, c1,
                      [&](int64_t r0, int64_t, auto&& f) { f(Matrix<T>{state + r0 * Vp, Vp}); });
     if (p.final_state)
-      for (int64_t r = 0; r < p.K; ++r) store_row<T>(p.final_state.at<T>(b, hs, r) + begin, state + r * Vp + begin, columns);
+      for (int64_t r = 0; r < p.K; ++r)
+        store_row<T>(p.final_state.at<T>(b, hs, r) + begin, state + r * Vp + begin, columns);
   }
 
   // The state in its slot of the pool, in storage type P: in place, or a block of rows at a time through scratch.
@@ -239,7 +249,8 @@ void run(const Problem& p) {
         else
           with_type(p.state_type, [&](auto s) {
             using P = decltype(s);
-            if constexpr (std::is_same_v<P, T> || (sizeof(P) == 2 && sizeof(T) == 4)) worker.template decode<P>(b, hs, c0, c1);
+            if constexpr (std::is_same_v<P, T> || (sizeof(P) == 2 && sizeof(T) == 4))
+              worker.template decode<P>(b, hs, c0, c1);
           });
       }
     });
@@ -252,8 +263,11 @@ Cost cost(const Problem& p) { return predict(p, flop(p), /*efficiency=*/0.45, wo
 
 }  // namespace
 
-extern const Method recurrent_cpu = {{"recurrent", "cpu", "token by token, as defined; decodes in place",
-                                      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-                                     refuses, cost, workspace, run};
+extern const Method recurrent_cpu = {
+    {"recurrent", "cpu", "token by token, as defined; decodes in place", "Katharopoulos et al. 2020, arXiv:2006.16236"},
+    refuses,
+    cost,
+    workspace,
+    run};
 
 }  // namespace lc::LC_ISA
