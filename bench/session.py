@@ -62,7 +62,7 @@ class Session:
             if not self.wants(rival.NAME):
                 continue
             factories = rival.decode(p, self.quick) if isinstance(p, DecodeProblem) else rival.forward(p, self.quick)
-            kept, failed = harness.tune(factories, p, keep=rival.KEEP, tick=self.tick)
+            kept, failed = harness.tune(factories, p, rival.KEEP, 2 if self.quick else 6, self.tick)
             for c in kept:
                 label = f"{rival.NAME}: {c.name}" if c.name else rival.NAME
                 rows.append(self.row(section, label, p, call=c.call, error=c.error, note=rival.NAME))

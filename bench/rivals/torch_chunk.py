@@ -123,7 +123,7 @@ class ChunkForward:
 def configurations(p: Problem, dtype: torch.dtype, quick: bool) -> dict[str, Factory]:
     """Every configuration worth trying, with the big products in `dtype`."""
     s = p.shape
-    groups = sorted({min(g, s.B * s.H) for g in (1, 2, 4, 8, s.B * s.H)})
+    groups = sorted({min(g, s.B * s.H) for g in ((4, s.B * s.H) if quick else (1, 2, 4, 8, s.B * s.H))})
     candidates: dict[str, Factory] = {}
     for chunk, heads, scan in product((64, 128) if quick else CHUNKS, groups, ("loop", "matmul")):
         if scan == "loop" or s.N // chunk <= MAX_MATMUL_SCAN:
