@@ -28,10 +28,8 @@ def test_public_names_exist_and_are_documented():
 
 def test_signatures():
     parameters = inspect.signature(leetcore.linear_attention).parameters
-    assert list(parameters) == (
-        ["q", "k", "v", "log_decay", "scale", "initial_state", "return_state", "cu_seqlens"]
-        + ["layout", "method", "precision", "out", "stream"]
-    )
+    options = ["scale", "initial_state", "return_state", "cu_seqlens", "layout", "method", "precision", "out", "stream"]
+    assert list(parameters) == ["q", "k", "v", "log_decay", *options]
     assert parameters["scale"].default == 1.0 and parameters["method"].default == "auto"
     assert list(inspect.signature(leetcore.decode_step).parameters) == (
         ["q", "k", "v", "state", "log_decay", "scale", "state_indices", "out", "stream"]
