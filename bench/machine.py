@@ -60,7 +60,7 @@ def commit() -> str:
 
 
 class FmaPeak:
-    """The best fp32 flop/s that a loop of fused multiply-adds on `threads` threads has shown; None without a compiler."""
+    """The best fp32 flop/s of a loop of fused multiply-adds on `threads` threads; None without a compiler."""
 
     def __init__(self, threads: int) -> None:
         self.best: float | None = None
