@@ -41,7 +41,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
         except PackageNotFoundError:
             continue
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": machine.commit(),
         "device": machine.device(),
         "versions": versions,
