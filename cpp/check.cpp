@@ -110,7 +110,7 @@ class Checker {
   Problem p = {};
 
   const lc_tensor& required(const char* name, const lc_tensor* t) {
-    if (!t) fail(LC_INVALID, "%s: required, got NULL", name);
+    if (!t) fail(LC_INVALID, "%s: required, but absent", name);
     return *t;
   }
 
@@ -123,11 +123,13 @@ class Checker {
     if (swap && bnhd) std::swap(dims.at[1], dims.at[2]);
     bool good = t.ndim == dims.rank && (t.shape || !t.ndim);
     for (int i = 0; good && i < dims.rank; ++i)
-      good = t.shape[i] >= std::max<int64_t>(0, dims.at[i].least) && (dims.at[i].size < 0 || t.shape[i] == dims.at[i].size);
+      good = t.shape[i] >= std::max<int64_t>(0, dims.at[i].least) &&
+             (dims.at[i].size < 0 || t.shape[i] == dims.at[i].size);
     if (good) return;
     std::string want = "[";
     for (int i = 0; i < dims.rank; ++i)
-      want += (i ? ", " : "") + (dims.at[i].size < 0 ? std::string(dims.at[i].letter) : std::to_string(dims.at[i].size));
+      want +=
+          (i ? ", " : "") + (dims.at[i].size < 0 ? std::string(dims.at[i].letter) : std::to_string(dims.at[i].size));
     if (t.ndim < 0 || t.ndim > 16 || (!t.shape && t.ndim))
       fail(LC_INVALID, "%s: expected shape %s], got no valid shape (ndim %d)", name, want.c_str(), t.ndim);
     fail(LC_INVALID, "%s: expected shape %s], got %s", name, want.c_str(), shape_text(t).c_str());
@@ -172,8 +174,7 @@ class Checker {
     return w;
   }
 
-  View tensor(const char* name, const lc_tensor& t, const Dims& dims, Type type, const char* reason,
-              bool swap) {
+  View tensor(const char* name, const lc_tensor& t, const Dims& dims, Type type, const char* reason, bool swap) {
     shape(name, t, dims, swap);
     type_among(name, t, {type}, reason);
     memory(name, t);

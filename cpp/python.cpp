@@ -40,21 +40,24 @@ void* scratch(size_t bytes) {
   throw nb::python_error();
 }
 
-void check(lc_status status) {
-  switch (status) {
-    case LC_OK:
-      return;
-    case LC_INVALID:
-      raise(PyExc_ValueError, lc_last_error());
-    case LC_DTYPE:
-      raise(PyExc_TypeError, lc_last_error());
-    case LC_UNSUPPORTED:
-      raise(PyExc_NotImplementedError, lc_last_error());
-    case LC_MEMORY:
-      raise(PyExc_MemoryError, lc_last_error());
-    default:
-      raise(PyExc_RuntimeError, lc_last_error());
-  }
+// The text of lc_last_error with the argument's Python name.
+std::string last_error(bool decode) {
+  const std::string text = lc_last_error();
+  if (!text.rfind("o: ", 0)) return "out" + text.substr(1);
+  if (decode && !text.rfind("final_state: ", 0)) return "state" + text.substr(std::strlen("final_state"));
+  return text;
+}
+
+void check(lc_status status, bool decode = false) {
+  if (status == LC_OK) return;
+  PyObject* kinds[] = {nullptr,
+                       PyExc_ValueError,
+                       PyExc_NotImplementedError,
+                       PyExc_RuntimeError,
+                       PyExc_MemoryError,
+                       PyExc_RuntimeError,
+                       PyExc_TypeError};
+  raise(kinds[status], last_error(decode));
 }
 
 // An array library of arrays.py.
@@ -109,6 +112,8 @@ class Argument {
  private:
   template <class Array>
   void take(const Library& lib, const char* name, nb::handle array, bool writable) {
+    if (PyFloat_Check(array.ptr()) || PyLong_Check(array.ptr()))
+      raise(PyExc_TypeError, std::string(name) + ": expected an array, got a number");
     Array view;
     if (!nb::try_cast<Array>(lib.plain ? array : lib.object.attr("export")(name, array, writable), view, false) &&
         !nb::try_cast<Array>(lib.object.attr("repair")(name, array, writable), view, false))
@@ -172,7 +177,7 @@ struct Call {
   // Checks everything but values: the shapes may be relied upon afterwards.
   void check_structure() {
     fill();
-    check(lc_workspace(&args, &args.workspace_bytes));
+    check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
   }
 
   void run() {
@@ -183,12 +188,10 @@ struct Call {
       nb::gil_scoped_release unlocked;
       status = lc_run(&args);
     }
-    check(status);
+    check(status, args.op == LC_DECODE);
   }
 
-  int64_t heads(int axis) const {
-    return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]});
-  }
+  int64_t heads(int axis) const { return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]}); }
 };
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
@@ -211,7 +214,8 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   nb::object state;
   if (return_state) {
     const int64_t sequences = c.args.cu_seqlens ? c.args.cu_seqlens->shape[0] - 1 : B;
-    state = c.lib.empty(nb::make_tuple(sequences, std::max(tk.shape[axis], tv.shape[axis]), K, V), v, is_f64(tq) ? 64 : 32);
+    state =
+        c.lib.empty(nb::make_tuple(sequences, std::max(tk.shape[axis], tv.shape[axis]), K, V), v, is_f64(tq) ? 64 : 32);
     c.final_state.write(c.lib, "final_state", state);
   }
   c.run();

@@ -20,10 +20,13 @@ LC_INLINE double least_bytes(const Problem& p) {
          states * (p.op == LC_DECODE ? 2 : int(bool(p.initial_state)) + int(bool(p.final_state)));
 }
 
-// flop at a fraction of the machine's rate, or the bytes, whichever takes longer, on so many workers.
-LC_INLINE Cost predict(const Problem& p, double flop, double efficiency, int workers) {
+// flop at a fraction of the machine's rate, or the bytes, whichever takes longer, on so many workers; and what each of
+// `tasks` pieces of work costs besides.
+LC_INLINE Cost predict(const Problem& p, double flop, double efficiency, int workers, double tasks) {
   const double rate = kFlopPerUs * efficiency * (p.type == Type::f64 ? 0.5 : 1), bytes = least_bytes(p);
-  return {flop, bytes, (workers > 1 ? 5 : 0) + std::max(flop / rate, bytes / kBytesPerUs) / workers};
+  constexpr double kTaskUs = 0.1, kWakeUs = 5;
+  return {flop, bytes,
+          (workers > 1 ? kWakeUs : 0) + (tasks * kTaskUs + std::max(flop / rate, bytes / kBytesPerUs)) / workers};
 }
 
 }  // namespace lc::LC_ISA

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from . import _core
 from .arrays import Array, library_of
 
@@ -64,6 +66,7 @@ def linear_attention(
         ValueError, TypeError: an argument breaks the rules above; the text names it, what it was and what is allowed.
         NotImplementedError: no method, or not the named one, serves the problem.
     """
+    log_decay = _scalar(log_decay)
     lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens, out)
     return _core.forward(
         lib,
@@ -74,8 +77,8 @@ def linear_attention(
         initial_state,
         cu_seqlens,
         out,
-        scale,
-        method,
+        _real("scale", scale),
+        _name(method),
         _bnhd(layout),
         _tf32(precision),
         stream or 0,
@@ -111,8 +114,9 @@ def decode_step(
     Returns:
         o, [B, H, V] or [B, H, T, V]. Raises as `linear_attention`.
     """
+    log_decay = _scalar(log_decay)
     lib = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out)
-    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, scale, stream or 0)
+    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), stream or 0)
 
 
 def explain(
@@ -128,10 +132,22 @@ def explain(
     method: str = "auto",
     precision: Precision | None = None,
 ) -> str:
-    """Which method `linear_attention` would run for these arguments (marked *), what each one predicts, why others refuse."""
+    """Which method `linear_attention` would run (marked *), what each predicts, why others refuse; a line each."""
+    log_decay = _scalar(log_decay)
     lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens)
     return _core.explain(
-        lib, q, k, v, log_decay, initial_state, cu_seqlens, scale, method, _bnhd(layout), _tf32(precision), 0
+        lib,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        _real("scale", scale),
+        _name(method),
+        _bnhd(layout),
+        _tf32(precision),
+        0,
     )
 
 
@@ -162,6 +178,24 @@ def set_num_threads(n: int) -> None:
 def num_threads() -> int:
     """Threads the CPU methods use at the most."""
     return _core.num_threads()
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+
+
+def _scalar(value: Any) -> Any:
+    """numpy's scalars are not arrays; log_decay may be one."""
+    return float(value) if isinstance(value, np.generic) else value
+
+
+def _name(method: Any) -> str:
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected 'auto' or a name of leetcore.methods(), got {type(method).__name__}")
+    return method
 
 
 def _bnhd(layout: str) -> bool:

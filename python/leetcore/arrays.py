@@ -64,10 +64,14 @@ class Torch:
 
         if array.requires_grad:
             if torch.is_grad_enabled():
-                raise TypeError(f"{name}: expected a tensor without requires_grad, as no gradient is computed; detach() it")
+                raise TypeError(
+                    f"{name}: expected a tensor without requires_grad, as no gradient is computed; detach() it"
+                )
             array = array.detach()
         if array.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"{name}: expected a tensor on the CPU or a CUDA device, got {array.device}")
         if array.is_neg() or array.is_conj():
             if writable:
                 raise ValueError(f"{name}: expected plain memory to write to, got a view with a pending negation")
@@ -104,7 +108,9 @@ class Immutable(NumPy):
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not isinstance(array, np.ndarray):
-            raise TypeError(f"{name}: expected an array that can be written, got one of {self.name}; leave {name} out")
+            raise TypeError(
+                f"{name}: expected an array that can be written, got one of {self.name}, which are immutable"
+            )
         return array
 
     def repair(self, name: str, array: Array, writable: bool) -> Any:
@@ -162,7 +168,8 @@ def _numpy_dtype(array: Array) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        return np.from_dlpack(array).dtype
+        dtype: np.dtype[Any] = np.from_dlpack(array).dtype
+        return dtype
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -192,7 +199,9 @@ def _find(name: str, array: Array) -> Library:
             break
     else:
         if not hasattr(array, "__dlpack__"):
-            raise TypeError(f"{name}: expected an array of numpy, torch, jax or another DLPack library, got {type(array).__name__}")
+            raise TypeError(
+                f"{name}: expected an array of numpy, torch, jax or another DLPack library, got {type(array).__name__}"
+            )
         library = next((x for x in _of_type.values() if x.name == _package(array)), None) or _other_library(array)
     _of_type[type(array)] = library
     return library
@@ -202,7 +211,7 @@ def library_of(names: tuple[str, ...], *arrays: Array) -> Library:
     """The library all arrays are of; None and Python numbers are of every one. Raises TypeError for a mixture."""
     kind = type(arrays[0])
     library = _of_type.get(kind) or _find(names[0], arrays[0])
-    for name, array in zip(names, arrays):
+    for name, array in zip(names, arrays, strict=False):
         if array is None or type(array) is kind or isinstance(array, (float, int)):
             continue
         if (found := _of_type.get(type(array)) or _find(name, array)) is not library:

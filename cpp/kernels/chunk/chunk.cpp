@@ -261,7 +261,10 @@ void run(const Problem& p) {
 
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 
-Cost cost(const Problem& p) { return predict(p, flop(p), /*efficiency=*/0.8, workers(p)); }
+Cost cost(const Problem& p) {
+  return predict(p, flop(p), /*efficiency=*/0.8, workers(p),
+                 /*tasks=*/double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C));
+}
 
 }  // namespace
 

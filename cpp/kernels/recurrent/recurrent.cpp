@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "../../cpu/cost.h"
-#include "../../cpu/parallel.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 
@@ -259,7 +259,9 @@ void run(const Problem& p) {
 
 const char* refuses(const Problem&) { return nullptr; }
 
-Cost cost(const Problem& p) { return predict(p, flop(p), /*efficiency=*/0.45, workers(p)); }
+Cost cost(const Problem& p) {
+  return predict(p, flop(p), /*efficiency=*/0.45, workers(p), /*tasks=*/double(p.B * p.H));
+}
 
 }  // namespace
 

@@ -1,0 +1,137 @@
+"""The goals of the chunk method, and what the results say about each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+MAX_TORCH_RATIO = {
+    "1,32,1024,128,128": 0.53,
+    "1,32,2048,128,128": 0.53,
+    "1,8,2048,64,64": 0.45,
+    "1,8,8192,128,128": 0.45,
+    "1,4,32768,64,64": 0.33,
+}
+MIN_MATMUL = {128: 0.85, 64: 0.78}  # by K = V
+
+
+def find(results: Results, section: str, method: str = "leetcore chunk", **equal: str) -> list[Row]:
+    """Rows that have samples."""
+    rows = [row for row in results["rows"] if row["section"] == section and row["method"] == method and row["ms"]]
+    return [row for row in rows if all(row[key] == value for key, value in equal.items())]
+
+
+def ms(row: Row) -> float:
+    return float(row["ms"]["median"])
+
+
+def fraction(row: Row) -> float:
+    return float(row["fraction"]["median"])
+
+
+def work_seconds(results: Results, row: Row) -> float:
+    """Seconds of a row at the session's median matmul rate: what the moment gave or took is divided out."""
+    rates = sorted(r["ceiling"]["median"] for r in results["rows"] if r["ceiling"] and r["section"] == row["section"])
+    return float(row["work"]) / fraction(row) / float(rates[len(rates) // 2])
+
+
+def ratio_to_torch(results: Results, row: Row) -> float | None:
+    """Time over that of the fastest torch rival of the same section, shape and dtype."""
+    same = (
+        r
+        for r in results["rows"]
+        if r["ms"] and r["note"].startswith("torch") and all(r[k] == row[k] for k in ("section", "shape", "dtype"))
+    )
+    best = min((ms(r) for r in same), default=None)
+    return ms(row) / best if best and row["ms"] else None
+
+
+def slope_and_deviation(rows: list[Row], results: Results) -> tuple[float, float]:
+    """Log-log slope of time against N, and the largest relative distance from the best linear law t = a N."""
+    x = [math.log(int(row["shape"].split(",")[2])) for row in rows]
+    y = [math.log(work_seconds(results, row)) for row in rows]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return slope, max(abs(math.expm1(b - my - (a - mx))) for a, b in zip(x, y, strict=True))
+
+
+def expected_rate(row: Row, by_shape: dict[str, Row]) -> float | None:
+    """Exact-causal rate over the matmul ceiling that the row's neighbours have, linear in K + V between two."""
+
+    def width(shape: str) -> int:
+        return sum(map(int, shape.split(",")[3:]))
+
+    if any(peer not in by_shape for peer in row["peers"]):
+        return None
+    peers = [(width(peer), fraction(by_shape[peer])) for peer in row["peers"]]
+    (x0, y0), (x1, y1) = peers[0], peers[-1]
+    return y0 if x0 == x1 else y0 + (y1 - y0) * (width(row["shape"]) - x0) / (x1 - x0)
+
+
+def goal(name: str, sign: str, limit: float, value: float | None, unit: str = "") -> dict[str, str]:
+    """A line of the table; sign is <= or >=."""
+    line = {"goal": name, "target": f"{sign} {limit:g}{unit}"}
+    if value is None:
+        return line | {"measured": "-", "verdict": "not measured"}
+    met = value <= limit if sign == "<=" else value >= limit
+    return line | {"measured": f"{value:.3g}{unit}", "verdict": "met" if met else "MISSED"}
+
+
+def forward_goals(results: Results) -> Iterator[dict[str, str]]:
+    rows = {(row["shape"], row["dtype"]): row for row in find(results, "forward")}
+    for shape, limit in MAX_TORCH_RATIO.items():
+        for dtype in ("float32", "bfloat16"):
+            row = rows.get((shape, dtype))
+            yield goal(
+                f"{shape} {dtype}: time / best torch", "<=", limit, ratio_to_torch(results, row) if row else None
+            )
+    for (shape, dtype), row in rows.items():
+        K, V = map(int, shape.split(",")[3:])
+        if K == V and K in MIN_MATMUL and dtype == "float32":
+            yield goal(f"{shape}: exact flop / matmul", ">=", MIN_MATMUL[K], fraction(row))
+    for shape, dtype in rows:
+        single = rows.get((shape, "float32"))
+        if dtype == "bfloat16" and single:
+            yield goal(f"{shape}: bf16 time / fp32 time", "<=", 1, ms(rows[shape, dtype]) / ms(single))
+
+
+def goals(results: Results) -> Iterator[dict[str, str]]:
+    """Every goal as {goal, target, measured, verdict}; verdict is met, MISSED or not measured."""
+    yield from forward_goals(results)
+
+    heads = {row["shape"]: fraction(row) for row in find(results, "one_head")}
+    one, eight = heads.get("1,1,65536,128,128"), heads.get("1,8,8192,128,128")
+    yield goal("one head of 65536 / eight of 8192, rate", ">=", 0.9, one / eight if one and eight else None)
+
+    for row in find(results, "decode", "leetcore decode_step"):
+        yield goal(f"decode {row['shape']} {row['dtype']}: state bandwidth / copy", ">=", 0.9, fraction(row))
+
+    times = [ms(row) for row in find(results, "gamma")]
+    yield goal("slowest / fastest gamma, time", "<=", 1.1, max(times) / min(times) if len(times) > 1 else None)
+
+    odd = {row["shape"]: row for row in find(results, "odd")}
+    expected = {shape: expected_rate(row, odd) for shape, row in odd.items() if row["peers"]}
+    ratios = {shape: fraction(odd[shape]) / rate for shape, rate in expected.items() if rate}
+    worst = min(ratios, key=lambda shape: ratios[shape], default="")
+    yield goal(f"worst odd shape ({worst or '-'}) / its neighbours, rate", ">=", 0.75, ratios.get(worst))
+
+    overhead = results["facts"].get("overhead_us", {}).get("numpy")
+    yield goal("numpy call overhead", "<=", 5, overhead and overhead["median"], " us")
+
+    for h, dim in ((8, 64), (4, 128)):
+        rows = [row for row in find(results, "growth") if row["shape"].startswith(f"1,{h},")]
+        slope, deviation = slope_and_deviation(rows, results) if len(rows) > 2 else (math.nan, None)
+        yield goal(f"H={h} K=V={dim}: deviation from linear in N (slope {slope:.3f})", "<=", 0.1, deviation)
+
+    isa = results["leetcore"]["isa"]
+    base = {row["shape"]: fraction(row) for row in find(results, "forward", dtype="float32")}
+    narrow = find(results, "isa avx2", dtype="float32")
+    if not narrow:
+        yield goal(f"avx2 rate / {isa} rate", ">=", 0.45, None)
+    for row in narrow:
+        wide = base.get(row["shape"])
+        yield goal(f"{row['shape']}: avx2 rate / {isa} rate", ">=", 0.45, fraction(row) / wide if wide else None)

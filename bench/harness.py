@@ -1,0 +1,343 @@
+"""Problems, the float64 oracle, timing and the ceilings: what every section of the benchmark stands on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Relative Frobenius error against float64 on the same rounded inputs, above which a time is no speed.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+SAMPLE_S = 0.010  # a sample repeats a short call until it lasts this long
+SETTLE_S = 0.004  # pause between a ceiling and a sample, so that no worker thread still spins
+SLOW_S = 0.2  # a call slower than this is sampled in fewer rounds
+
+Call = Callable[[], Any]
+Factory = Callable[[], Call]  # prepares (tables, buffers) outside the timing
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences, H heads, N tokens, key dim K, value dim V."""
+
+    B: int
+    H: int
+    N: int
+    K: int
+    V: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        numbers = [int(part) for part in text.split(",")]
+        if len(numbers) != 5 or min(numbers) < 1:
+            raise ValueError(f"shape: expected five positive integers B,H,N,K,V, got {text!r}")
+        return cls(*numbers)
+
+    def exact_flop(self, chunk: int) -> int:
+        """Chunkwise work that causality cannot spare: half of the diagonal blocks, and the state twice."""
+        return self.B * self.H * self.N * ((chunk + 1) * (self.K + self.V) + 4 * self.K * self.V)
+
+    def dense_flop(self, chunk: int) -> int:
+        """The same with full diagonal blocks: what a chain of plain matrix products does."""
+        return self.B * self.H * self.N * (2 * chunk * (self.K + self.V) + 4 * self.K * self.V)
+
+    def state_bytes(self) -> int:
+        return 4 * self.B * self.H * self.K * self.V
+
+    def __str__(self) -> str:
+        return f"{self.B},{self.H},{self.N},{self.K},{self.V}"
+
+
+def alibi(heads: int) -> Tensor:
+    """log_decay [H] of ALiBi's slopes 2^(-8 (h + 1) / H)."""
+    return -torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64).float()
+
+
+@dataclass(eq=False)
+class Problem:
+    """Inputs of one forward call: q, k [B, H, N, K], v [B, H, N, V] of `dtype`, log_decay [H] fp32."""
+
+    shape: Shape
+    dtype: torch.dtype
+    log_decay: Tensor
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        s, generator = self.shape, torch.Generator().manual_seed(self.seed)
+        sizes = (s.K, s.K, s.V)
+        self.q, self.k, self.v = (torch.randn(s.B, s.H, s.N, d, generator=generator).to(self.dtype) for d in sizes)
+
+    @property
+    def gamma(self) -> Tensor:
+        """Decay per step, float64 [H]."""
+        return self.log_decay.double().exp()
+
+    @cached_property
+    def references(self) -> list[Tensor]:
+        """What successive calls must return, float64."""
+        return [chunk_oracle(self.q, self.k, self.v, self.gamma)[0]]
+
+
+@dataclass(eq=False)
+class DecodeProblem:
+    """One decode step (N = 1): q, k [B, H, K], v [B, H, V] of `dtype`, state [B, H, K, V] fp32, log_decay [H] fp32."""
+
+    shape: Shape
+    dtype: torch.dtype
+    log_decay: Tensor
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        s, generator = self.shape, torch.Generator().manual_seed(self.seed)
+        self.q, self.k, self.v = (torch.randn(s.B, s.H, d, generator=generator).to(self.dtype) for d in (s.K, s.K, s.V))
+        self.initial_state = torch.randn(s.B, s.H, s.K, s.V, generator=generator)
+
+    @property
+    def gamma(self) -> Tensor:
+        return self.log_decay.double().exp()
+
+    @cached_property
+    def references(self) -> list[Tensor]:
+        """What the first two steps must return, float64: the second one reads the state the first one wrote."""
+        q, k, v = (x.double().unsqueeze(2).expand(-1, -1, 2, -1) for x in (self.q, self.k, self.v))
+        return list(recurrence_oracle(q, k, v, self.gamma, self.initial_state.double())[0].unbind(2))
+
+
+# ---------------------------------------------------------------------------------------------------- oracle
+
+
+def recurrence_oracle(
+    q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token, in float64: o [B, H, N, V] and the final state [B, H, K, V]."""
+    q, k, v = q.double(), k.double(), v.double()
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64) if state is None else state
+    decay, o = gamma[:, None, None], torch.empty(v.shape, dtype=torch.float64)
+    for t in range(q.shape[2]):
+        state = decay * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        o[:, :, t] = (q[:, :, t, None, :] @ state).squeeze(2)
+    return o, state
+
+
+def chunk_oracle(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """The same in chunks, one head at a time; weights are float64 powers of gamma with exponents >= 0."""
+    (B, H, N, K), V = q.shape, v.shape[3]
+    o = torch.empty(B, H, N, V, dtype=torch.float64)
+    final = torch.empty(B, H, K, V, dtype=torch.float64)
+    age = torch.arange(chunk)[:, None] - torch.arange(chunk)
+    for h in range(H):
+        power = gamma[h] ** torch.arange(chunk + 1, dtype=torch.float64)
+        mask = torch.where(age >= 0, power[age.clamp(min=0)], 0.0)
+        for b in range(B):
+            state = torch.zeros(K, V, dtype=torch.float64)
+            for start in range(0, N, chunk):
+                Q, K_, V_ = (x[b, h, start : start + chunk].double() for x in (q, k, v))
+                n = len(Q)
+                o[b, h, start : start + n] = (Q @ K_.T * mask[:n, :n]) @ V_ + power[1 : n + 1, None] * (Q @ state)
+                state = power[n] * state + (power[:n].flip(0)[:, None] * K_).T @ V_
+            final[b, h] = state
+    return o, final
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """||out - reference|| / ||reference||, Frobenius; nan or inf if anything is not finite."""
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+# ---------------------------------------------------------------------------------------------------- ceilings
+
+
+class Ceilings:
+    """What the machine can do at this moment: fp32 matmul rate (flop/s), copy bandwidth (bytes/s, read + written)."""
+
+    def __init__(self) -> None:
+        self.a, self.b, self.c = (torch.randn(1024, 1024) for _ in range(3))
+        self.source, self.target = torch.ones(1 << 26), torch.ones(1 << 26)  # 256 MB each
+        self.matmul_rates: list[float] = []  # of the whole run: how quiet the machine was
+        self.matmul(), self.copy()
+        self.matmul_rates.clear()
+
+    def matmul(self) -> float:
+        seconds = clock(lambda: torch.mm(self.a, self.b, out=self.c))
+        self.matmul_rates.append(2 * 1024**3 / seconds)
+        return self.matmul_rates[-1]
+
+    def copy(self) -> float:
+        return copy_rate(self.source, self.target)
+
+
+def copy_rate(source: Tensor, target: Tensor) -> float:
+    return 2 * source.nbytes / clock(lambda: target.copy_(source))
+
+
+def clock(call: Call, reps: int = 1) -> float:
+    """Seconds per call."""
+    start = time.perf_counter_ns()
+    for _ in range(reps):
+        call()
+    return (time.perf_counter_ns() - start) * 1e-9 / reps
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def stats(values: Iterable[float]) -> dict[str, float] | None:
+    """Median, p10, p90 and count, or None of nothing."""
+    x = torch.tensor(sorted(values), dtype=torch.float64)
+    if not len(x):
+        return None
+    p10, median, p90 = (float(torch.quantile(x, p)) for p in (0.1, 0.5, 0.9))
+    return {"median": median, "p10": p10, "p90": p90, "n": len(x)}
+
+
+@dataclass(eq=False)
+class Row:
+    """One method on one problem: its call, what the gate said, and its samples."""
+
+    section: str
+    method: str
+    shape: Shape
+    dtype: str
+    call: Call | None = None  # None: nothing to time (skipped)
+    work: float = 0.0  # flop (exact causal) or bytes of one call
+    dense_work: float = 0.0  # flop, dense-equivalent
+    status: str = "ok"  # ok | wrong | not finite | skipped: why
+    note: str = ""
+    peers: list[str] = field(default_factory=list)  # shapes whose rate this one is held against
+    error: float | None = None
+    wrong_ms: float | None = None  # of one call that fails the gate: no speed
+    seconds: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)  # the adjacent ceiling, in units of work per second
+    copy: list[float] = field(default_factory=list)  # copy bandwidth of the round
+
+    @property
+    def fractions(self) -> list[float]:
+        return [self.work / t / c for t, c in zip(self.seconds, self.beside, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        scale = self.dense_work / self.work if self.work else 0.0
+        keys = ("section", "method", "dtype", "status", "note", "peers", "error", "wrong_ms", "work", "dense_work")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "shape": str(self.shape),
+            "ms": stats(1e3 * t for t in self.seconds),
+            "rate": stats(self.work / t for t in self.seconds) if self.work else None,
+            "fraction": stats(self.fractions) if self.work else None,
+            "dense_fraction": stats(scale * f for f in self.fractions) if scale else None,
+            "ceiling": stats(self.beside),
+            "copy": stats(self.copy),
+        }
+
+
+def worst_error(call: Call, references: list[Tensor]) -> float:
+    """The largest relative error of successive calls; inf if an output is not finite."""
+    errors = [relative_error(call(), reference) for reference in references]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
+
+
+def verdict(call: Call, p: Problem | DecodeProblem) -> tuple[str, float | None]:
+    """The correctness gate: "ok", "wrong" or "not finite", and the error."""
+    error = worst_error(call, p.references)
+    if math.isinf(error):
+        return "not finite", None
+    return ("ok" if error <= TOLERANCE[p.dtype] else "wrong"), error
+
+
+def gate(row: Row, p: Problem | DecodeProblem) -> Row:
+    """Runs the row and fills its status and error; what fails is timed once, as the cost of a wrong answer."""
+    assert row.call is not None
+    row.status, row.error = verdict(row.call, p)
+    if row.status != "ok":
+        row.wrong_ms = 1e3 * clock(row.call)
+    return row
+
+
+def interleave(
+    rows: list[Row], rounds: int, ceiling: Callable[[], float], copy: Callable[[], float], tick: Call = lambda: None
+) -> None:
+    """Samples every gated row once a round, round-robin, the ceiling measured just before and after each sample."""
+    rows = [row for row in rows if row.status == "ok" and row.call is not None]
+    reps: dict[int, int] = {}
+    quota: dict[int, int] = {}
+    for row in rows:
+        assert row.call is not None
+        t = clock(row.call)  # warm: the gate has run it once
+        t = min(t, clock(row.call)) if t < SLOW_S else t
+        reps[id(row)] = max(1, math.ceil(SAMPLE_S / t))
+        quota[id(row)] = rounds if t < SLOW_S else max(3, int(rounds * SLOW_S / t))
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            shift = index % max(1, len(rows))
+            copied, before = copy(), ceiling()
+            for row in rows[shift:] + rows[:shift]:  # nobody always follows the same neighbour
+                if index >= quota[id(row)]:
+                    continue
+                assert row.call is not None
+                time.sleep(SETTLE_S)
+                if reps[id(row)] > 1:
+                    row.call()
+                seconds = clock(row.call, reps[id(row)])
+                after = ceiling()
+                row.seconds.append(seconds)
+                row.beside.append((before + after) / 2)
+                row.copy.append(copied)
+                before = after
+            tick()
+    finally:
+        gc.enable()
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A way to call a rival; `status` is ok, what the gate said, or what it raised."""
+
+    name: str
+    call: Call | None = None
+    status: str = ""
+    error: float | None = None
+    seconds: float | None = None
+
+
+def try_out(name: str, factory: Factory, p: Problem | DecodeProblem) -> Candidate:
+    """Prepares, gates and times one candidate once."""
+    c = Candidate(name)
+    try:
+        call = factory()
+        c.status, c.error = verdict(call, p)
+        c.seconds = clock(call)
+        c.call = call if c.status == "ok" else None  # frees its buffers
+    except Exception as e:  # a rival's failure is a result, not the end of the run
+        c.status = f"{type(e).__name__}: {e}".splitlines()[0]
+    return c
+
+
+def tune(
+    factories: dict[str, Factory],
+    p: Problem | DecodeProblem,
+    keep: int = 1,
+    finalists: int = 6,
+    tick: Call = lambda: None,
+) -> tuple[list[Candidate], list[Candidate]]:
+    """The `keep` fastest candidates that pass the gate, and all that do not. One pass over all, three over the best."""
+    passed: list[tuple[float, Candidate]] = []
+    failed: list[Candidate] = []
+    for name, factory in factories.items():
+        c = try_out(name, factory, p)
+        if c.call and c.seconds:
+            passed = sorted([*passed, (c.seconds, c)], key=lambda pair: pair[0])[: max(finalists, keep)]
+        else:
+            failed.append(c)
+        tick()
+    for _ in range(3 if len(passed) > keep else 0):
+        passed = [(min(seconds, clock(c.call)) if c.call else seconds, c) for seconds, c in passed]
+    return [c for _, c in sorted(passed, key=lambda pair: pair[0])[:keep]], failed

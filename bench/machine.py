@@ -1,0 +1,72 @@
+"""The conditions of a run: malloc, the device, versions, the FMA peak."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Keep freed memory instead of handing it back: without this, torch faults its large intermediates in on every call.
+MALLOC = {
+    "MALLOC_TOP_PAD_": str(256 << 20),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+}
+FLAGS = ("fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_fp16", "asimd", "sve")
+
+
+def reexec_with_tuned_malloc() -> None:
+    """Starts this program anew under glibc's tuned malloc, unless the variables are set, to whatever value."""
+    missing = {key: value for key, value in MALLOC.items() if key not in os.environ}
+    if missing and sys.platform == "linux":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+def malloc() -> str:
+    settings = ", ".join(f"{key}={os.environ.get(key, 'unset')}" for key in MALLOC)
+    return f"{settings} (set by the benchmark itself, so that the rivals' large intermediates cost no page faults)"
+
+
+def device() -> dict[str, str]:
+    """CPU model, cores this process may use, and the instruction sets of note."""
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    have = fields.get("flags", fields.get("Features", "")).split()
+    model = fields.get("model name", "unknown CPU")
+    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return {
+        "cpu": f"{model} ({family})" if family else model,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "flags": " ".join(flag for flag in FLAGS if flag in have),
+        "cache": fields.get("cache size", "unknown"),
+    }
+
+
+def commit() -> str:
+    """Of the working tree, with "+" if it has uncommitted changes."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=HERE, capture_output=True, text=True
+        )
+        return text.stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def fma_peak(threads: int) -> float | None:
+    """fp32 flop/s of a loop of fused multiply-adds on `threads` threads, or None without a C++ compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "peak")
+        command = [compiler, "-O3", "-march=native", "-pthread", str(HERE / "peak.cpp"), "-o", program]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        return float(subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout)

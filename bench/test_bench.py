@@ -1,0 +1,138 @@
+"""The benchmark's own checks: oracles, gate, every rival in every configuration, and the arithmetic of the goals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import goals
+import harness
+import pytest
+import rivals
+import torch
+from harness import DecodeProblem, Problem, Row, Shape, alibi
+from rivals import minimax
+
+GAMMAS = (1.0, 0.9, 0.5, 1e-3, 0.0)
+
+
+def log_decay(gamma: float, heads: int) -> torch.Tensor:
+    return torch.full([heads], math.log(gamma) if gamma else -math.inf)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("n", [1, 128, 300])
+def test_chunk_oracle_is_the_recurrence(gamma: float, n: int) -> None:
+    p = Problem(Shape(2, 3, n, 5, 7), torch.float32, log_decay(gamma, 3))
+    expected = harness.recurrence_oracle(p.q, p.k, p.v, p.gamma)
+    actual = harness.chunk_oracle(p.q, p.k, p.v, p.gamma)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", ["alibi", 1.0, 0.5, 0.0])
+@pytest.mark.parametrize("shape", ["1,4,512,16,16", "2,3,300,16,24", "1,2,20,8,8"])
+@pytest.mark.parametrize("rival", rivals.ALL, ids=lambda r: r.NAME)
+def test_every_candidate_is_right(rival: Any, shape: str, decay: str | float, dtype: torch.dtype) -> None:
+    s = Shape.parse(shape)
+    p = Problem(s, dtype, alibi(s.H) if isinstance(decay, str) else log_decay(decay, s.H))
+    # A rival that keeps 16-bit intermediates may be a little worse than the gate allows: that is for the gate to say.
+    limit = harness.TOLERANCE[dtype] * (1 if dtype == torch.float32 else 3)
+    for name, factory in rival.forward(p).items():
+        call = factory()
+        for repeat in range(2):  # buffers are reused: the second call must not see the first
+            assert harness.worst_error(call, p.references) <= limit, (name, repeat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rival", rivals.ALL, ids=lambda r: r.NAME)
+def test_every_decode_candidate_is_right(rival: Any, dtype: torch.dtype) -> None:
+    p = DecodeProblem(Shape(3, 4, 1, 16, 24), dtype, alibi(4))
+    for name, factory in rival.decode(p).items():
+        assert harness.verdict(factory(), p)[0] == "ok", name
+
+
+class OpenGate(torch.nn.Module):
+    """An output gate whose sigmoid is 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x[..., : x.shape[-1] // 3], math.inf)
+
+
+def test_minimax_is_the_module_of_transformers() -> None:
+    """With identity projections, its norm and gate switched off, the module computes the core alone."""
+    pytest.importorskip("transformers")
+    from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    heads, dim, n = 4, 16, 600
+    config = MiniMaxConfig(
+        hidden_size=3 * heads * dim,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=dim,
+        num_hidden_layers=2,
+        block_size=minimax.BLOCK,
+        hidden_act="linear",
+        layer_types=["linear_attention", "linear_attention"],
+    )
+    module: Any = MiniMaxLightningAttention(config, layer_idx=0)
+    module.qkv_proj = module.norm = module.out_proj = torch.nn.Identity()
+    module.output_gate = OpenGate()
+    q, k, v = torch.randn(3, 2, heads, n, dim)
+    packed = torch.cat([q, k, v], dim=3).transpose(1, 2).reshape(2, n, 3 * heads * dim)
+    with torch.inference_mode():
+        expected, expected_state = module(packed, position_embeddings=None, attention_mask=None)
+    o, state = minimax.Core(module.slope_rate.flatten(), torch.float32).prefill(q, k, v)
+    assert torch.equal(o, expected.view(2, n, heads, dim).transpose(1, 2))
+    assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.0001, "wrong"), (math.nan, "not finite")])
+def test_the_gate_refuses_wrong_answers(factor: float, status: str) -> None:
+    p = Problem(Shape(1, 2, 50, 8, 8), torch.float32, alibi(2))
+    row = Row("forward", "x", p.shape, "float32", call=lambda: (factor * p.references[0]).float())
+    assert harness.gate(row, p).status == status
+    harness.interleave([row], 2, lambda: 1.0, lambda: 1.0)
+    assert len(row.seconds) == (2 if status == "ok" else 0)
+    assert (row.wrong_ms is None) == (status == "ok")
+
+
+def test_a_rival_that_raises_is_left_out() -> None:
+    def broken() -> Any:
+        raise MemoryError("too large")
+
+    p = Problem(Shape(1, 2, 50, 8, 8), torch.float32, alibi(2))
+    kept, failed = harness.tune({"broken": broken, "fine": lambda: lambda: p.references[0]}, p)
+    assert [c.name for c in kept] == ["fine"]
+    assert [c.status for c in failed] == ["MemoryError: too large"]
+
+
+def sampled(section: str, shape: str, work: float, seconds: float, **fields: Any) -> dict[str, Any]:
+    row = Row(section, "leetcore chunk", Shape.parse(shape), "float32", work=work, dense_work=work, **fields)
+    row.seconds, row.beside, row.copy = [seconds] * 3, [1e9] * 3, [1.0] * 3
+    return row.to_json()
+
+
+@pytest.mark.parametrize(("power", "slope"), [(1.0, 1.0), (2.0, 2.0)])
+def test_growth_fit(power: float, slope: float) -> None:
+    rows = [sampled("growth", f"1,8,{n},64,64", n, 1e-9 * n**power) for n in (512, 1024, 2048)]
+    fitted, deviation = goals.slope_and_deviation(rows, {"rows": rows})
+    assert fitted == pytest.approx(slope)
+    assert deviation == pytest.approx(0 if power == 1 else 1, abs=1e-9)
+
+
+def test_odd_rate_is_held_against_the_line_between_neighbours() -> None:
+    rows = {
+        s: sampled("odd", s, 1.0, 1e-9 / rate) for s, rate in {"1,8,2048,64,64": 0.6, "1,8,2048,128,128": 0.8}.items()
+    }
+    row = sampled("odd", "1,8,2048,80,80", 1.0, 1.0, peers=list(rows))
+    assert goals.expected_rate(row, rows) == pytest.approx(0.65)
+
+
+def test_ratio_is_to_the_fastest_torch_of_the_same_problem() -> None:
+    ours = sampled("forward", "1,8,512,64,64", 1.0, 2.0)
+    others = [sampled("forward", "1,8,512,64,64", 1.0, t, note="torch chunk") for t in (5.0, 4.0)]
+    elsewhere = sampled("forward", "1,8,2048,64,64", 1.0, 1.0, note="torch chunk")
+    assert goals.ratio_to_torch({"rows": [ours, *others, elsewhere]}, ours) == pytest.approx(0.5)

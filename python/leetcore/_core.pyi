@@ -1,0 +1,51 @@
+"""The extension module: one call crosses into C++ once. `lib` is a library of arrays.py; see there and api.py."""
+
+from typing import Any
+
+def forward(
+    lib: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    out: Any,
+    scale: float,
+    method: str,
+    bnhd: bool,
+    tf32: bool,
+    stream: int,
+    return_state: bool,
+) -> Any: ...
+def decode(
+    lib: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    state: Any,
+    log_decay: Any,
+    state_indices: Any,
+    out: Any,
+    scale: float,
+    stream: int,
+) -> Any: ...
+def explain(
+    lib: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    scale: float,
+    method: str,
+    bnhd: bool,
+    tf32: bool,
+    stream: int,
+) -> str: ...
+def as_bfloat16(bits: Any) -> Any: ...
+def methods() -> list[tuple[str, str, str, str]]: ...
+def build_info() -> str: ...
+def set_num_threads(n: int) -> None: ...
+def num_threads() -> int: ...

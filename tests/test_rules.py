@@ -1,0 +1,101 @@
+"""The structure that CONTRIBUTING.md and cpp/README.md promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CPP = ROOT / "cpp"
+LIBRARY = [
+    p for p in CPP.rglob("*") if p.suffix in {".h", ".hpp", ".cpp", ".cu", ".cuh", ".def"} and "examples" not in p.parts
+]
+KERNELS = [p for p in LIBRARY if "kernels" in p.parts]
+PYTHON = list((ROOT / "python/leetcore").rglob("*.py"))
+ROWS = re.findall(r"^(CPU|CUDA)\((\w+)\)", (CPP / "methods.def").read_text(), re.M)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def code(path):
+    """The text without comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+
+
+def found(pattern, paths):
+    return sorted(relative(p) for p in paths if re.search(pattern, code(p)))
+
+
+def test_there_is_something_to_check():
+    assert len(LIBRARY) > 15 and len(KERNELS) >= 3 and len(PYTHON) >= 4 and len(ROWS) >= 3
+
+
+def test_intrinsics_stay_in_the_primitive_layer():
+    allowed = {"cpp/cpu/simd.h", "cpp/cpu/threads.cpp", "cpp/cpu/isa.cpp"}
+    assert set(found(r"\b_mm\d*_|immintrin|arm_neon|__builtin_ia32|__asm__|\basm\b", LIBRARY)) <= allowed
+
+
+def test_kernels_have_no_raw_gpu_syntax():
+    assert not found(r"threadIdx|__shared__|__syncthreads|<<<", KERNELS)
+
+
+def test_the_extension_uses_the_c_abi_only():
+    includes = re.findall(r'#include\s+["<]([^">]+)[">]', (CPP / "python.cpp").read_text())
+    assert [i for i in includes if "leetcore" in i or i.startswith(".") or (CPP / i).exists()] == [
+        "leetcore/leetcore.h"
+    ]
+
+
+def test_one_place_refuses_arguments():
+    """methods.cpp refuses a method's name, as the table is there; api.cpp its own pointers."""
+    allowed = {"cpp/check.cpp", "cpp/methods.cpp", "cpp/api.cpp"}
+    assert set(found(r"fail\(\s*LC_(INVALID|DTYPE)", LIBRARY)) <= allowed
+
+
+def test_the_library_never_prints_or_exits():
+    assert not found(r"\b(printf|puts|fputs|fprintf|abort|exit|_Exit|terminate|assert)\s*\(|std::(cout|cerr)", LIBRARY)
+
+
+def test_methods_do_not_include_one_another():
+    for path in KERNELS:
+        for include in re.findall(r'#include\s+"([^"]+)"', path.read_text()):
+            target = (path.parent / include).resolve()
+            assert "kernels" not in target.parts or target.parent == path.parent, f"{relative(path)} includes {include}"
+
+
+@pytest.mark.parametrize("device, name", ROWS)
+def test_every_row_has_its_folder_its_source_and_a_named_paper(device, name):
+    folder = CPP / "kernels" / name
+    assert (folder / f"{name}{'.cpp' if device == 'CPU' else '.cu'}").exists()
+    assert re.search(r"arXiv:\d{4}\.\d{5}|doi:", (folder / "README.md").read_text())
+
+
+def test_every_folder_has_a_row():
+    assert {p.name for p in (CPP / "kernels").iterdir()} == {name for _, name in ROWS}
+
+
+@pytest.mark.parametrize("path", [p for p in KERNELS if p.suffix in {".cpp", ".cu", ".cuh"}], ids=relative)
+def test_a_kernel_opens_with_its_idea(path):
+    header = re.match(r"(?://[^\n]*\n)+", path.read_text())
+    assert header, "no header comment"
+    lines = header.group().splitlines()
+    assert len(lines) <= 12 and lines[0].startswith(f"// {path.name} - ")
+    assert "arXiv:" in header.group() and "flop" in header.group()
+
+
+def test_only_arrays_imports_array_frameworks():
+    frameworks = r"^\s*(?:import|from)\s+(torch|jax|cupy|ml_dtypes)\b"
+    bad = [
+        relative(p)
+        for p in PYTHON
+        if p.name not in {"arrays.py", "files.py"} and re.search(frameworks, p.read_text(), re.M)
+    ]
+    assert not bad
+
+
+def test_no_flag_trades_correctness_or_portability():
+    files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml", *ROOT.glob("*/CMakeLists.txt"), *ROOT.glob("cmake/*")]
+    text = "\n".join(p.read_text() for p in files)
+    assert not re.search(r"-march=native|-ffast-math|-Ofast|-funsafe-math", text)
