@@ -5,7 +5,7 @@
 #include <new>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/threads.h"
 #include "methods.h"
 
 namespace {

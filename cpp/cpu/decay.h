@@ -11,7 +11,7 @@
 #pragma once
 #include <cmath>
 
-#include "parallel.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace lc::LC_ISA {

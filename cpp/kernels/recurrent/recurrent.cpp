@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "../../cpu/cost.h"
-#include "../../cpu/parallel.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 

@@ -1,4 +1,4 @@
-// parallel.h - threads of the CPU methods. The work of one call is split over workers; a worker knows its number only.
+// threads.h - threads of the CPU methods. The work of one call is split over workers; a worker knows its number only.
 #pragma once
 #include <atomic>
 #include <cstdint>
