@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str]) -> Arrays:
     return _load_npz(path) if file_format(path) == ".npz" else _load_safetensors(path)
 
 
-def save(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes the arrays to a file that appears only when it is complete."""
     unfinished = Path(path).with_name(Path(path).name + ".unfinished")
     try:
