@@ -9,7 +9,7 @@ import torch
 from conftest import DTYPES, TOLERANCE, log_decays, normal
 
 # What one rounding of the stored state adds: half a unit in the last place, at the most.
-STATE_TOLERANCE = {"f16": 5e-4, "bf16": 4e-3}
+STATE_TOLERANCE = {"f16": 5e-4, "bf16": 2e-3}
 
 
 def problem(dtype="f32", B=3, heads=(2, 2, 2), T=1, K=24, V=40, slots=None, state_dtype=None, kind="[Hs]"):
@@ -158,5 +158,5 @@ def test_a_thousand_steps(state_dtype):
     state = np.zeros((1, 2, 32, 32), DTYPES[state_dtype])
     o = np.stack([leetcore.decode_step(q[:, :, t], k[:, :, t], v[:, :, t], state, decay) for t in range(1000)], 2)
     # roundings of relative size u, each forgotten as the state is: u / sqrt(1 - gamma^2) = 2.3 u at gamma = e^-0.1
-    tolerance = {"f32": 5e-6, "f16": 2.4 * 5e-4, "bf16": 2.4 * 4e-3}[state_dtype]
+    tolerance = {"f32": 5e-6, "f16": 2.4 * 5e-4, "bf16": 2.4 * 2e-3}[state_dtype]
     assert reference.error(o, want) <= tolerance and reference.error(state, want_state) <= tolerance
