@@ -217,6 +217,7 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
     state =
         c.lib.empty(nb::make_tuple(sequences, std::max(tk.shape[axis], tv.shape[axis]), K, V), v, is_f64(tq) ? 64 : 32);
     c.final_state.write(c.lib, "final_state", state);
+    c.check_structure();  // a state to write may change the scratch needed, or the choice of method
   }
   c.run();
   out = c.lib.result(out);
