@@ -134,6 +134,7 @@ TEST(Accepts, NoTokens) {
   spec.N = 0;
   accepted(spec);
   accepted(spec, [](Call& c) { c.q.data = c.k.data = c.v.data = c.o.data = nullptr; });
+  accepted(spec, [](Call& c) { c.q.strides[0] = c.o.strides[1] = int64_t{1} << 62; });  // strides of nothing
   spec.initial = false;
   accepted(spec);
   spec = packed();
