@@ -59,14 +59,19 @@ def commit() -> str:
         return "unknown"
 
 
-def fma_peak(threads: int) -> float | None:
-    """fp32 flop/s of a loop of fused multiply-adds on `threads` threads, or None without a C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "peak")
-        command = [compiler, "-O3", "-march=native", "-pthread", str(HERE / "peak.cpp"), "-o", program]
-        if subprocess.run(command, capture_output=True).returncode:
-            return None
-        return float(subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout)
+class FmaPeak:
+    """The best fp32 flop/s of a loop of fused multiply-adds on `threads` threads; None without a compiler."""
+
+    def __init__(self, threads: int) -> None:
+        self.best: float | None = None
+        self.folder = tempfile.TemporaryDirectory()
+        self.command = [str(Path(self.folder.name) / "peak"), str(threads)]
+        compiler = os.environ.get("CXX") or shutil.which("c++")
+        build = [str(compiler), "-O3", "-march=native", "-pthread", str(HERE / "peak.cpp"), "-o", self.command[0]]
+        self.built = compiler is not None and subprocess.run(build, capture_output=True).returncode == 0
+
+    def measure(self) -> None:
+        """To be called now and then, as one moment may be a busy one."""
+        if self.built:
+            done = subprocess.run(self.command, capture_output=True, text=True, check=True)
+            self.best = max(self.best or 0.0, float(done.stdout))

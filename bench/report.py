@@ -153,6 +153,7 @@ def left_out(results: Results) -> Iterator[str]:
 def header(results: Results) -> Iterator[str]:
     d, v = results["device"], results["versions"]
     yield f"# leetcore on the CPU: {d['cpu']}\n"
+    yield from warning(results)
     if results["interrupted"]:
         yield "**Interrupted: only what was measured until then.**\n"
     yield f"- {d['cores']} cores, {results['threads']} threads, {d['flags']}"
@@ -160,7 +161,7 @@ def header(results: Results) -> Iterator[str]:
     yield "- " + ", ".join(f"{name} {version}" for name, version in v.items())
     built = ", ".join(f"{key} {value}" for key, value in results["leetcore"].items())
     yield f"- leetcore: {built}; C = {results['chunk']}"
-    yield from quietness(results)
+    yield machine_speed(results)
     yield f"- malloc: {results['malloc']}"
     yield (
         "- All methods of a table are sampled in turn; ms is per call. 'of matmul' is the rate over that of fp32"
@@ -170,20 +171,23 @@ def header(results: Results) -> Iterator[str]:
     yield "- Every method passed the correctness gate against float64 before it was timed, or is marked WRONG.\n"
 
 
-def quietness(results: Results) -> Iterator[str]:
-    """The matmul rate over the whole run, and a warning where somebody else used the machine."""
+def machine_speed(results: Results) -> str:
+    """The FMA peak, and the matmul rate over the whole run."""
+    peak = f"{results['fma_peak'] / 1e9:.0f} GF/s" if results["fma_peak"] else "not measured (no compiler)"
+    rates = {key: value / 1e9 for key, value in (results["matmul"] or {}).items()}
+    return f"- fp32 FMA peak of a microbenchmark: {peak}; torch.mm of 1024^3 over the run: {spread(rates)} GF/s"
+
+
+def warning(results: Results) -> Iterator[str]:
+    """Where somebody else used the machine."""
     rates = results["matmul"]
-    if rates:
-        peak = f"{results['fma_peak'] / 1e9:.0f} GF/s" if results["fma_peak"] else "not measured (no compiler)"
-        mm = {key: rates[key] / 1e9 for key in ("median", "p10", "p90")}
-        yield f"- fp32 FMA peak of a microbenchmark: {peak}; torch.mm of 1024^3 over the run: {spread(mm)} GF/s"
-        if mm["p10"] < 0.8 * mm["p90"]:
-            yield "- **The machine was not quiet (the matmul rate swung by over a fifth): do not quote these figures.**"
+    if rates and rates["p10"] < 0.8 * rates["p90"]:
+        yield "**The machine was not quiet (the matmul rate swung by over a fifth): do not quote these figures.**\n"
 
 
 def goals_section(results: Results) -> str:
     body = [[g["goal"], g["target"], g["measured"], g["verdict"]] for g in goals(results)]
-    return "\n".join(["## Goals\n", *table(["goal", "target", "measured", ""], body)])
+    return "\n".join(["## Goals\n", *warning(results), *table(["goal", "target", "measured", ""], body)])
 
 
 def markdown(results: Results) -> str:

@@ -41,7 +41,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
         except PackageNotFoundError:
             continue
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": machine.commit(),
         "device": machine.device(),
         "versions": versions,
@@ -113,7 +113,8 @@ def main(
         pattern=methods,
         argv=["--dtypes", dtypes, "--rounds", str(rounds), *(["--quick"] if quick else [])],
     )
-    peaks = [machine.fma_peak(ours.available_threads())]
+    peak = machine.FmaPeak(ours.available_threads())
+    peak.measure()
     interrupted = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("[dim]{task.completed} steps"))
     console = Console(stderr=True)
@@ -129,13 +130,13 @@ def main(
                 except Exception as e:  # the other sections are worth having; the report names this one
                     session.facts.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
                     console.print_exception()
+                peak.measure()
                 session.facts.setdefault("took_s", {})[name] = round(time.monotonic() - start, 1)
         except KeyboardInterrupt:
             interrupted = True
             console.print("Interrupted: what was measured so far is kept.")
 
-    peaks.append(machine.fma_peak(ours.available_threads()))
-    results = collect(session, max(filter(None, peaks), default=None), interrupted)
+    results = collect(session, peak.best, interrupted)
     if output is None:
         output = machine.HERE / "results" / ("quick.json" if quick else "cpu.json")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,107 @@
+"""The command `leetcore`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import click
+import rich.box
+import rich.console
+import rich.table
+
+import leetcore
+
+from . import files
+from .api import Layout
+
+_INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(leetcore.__version__, package_name="leetcore")
+def main() -> None:
+    """Causal linear attention with exponential decay."""
+
+
+@main.command()
+def info() -> None:
+    """Print what was built and what it runs on: everything a bug report needs."""
+    build = leetcore.build_info()
+    facts = {
+        "leetcore": f"{build['version']} in {Path(leetcore.__file__).parent}",
+        "compiler": build["compiler"],
+        "instruction set": f"{build['isa']} of {build['isas']}",
+        "threads": f"{build['threads']} (openmp {build['openmp']})",
+        "cuda": build["cuda"],
+        "methods": ", ".join(f"{m.name} ({m.device})" for m in leetcore.methods()),
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        **{name: _installed(name) for name in ("numpy", "torch", "jax", "ml_dtypes")},
+        "platform": platform.platform(),
+        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "environment": ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("LEETCORE_")) or "-",
+    }
+    if sys.stdout.isatty():
+        table = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
+        for name, fact in facts.items():
+            table.add_row(name, rich.markup.escape(fact))
+        rich.console.Console().print(table)
+    else:
+        for name, fact in facts.items():
+            click.echo(f"{name}: {fact}")
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Where to write.")
+@click.option("--method", default="auto", show_default=True, help="auto or a name that `leetcore info` lists.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Multiplies the output.")
+@click.option(
+    "--layout", type=click.Choice(["bhnd", "bnhd"]), default="bhnd", show_default=True, help="Axes of q, k, v."
+)
+@click.option("--state/--no-state", default=False, show_default=True, help="Also write final_state.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
+def run(
+    source: Path, output: Path, method: str, scale: float, layout: Layout, state: bool, threads: int | None
+) -> None:
+    """Apply the operator to the arrays of a file.
+
+    IN has q, k, v and, if wanted, log_decay, initial_state, cu_seqlens, with the shapes and dtypes of
+    leetcore.linear_attention; OUT receives o, and final_state with --state. Each is an .npz or a .safetensors file.
+    In an .npz, numpy stores bfloat16 as two raw bytes; .view(ml_dtypes.bfloat16) makes numbers of them.
+    """
+    try:
+        files.file_format(output)
+        arrays = files.load(source)
+        if unknown := sorted(set(arrays) - set(_INPUTS)):
+            raise ValueError(f"{source}: unknown {', '.join(unknown)}; allowed are {', '.join(_INPUTS)}")
+        if missing := [name for name in "qkv" if name not in arrays]:
+            raise ValueError(f"{source}: no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
+        if threads:
+            leetcore.set_num_threads(threads)
+        o, final_state = leetcore.linear_attention(
+            **arrays, scale=scale, layout=layout, method=method, return_state=True
+        )
+        files.save(output, {"o": o, "final_state": final_state} if state else {"o": o})
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or source}: {error.strerror or error}") from None
+    except (MemoryError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise click.ClickException(str(error) or "not enough memory") from None
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())

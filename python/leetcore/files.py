@@ -1,0 +1,81 @@
+"""Arrays in .npz and .safetensors files, bfloat16 among them, with numpy alone."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+Arrays = dict[str, Any]
+
+_SAFETENSORS: dict[str, npt.DTypeLike] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+
+def file_format(path: str | os.PathLike[str]) -> str:
+    """ ".npz" or ".safetensors". Raises ValueError for another ending."""
+    ending = Path(path).suffix
+    if ending not in (".npz", ".safetensors"):
+        raise ValueError(f"{path}: expected a name that ends in .npz or .safetensors")
+    return ending
+
+
+def load(path: str | os.PathLike[str]) -> Arrays:
+    """All arrays of a file. In an .npz, two-byte raw elements are bfloat16: numpy writes it so.
+
+    Raises ValueError for a file of another kind or with a dtype that leetcore has no use for, OSError where it cannot
+    be read.
+    """
+    return _load_npz(path) if file_format(path) == ".npz" else _load_safetensors(path)
+
+
+def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Writes the arrays to a file that appears only when it is complete."""
+    unfinished = Path(path).with_name(Path(path).name + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            if file_format(path) == ".npz":
+                np.savez(file, **arrays)
+            else:
+                file.write(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()}))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _load_npz(path: str | os.PathLike[str]) -> Arrays:
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("one array, not an archive of named ones")
+        with file:
+            return {name: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x for name, x in file.items()}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no readable .npz file ({error})") from None
+
+
+def _load_safetensors(path: str | os.PathLike[str]) -> Arrays:
+    try:
+        tensors = safetensors.deserialize(Path(path).read_bytes())  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: no readable .safetensors file ({error})") from None
+    arrays: Arrays = {}
+    for name, tensor in tensors:
+        if tensor["dtype"] not in _SAFETENSORS:
+            raise ValueError(f"{name}: expected dtype {', '.join(_SAFETENSORS)}, got {tensor['dtype']} in {path}")
+        arrays[name] = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
+    return arrays
