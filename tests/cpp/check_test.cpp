@@ -134,6 +134,7 @@ TEST(Accepts, NoTokens) {
   spec.N = 0;
   accepted(spec);
   accepted(spec, [](Call& c) { c.q.data = c.k.data = c.v.data = c.o.data = nullptr; });
+  accepted(spec, [](Call& c) { c.q.strides[0] = c.o.strides[1] = int64_t{1} << 62; });  // strides of nothing
   spec.initial = false;
   accepted(spec);
   spec = packed();
@@ -441,37 +442,25 @@ TEST(Accepts, ViewsOfOneFusedBuffer) {
     spec.K = spec.V = 4;
     spec.bnhd = bnhd;
     constexpr int64_t H = 2, D = 4, row = 4 * H * D;
-    const int64_t N = spec.N;
-    std::vector<float> fused(spec.B * N * row, -1);
-    accepted(spec, [&](Call& c) {
+    std::vector<float> fused(spec.B * spec.N * row);
+    for (size_t i = 0; i < fused.size(); ++i) fused[i] = std::sin(static_cast<float>(i));
+    const auto columns = [&](Call& c, int64_t sequence_stride, int64_t o_shift) {
       int64_t column = 0;
       for (Tensor* t : {&c.q, &c.k, &c.v, &c.o}) {
-        const std::vector<double> x = values(*t);
-        t->data = fused.data() + column;
-        t->strides[0] = N * row;
+        t->data = fused.data() + column + (t == &c.o ? o_shift : 0);
+        t->strides[0] = sequence_stride;
         t->strides[bnhd ? 1 : 2] = row;
         t->strides[bnhd ? 2 : 1] = D;
-        auto next = x.begin();
-        t->fill([&] { return *next++; });
         column += H * D;
       }
-    });
-    // o moved by half a row's columns: half of them are v's.
+    };
+    accepted(spec, [&](Call& c) { columns(c, spec.N * row, 0); });
+    // o moved by half a head: half of its first one is v's.
     const std::vector<float> before = fused;
-    invalid(
-        spec,
-        [&](Call& c) {
-          int64_t column = 0;
-          for (Tensor* t : {&c.q, &c.k, &c.v, &c.o}) {
-            t->data = fused.data() + column - (t == &c.o ? D / 2 : 0);
-            t->strides[0] = N * row;
-            t->strides[bnhd ? 1 : 2] = row;
-            t->strides[bnhd ? 2 : 1] = D;
-            column += H * D;
-          }
-        },
-        "o", {"overlap", "v"}, SeenBy::run_only);
+    invalid(spec, [&](Call& c) { columns(c, spec.N * row, -D / 2); }, "o", {"overlap", "v"}, SeenBy::run_only);
     EXPECT_EQ(before, fused);
+    spec.B = 1;  // whose stride means nothing
+    accepted(spec, [&](Call& c) { columns(c, std::numeric_limits<int64_t>::max(), 0); });
   }
 }
 
@@ -489,6 +478,13 @@ TEST(Refuses, SizesThatOverflow) {
               }
             },
             "q", {});
+  // As far as the strides go, it would be a number of more than 127 bits.
+  invalid(spec,
+          [&](Call& c) {
+            for (Tensor* t : {&c.q, &c.k, &c.v, &c.o})
+              t->shape[2] = huge / 4, t->strides[2] = std::numeric_limits<int64_t>::max();
+          },
+          "q", {});
   for (const Named& t : kTokenTensors)
     for (int64_t stride : {huge, -huge, std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()})
       invalid(spec, [&](Call& c) { (c.*t.tensor).strides[0] = stride; }, t.name, {});

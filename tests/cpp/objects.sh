@@ -3,7 +3,7 @@
 set -eu
 isa=$1
 shift
-shared=$(nm -C --defined-only "$@" | awk '$2 ~ /^[WVu]$/' | grep -v -E "^[0-9a-f]+ . (guard variable for |typeinfo for |typeinfo name for |vtable for )?([^(]* )?lc::$isa::" || true)
+shared=$(nm -C --defined-only "$@" | awk '$2 ~ /^[WVu]$/' | grep -v -E -e "^[0-9a-f]+ . (guard variable for |typeinfo for |typeinfo name for |vtable for )?([^(]* )?lc::$isa::" -e " DW\.ref\." || true)
 [ -z "$shared" ] && exit 0
 echo "Weak or unique symbols outside of lc::$isa:"
 echo "$shared" | cut -d ' ' -f 2- | sort | uniq -c
