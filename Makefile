@@ -1,6 +1,6 @@
-# make run [TEXT=file]   install leetcore into .venv and run examples/text.py: needs a C++ compiler and Python >= 3.10
+# make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
 # make test              every check; each stage has a target of its own: lint pytest ctest sanitize
-# make bench             how fast this machine is
+# make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
 # make format            lay out all code
 # make clean             remove .venv and build
 PYTHON ?= python3
@@ -51,8 +51,8 @@ build/ctest/build.ninja: | system
 build/sanitize/build.ninja: | system
 	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
 
-bench: .venv/package
-	leetcore bench
+bench: .venv/bench
+	python bench/run.py $(ARGS)
 
 format: .venv/test
 	ruff check --fix-only --quiet .
@@ -69,8 +69,8 @@ clean:
 	$(pip) .
 	@touch $@
 
-.venv/test: .venv/bin/python $(sources)
-	$(pip) '.[test]'
+.venv/test .venv/bench: .venv/%: .venv/bin/python $(sources)
+	$(pip) '.[$*]'
 	@touch .venv/package $@
 
 # What PyPI does not have, from Debian: installed when we may, else named.

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <initializer_list>
-#include <numeric>
 #include <vector>
 
 #include "problem.h"
@@ -168,9 +168,10 @@ class Checker {
   // In the frame [b, h, n, d] of View, whatever the layout.
   View view(const lc_tensor& t, bool swap) const {
     View w;
+    const bool none = empty(t);  // its strides mean nothing and were not checked
     w.data = static_cast<char*>(t.data) + t.byte_offset;
     for (int i = 0; i < t.ndim; ++i)
-      w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 ? stride_of(t, i) : 0;
+      w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 && !none ? stride_of(t, i) : 0;
     return w;
   }
 
@@ -201,14 +202,14 @@ class Checker {
     }
   }
 
-  // ... nor with any other tensor of the call; `except` may be the very same tensor.
-  void apart(const char* name, const lc_tensor* t, const lc_tensor* except = nullptr) const {
-    const Extent* mine = find(t);
-    if (!mine) return;
+  // ... nor with any other argument of the call; the one named `except` may be the very same tensor.
+  void apart(const char* name, const char* except) const {
+    const Extent* mine = extents;
+    while (std::strcmp(mine->name, name)) ++mine;
     for (int i = 0; i < count; ++i) {
       const Extent& other = extents[i];
-      if (other.tensor == t || other.high <= mine->low || mine->high <= other.low) continue;
-      if (other.tensor == except && identical(*t, *except)) continue;
+      if (&other == mine || other.high <= mine->low || mine->high <= other.low) continue;
+      if (!std::strcmp(other.name, except) && identical(*mine->tensor, *other.tensor)) continue;
       if (!interleaved(*mine, other))
         fail(LC_INVALID, "%s: expected memory of its own, as it is written; got an overlap with %s", name, other.name);
     }
@@ -218,32 +219,36 @@ class Checker {
   int count = 0;
 
  private:
-  const Extent* find(const lc_tensor* t) const {
-    for (int i = 0; i < count; ++i)
-      if (extents[i].tensor == t) return &extents[i];
-    return nullptr;
-  }
-
   static bool identical(const lc_tensor& x, const lc_tensor& y) {
     bool good = static_cast<char*>(x.data) + x.byte_offset == static_cast<char*>(y.data) + y.byte_offset;
     for (int i = 0; i < x.ndim; ++i) good = good && (x.shape[i] == 1 || stride_of(x, i) == stride_of(y, i));
     return good;
   }
 
-  // Slices of one buffer, like q, k and v of a fused projection: their rows keep apart modulo every stride.
+  // Columns of one buffer, like q, k and v of a fused projection. For any length P, a tensor whose strides are
+  // multiples of P or stay within a row lies in one interval modulo P; where two such intervals keep apart, so do the
+  // tensors.
   static bool interleaved(const Extent& x, const Extent& y) {
-    int64_t period = 0, row[2] = {};
-    int which = 0;
     for (const Extent* e : {&x, &y}) {
       const lc_tensor& t = *e->tensor;
-      const int64_t item = t.dtype.bits / 8;
-      row[which++] = (t.ndim ? t.shape[t.ndim - 1] : 1) * item;
-      for (int i = 0; i + 1 < t.ndim; ++i)
-        if (t.shape[i] > 1) period = std::gcd(period, std::llabs(stride_of(t, i)) * item);
+      for (int i = 0; i < t.ndim; ++i) {
+        const int64_t period = std::llabs(stride_of(t, i)) * (t.dtype.bits / 8);
+        if (t.shape[i] < 2 || !period) continue;
+        const int64_t distance = int64_t(((y.low - x.low) % period + period) % period);
+        if (distance >= width(*x.tensor, period) && distance + width(*y.tensor, period) <= period) return true;
+      }
     }
-    if (!period) return false;
-    const int64_t distance = int64_t(((y.low - x.low) % period + period) % period);
-    return distance >= row[0] && distance + row[1] <= period;
+    return false;
+  }
+
+  static __int128 width(const lc_tensor& t, int64_t period) {
+    const int64_t item = t.dtype.bits / 8;
+    __int128 bytes = item;
+    for (int i = 0; i < t.ndim; ++i) {
+      const int64_t step = std::llabs(stride_of(t, i)) * item;
+      if (step % period) bytes += __int128(step) * (t.shape[i] - 1);
+    }
+    return bytes;
   }
 };
 
@@ -421,7 +426,7 @@ Checker structure(const lc_args& a) {
   for (const auto& [name, t] : {std::pair{"o", a.o}, std::pair{"final_state", a.final_state}}) {
     if (!t || empty(*t)) continue;
     c.distinct(name, *t);
-    c.apart(name, t, t == a.final_state ? a.initial_state : nullptr);
+    c.apart(name, std::strcmp(name, "final_state") ? "" : "initial_state");
   }
   p.B = sequences;
   p.workspace = a.workspace, p.workspace_bytes = a.workspace_bytes, p.stream = a.stream;

@@ -41,7 +41,6 @@ struct Simd {
   typedef Int Ivec __attribute__((vector_size(kVectorBytes)));  // what comparisons yield
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
   typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));  // as many 16-bit values
-  typedef uint16_t HalfUnaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 };
 template <class T>
 using Vec = typename Simd<T>::Vec;
@@ -140,7 +139,8 @@ LC_INLINE Vec<T> load(const E* p) {
   if constexpr (std::is_same_v<T, E>) {
     return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
   } else {
-    const auto h = *reinterpret_cast<const typename Simd<T>::HalfUnaligned*>(p);
+    typename Simd<T>::Half h;
+    std::memcpy(&h, p, sizeof h);
     if constexpr (std::is_same_v<E, bf16>)
       return detail::widen_bf16(h);
     else
@@ -152,11 +152,12 @@ LC_INLINE void store(E* p, Vec<T> x) {
   if constexpr (std::is_same_v<T, E>) {
     *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = x;
   } else {
-    auto* h = reinterpret_cast<typename Simd<T>::HalfUnaligned*>(p);
+    typename Simd<T>::Half h;
     if constexpr (std::is_same_v<E, bf16>)
-      *h = detail::narrow_bf16(x);
+      h = detail::narrow_bf16(x);
     else
-      *h = detail::narrow_f16(x);
+      h = detail::narrow_f16(x);
+    std::memcpy(p, &h, sizeof h);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <leetcore/leetcore.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -19,6 +20,7 @@ namespace test {
 
 using Bytes = std::vector<unsigned char>;
 using Index = std::vector<int64_t>;
+using Position = std::array<int64_t, 8>;  // one number for each axis, then zeros
 
 constexpr lc_dtype kF64 = {LC_FLOAT, 64, 1}, kF32 = {LC_FLOAT, 32, 1}, kF16 = {LC_FLOAT, 16, 1},
                    kBf16 = {LC_BFLOAT, 16, 1};
@@ -80,38 +82,30 @@ inline void store(void* p, lc_dtype t, double x) {
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
-// The strides in force: NULL strides mean dense row-major.
-inline Index strides(const lc_tensor& t) {
-  Index s(t.ndim, 1);
-  for (int i = t.ndim - 2; i >= 0; --i) s[i] = s[i + 1] * t.shape[i + 1];
-  if (t.strides) s.assign(t.strides, t.strides + t.ndim);
-  return s;
-}
-
-inline void* at(const lc_tensor& t, const Index& index) {
-  const Index s = strides(t);
+inline void* at(const lc_tensor& t, const Position& position) {
   int64_t offset = 0;
-  for (size_t i = 0; i < index.size(); ++i) offset += index[i] * s[i];
+  for (int i = 0; i < t.ndim; ++i)
+    offset = t.strides ? offset + position[i] * t.strides[i] : offset * t.shape[i] + position[i];
   return static_cast<char*>(t.data) + t.byte_offset + offset * (t.dtype.bits / 8);
 }
 
-// f(index) for every element, in row-major order of the shape.
+// f(position) for every element, in row-major order of the shape.
 template <class F>
 void for_each_element(const lc_tensor& t, F&& f) {
-  Index index(t.ndim, 0);
+  Position position = {};
   for (int i = 0; i < t.ndim; ++i)
     if (t.shape[i] <= 0) return;
   for (;;) {
-    f(index);
+    f(static_cast<const Position&>(position));
     int i = t.ndim - 1;
-    while (i >= 0 && ++index[i] == t.shape[i]) index[i--] = 0;
+    while (i >= 0 && ++position[i] == t.shape[i]) position[i--] = 0;
     if (i < 0) return;
   }
 }
 
 inline std::vector<double> values(const lc_tensor& t) {
   std::vector<double> x;
-  for_each_element(t, [&](const Index& i) { x.push_back(load(at(t, i), t.dtype)); });
+  for_each_element(t, [&](const Position& i) { x.push_back(load(at(t, i), t.dtype)); });
   return x;
 }
 
@@ -149,7 +143,7 @@ struct Tensor : lc_tensor {
 
   template <class F>
   void fill(F&& f) {
-    for_each_element(*this, [&](const Index& i) { store(at(*this, i), dtype, f()); });
+    for_each_element(*this, [&](const Position& i) { store(at(*this, i), dtype, f()); });
   }
 };
 
@@ -165,10 +159,12 @@ struct Answer {
 inline Answer reference(const lc_args& a) {
   const bool bnhd = a.flags & LC_LAYOUT_BNHD;
   const int head_axis = bnhd ? 2 : 1, token_axis = bnhd ? 1 : 2;
-  const auto token = [&](int64_t b, int64_t h, int64_t n, int64_t d) {
-    return bnhd ? Index{b, n, h, d} : Index{b, h, n, d};
+  const auto read = [](const lc_tensor& t, const Position& i) { return load(at(t, i), t.dtype); };
+  const auto token = [&](const lc_tensor& t, int64_t b, int64_t h, int64_t n) {
+    std::vector<double> x(t.shape[3]);
+    for (int64_t d = 0; d < t.shape[3]; ++d) x[d] = read(t, bnhd ? Position{b, n, h, d} : Position{b, h, n, d});
+    return x;
   };
-  const auto read = [](const lc_tensor& t, const Index& i) { return load(at(t, i), t.dtype); };
   const int64_t B = a.q->shape[0], N = a.q->shape[token_axis], K = a.q->shape[3], V = a.v->shape[3];
   const int64_t Hq = a.q->shape[head_axis], Hk = a.k->shape[head_axis], Hv = a.v->shape[head_axis];
   const int64_t Hs = std::max(Hk, Hv), H = std::max(Hq, Hs);
@@ -182,7 +178,7 @@ inline Answer reference(const lc_args& a) {
       case 2:
         return std::exp(read(*a.log_decay, {b, h}));
       default:
-        return std::exp(read(*a.log_decay, bnhd ? Index{b, n, h} : Index{b, h, n}));
+        return std::exp(read(*a.log_decay, bnhd ? Position{b, n, h} : Position{b, h, n}));
     }
   };
 
@@ -209,21 +205,20 @@ inline Answer reference(const lc_args& a) {
       double* S_size = answer.state_size.data() + (slot * Hs + hs) * K * V;
       for (int64_t n = first; n < end; ++n) {
         const double w = decay(row, hs, n);
+        const std::vector<double> k = token(*a.k, row, hs * Hk / Hs, n), v = token(*a.v, row, hs * Hv / Hs, n);
         for (int64_t i = 0; i < K; ++i) {
-          const double k = read(*a.k, token(row, hs * Hk / Hs, n, i));
           for (int64_t j = 0; j < V; ++j) {
-            const double kv = k * read(*a.v, token(row, hs * Hv / Hs, n, j));
-            S[i * V + j] = w * S[i * V + j] + kv;
-            S_size[i * V + j] = w * S_size[i * V + j] + std::fabs(kv);
+            S[i * V + j] = w * S[i * V + j] + k[i] * v[j];
+            S_size[i * V + j] = w * S_size[i * V + j] + std::fabs(k[i] * v[j]);
           }
         }
         for (int64_t h = hs * (H / Hs); h < (hs + 1) * (H / Hs); ++h) {
-          for (int64_t j = 0; j < V; ++j) {
-            const int64_t at_o = (bnhd ? (row * N + n) * H + h : (row * H + h) * N + n) * V + j;
-            for (int64_t i = 0; i < K; ++i) {
-              const double q = a.scale * read(*a.q, token(row, h * Hq / H, n, i));
-              answer.o[at_o] += q * S[i * V + j];
-              answer.o_size[at_o] += std::fabs(q) * S_size[i * V + j];
+          const std::vector<double> q = token(*a.q, row, h * Hq / H, n);
+          const int64_t at_o = (bnhd ? (row * N + n) * H + h : (row * H + h) * N + n) * V;
+          for (int64_t i = 0; i < K; ++i) {
+            for (int64_t j = 0; j < V; ++j) {
+              answer.o[at_o + j] += a.scale * q[i] * S[i * V + j];
+              answer.o_size[at_o + j] += std::fabs(a.scale * q[i]) * S_size[i * V + j];
             }
           }
         }
@@ -420,8 +415,8 @@ struct Call {
       while (i < all.size() &&
              (first < all[i]->memory.data() || first >= all[i]->memory.data() + all[i]->memory.size()))
         ++i;
-      for_each_element(*written, [&](const Index& index) {
-        const size_t where = static_cast<unsigned char*>(at(*written, index)) - all[i]->memory.data();
+      for_each_element(*written, [&](const Position& position) {
+        const size_t where = static_cast<unsigned char*>(at(*written, position)) - all[i]->memory.data();
         std::copy_n(before[i].begin() + where, written->dtype.bits / 8, now[i].begin() + where);
       });
     }

@@ -388,6 +388,19 @@ TEST(Refuses, OutputsOverInputs) {
   }
 }
 
+// Not two tensors over the same memory, but one lc_tensor in two places.
+TEST(Refuses, OneTensorAsInputAndOutput) {
+  Spec spec = with_states();
+  spec.dtype = kF32;
+  spec.N = spec.K = spec.V;  // all of one shape
+  const lc_tensor* lc_args::* const inputs[] = {&lc_args::q, &lc_args::k, &lc_args::v, &lc_args::initial_state,
+                                                &lc_args::final_state};
+  for (const lc_tensor* lc_args::* input : inputs)
+    invalid(spec, [&](Call& c) { c.args.o = c.args.*input; }, "o", {"overlap"}, SeenBy::run_only);
+  for (const lc_tensor* lc_args::* input : {&lc_args::q, &lc_args::k, &lc_args::v})
+    invalid(spec, [&](Call& c) { c.args.final_state = c.args.*input; }, "final_state", {"overlap"}, SeenBy::run_only);
+}
+
 TEST(Accepts, InPlaceStates) {
   Spec spec;
   spec.in_place = true;
@@ -488,10 +501,10 @@ TEST(Refuses, PositiveOrNanLogDecay) {
         for (bool strided : {false, true}) {
           Spec spec;
           spec.B = 3, spec.N = 7, spec.dtype = inputs, spec.decay = decay, spec.bnhd = bnhd, spec.strided = strided;
-          std::vector<Index> positions;
+          std::vector<Position> positions;
           Call call(spec);
-          for_each_element(call.log_decay, [&](const Index& i) { positions.push_back(i); });
-          for (const Index& position : positions)
+          for_each_element(call.log_decay, [&](const Position& i) { positions.push_back(i); });
+          for (const Position& position : positions)
             for (double bad : {1e-30, 0.5, kInf, kNan})
               invalid(
                   spec, [&](Call& c) { store(at(c.log_decay, position), c.log_decay.dtype, bad); }, "log_decay", {},

@@ -204,8 +204,8 @@ void Fuzz::change(Call& call) {
 
 void Fuzz::change_values(Call& call) {
   const auto one_of = [&](Tensor& t, double x) {
-    std::vector<Index> positions;
-    for_each_element(t, [&](const Index& i) { positions.push_back(i); });
+    std::vector<Position> positions;
+    for_each_element(t, [&](const Position& i) { positions.push_back(i); });
     if (!positions.empty()) store(at(t, positions[below(static_cast<int64_t>(positions.size()))]), t.dtype, x);
   };
   switch (below(3)) {
@@ -296,6 +296,31 @@ bool names_an_argument(const std::string& message) {
   return message.size() > name.size() + 2 && std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 
+// Everything the library is told, for the report of a failure.
+std::string describe_arguments(const lc_args& a) {
+  std::ostringstream out;
+  out << "op " << a.op << ", method " << (a.method ? a.method : "NULL") << ", scale " << a.scale << ", flags "
+      << a.flags << ", struct_size " << a.struct_size;
+  const std::pair<const char*, const lc_tensor*> members[] = {{"q", a.q},
+                                                              {"k", a.k},
+                                                              {"v", a.v},
+                                                              {"log_decay", a.log_decay},
+                                                              {"initial_state", a.initial_state},
+                                                              {"state_indices", a.state_indices},
+                                                              {"cu_seqlens", a.cu_seqlens},
+                                                              {"o", a.o},
+                                                              {"final_state", a.final_state}};
+  for (const auto& [name, t] : members) {
+    if (!t) continue;
+    out << "\n  " << name << ": code " << int(t->dtype.code) << ", bits " << int(t->dtype.bits) << ", data " << t->data
+        << " + " << static_cast<int64_t>(t->byte_offset) << ", shape";
+    for (int i = 0; t->shape && i < t->ndim && i < 8; ++i) out << " " << t->shape[i];
+    out << ", strides";
+    for (int i = 0; t->strides && i < t->ndim && i < 8; ++i) out << " " << t->strides[i];
+  }
+  return out.str();
+}
+
 void check_status(lc_status status, const std::string& message) {
   switch (status) {
     case LC_OK:
@@ -332,6 +357,7 @@ void Fuzz::step() {
   for (int64_t changes = among<int64_t>({0, 1, 1, 1, 2, 3}); changes > 0; --changes) change(call);
 
   const lc_args seen = visible(call.args);
+  SCOPED_TRACE(describe_arguments(seen));
   bool ours = true;
   for (const lc_tensor* t : given(seen)) ours = ours && in_bounds(call, *t);
   if (!ours)

@@ -94,7 +94,7 @@ class Methods : public ::testing::Test {
  private:
   static void poison(Tensor& t) {
     if (t.memory.empty()) return;
-    for_each_element(t, [&](const Index& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
+    for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
   }
 };
 
