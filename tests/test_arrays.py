@@ -33,10 +33,6 @@ class Producer:
     def __init__(self, array):
         self.array = array
 
-    @property
-    def dtype(self):
-        return self.array.dtype
-
     def __dlpack__(self, **kwargs):
         return self.array.__dlpack__(**kwargs)
 
