@@ -92,7 +92,8 @@ struct Extent {
 int64_t stride_of(const lc_tensor& t, int i) {
   if (t.strides) return t.strides[i];
   int64_t dense = 1;
-  for (int j = t.ndim - 1; j > i; --j) dense *= t.shape[j];
+  for (int j = t.ndim - 1; j > i; --j)
+    if (__builtin_mul_overflow(dense, t.shape[j], &dense)) return INT64_MAX;  // memory() refuses it
   return dense;
 }
 
@@ -144,13 +145,17 @@ class Checker {
            host_scalar ? " as every scalar" : " like q", device_text(t.device).c_str());
     if (empty(t)) return;
     const int64_t item = t.dtype.bits / 8;
+    constexpr int64_t kMost = INT64_MAX / 16;
     __int128 low = 0, high = item;
-    for (int i = 0; i < t.ndim; ++i) {
-      const __int128 reach = __int128(t.shape[i] - 1) * stride_of(t, i) * item;
+    bool far = false;
+    for (int i = 0; i < t.ndim && !far; ++i) {
+      if (t.shape[i] < 2) continue;  // any stride
+      const int64_t stride = stride_of(t, i);
+      far = stride > kMost || stride < -kMost;
+      const __int128 reach = far ? 0 : __int128(t.shape[i] - 1) * stride * item;
       (reach < 0 ? low : high) += reach;
     }
-    constexpr __int128 kMost = INT64_MAX / 16;
-    if (high - low > kMost || -low > kMost)
+    if (far || high - low > kMost || -low > kMost)
       fail(LC_INVALID, "%s: expected an extent below 2^59 bytes, got shape %s with larger strides", name,
            shape_text(t).c_str());
     if (!t.data) fail(LC_INVALID, "%s: expected data, got NULL for shape %s", name, shape_text(t).c_str());
@@ -168,8 +173,8 @@ class Checker {
   // In the frame [b, h, n, d] of View, whatever the layout.
   View view(const lc_tensor& t, bool swap) const {
     View w;
-    const bool none = empty(t);  // its strides mean nothing and were not checked
-    w.data = static_cast<char*>(t.data) + t.byte_offset;
+    const bool none = empty(t);  // neither strides nor offset mean anything then, nor were they checked
+    w.data = none ? t.data : static_cast<char*>(t.data) + t.byte_offset;
     for (int i = 0; i < t.ndim; ++i)
       w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 && !none ? stride_of(t, i) : 0;
     return w;
@@ -232,8 +237,8 @@ class Checker {
     for (const Extent* e : {&x, &y}) {
       const lc_tensor& t = *e->tensor;
       for (int i = 0; i < t.ndim; ++i) {
+        if (t.shape[i] < 2 || !stride_of(t, i)) continue;
         const int64_t period = std::llabs(stride_of(t, i)) * (t.dtype.bits / 8);
-        if (t.shape[i] < 2 || !period) continue;
         const int64_t distance = int64_t(((y.low - x.low) % period + period) % period);
         if (distance >= width(*x.tensor, period) && distance + width(*y.tensor, period) <= period) return true;
       }
@@ -245,6 +250,7 @@ class Checker {
     const int64_t item = t.dtype.bits / 8;
     __int128 bytes = item;
     for (int i = 0; i < t.ndim; ++i) {
+      if (t.shape[i] < 2) continue;  // any stride
       const int64_t step = std::llabs(stride_of(t, i)) * item;
       if (step % period) bytes += __int128(step) * (t.shape[i] - 1);
     }
