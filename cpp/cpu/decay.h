@@ -4,7 +4,9 @@
 //   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
 //   in[i]      = 2^cum_i                        the state before the chunk at token i
 //   out[j]     = 2^(cum_last - cum_j)           token j in the state after the chunk
-//   total      = 2^cum_last                     the state before in the state after
+//   total      = 2^cum_last                     the state before in the state after, as a sum total + total_rest: a
+//   slow decay's
+//                                               rounding error would be raised to the power of the number of chunks
 //
 // Every exponent is <= 0 and a difference of sums kept in float64 that restart at each chunk. With a constant decay
 // the mask is Toeplitz: one row of 2C numbers, seen with a row stride of -1.
@@ -21,7 +23,7 @@ class ChunkDecay {
  public:
   const T* in;
   const T* out;
-  T total;
+  T total, total_rest;
   Matrix<const T> mask;  // entries above the diagonal mean nothing: select, do not multiply
 
   ChunkDecay(Arena& arena, const Problem& p, int chunk)
@@ -36,10 +38,10 @@ class ChunkDecay {
   void begin_head(const Problem& p, const Sequence& s, int64_t hs) {
     p_ = &p, row_ = s.row, head_ = hs;
     if (!constant_) return;
-    const double step = log2_decay(p, s.row, hs, 0);
+    step_ = log2_decay(p, s.row, hs, 0);
     T* mask0 = table_ + chunk_ - 1;  // mask0[j - i]
     const int longest = s.length < chunk_ ? int(s.length) : chunk_;
-    for (int i = 0; i <= longest; ++i) powers_[i] = T(std::exp2(step * i));
+    for (int i = 0; i <= longest; ++i) powers_[i] = T(std::exp2(step_ * i));
     for (int i = 0; i < longest; ++i) mask0[-i] = powers_[i];
     for (int i = 1; i <= padded<T>(chunk_); ++i) mask0[i] = 0;
     in = powers_ + 1;
@@ -50,7 +52,7 @@ class ChunkDecay {
   void chunk(int64_t t, int n) {
     if (constant_) {
       out = mask.data - (n - 1);
-      total = powers_[n];
+      set_total(step_ * n);
       return;
     }
     double sum = 0;
@@ -61,11 +63,16 @@ class ChunkDecay {
     for (int i = 0; i < n; ++i) powers_of_differences(table_ + i * padded<T>(chunk_), cum_[i], i + 1);
     powers_of_differences(last_, sum, n);
     for (int i = 0; i < n; i += kLanes<T>) store<T>(powers_ + i, exp2<T>(gather(0, -1, i)));
-    in = powers_, out = last_, total = T(std::exp2(sum));
+    in = powers_, out = last_;
+    set_total(sum);
     mask = {table_, padded<T>(chunk_)};
   }
 
  private:
+  LC_INLINE void set_total(double log2) {
+    const double x = std::exp2(log2);
+    total = T(x), total_rest = T(x - double(total));
+  }
   // sign * cum_[j ...] + offset, in float64, then rounded
   LC_INLINE Vec<T> gather(double offset, double sign, int j) const {
     T d[kLanes<T>];
@@ -87,6 +94,7 @@ class ChunkDecay {
   double* cum_;
   const Problem* p_ = nullptr;
   int64_t row_ = 0, head_ = 0;
+  double step_ = 0;
 };
 
 }  // namespace lc::LC_ISA

@@ -105,17 +105,18 @@ struct Columns {
   }
 
   void advance(const Tokens<E>& chunk) {
-    const T total = chunk.decay.total;
+    const T total = chunk.decay.total, rest = chunk.decay.total_rest;
     for (int panel = first; panel < last; ++panel) {
       const Matrix<T> S = state_panel(panel);
       for_tiles<T>(0, int(p.K), panels.begin(panel), panels.width(panel), [&](auto& acc, int r, int c) {
-        if (live) {
-          load(acc, Matrix<const T>{S.row(r), S.ld});
-          map(acc, [&](int, int, Vec<T> x) { return x * total; });
-        } else {
-          zero(acc);
-        }
+        zero(
+            acc);  // the chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S
         mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, panel, c), chunk.n);
+        if (live)
+          map(acc, [&](int i, int j, Vec<T> x) {
+            const Vec<T> before = load<T>(S.row(r + i) + j);
+            return before * total + (before * rest + x);
+          });
         store(Matrix<T>{S.row(r), S.ld}, acc);
       });
     }

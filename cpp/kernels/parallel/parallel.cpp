@@ -94,7 +94,7 @@ struct Worker {
         });
       }
       accumulate({others.scores, C}, values(others), rows.n, others.n, false, [&](int i) { return in[i] * scale; });
-      between *= double(others.decay.total);
+      between *= double(others.decay.total) + double(others.decay.total_rest);
     }
     if (p.initial_state) {
       const Matrix<const T> s0 = initial_state(b, hs);
@@ -115,7 +115,7 @@ struct Worker {
       others.load_keys_values(p, s, hs, panels);
       others.weigh_keys(p, T(after));
       accumulate({others.keys, C}, values(others), int(p.K), others.n, false, one);
-      after *= double(others.decay.total);
+      after *= double(others.decay.total) + double(others.decay.total_rest);
     }
     if (p.initial_state) {
       const Matrix<const T> s0 = initial_state(b, hs);

@@ -26,16 +26,19 @@ double flop(const Problem& p) { return double(tokens(p)) * double(p.K * p.V) * (
 // The tokens one pass over a block of rows takes: decay, k and q per row, v and the sums o in registers.
 template <class T>
 struct Pass {
-  const T* decay;     // [tokens]
+  const T* decay;     // [tokens]: 2^L, or 2^L - 1
   Matrix<const T> k;  // [tokens, K]
   Matrix<const T> v;  // [tokens, V]
   Matrix<const T> q;  // [tokens or heads, K]
   Matrix<T> o;        // [tokens or heads, V]
 };
 
-// rows x N vectors of S at (r0, c): kTokens tokens of one q head, or one token of kHeads q heads; kUpdate: S moves on
-// first.
-template <class T, int kTokens, int kHeads, int N, bool kUpdate>
+// What a pass does to S before it is read. A decay close to 1 is given as 2^L - 1 and added as (2^L - 1) S + k v: the
+// rounding error of 2^L itself would be raised to the power of the number of tokens, and that of 2^L S is biased.
+enum class Update { none, times, plus };
+
+// rows x N vectors of S at (r0, c): kTokens tokens of one q head, or one token of kHeads q heads.
+template <class T, int kTokens, int kHeads, int N, Update kUpdate>
 __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c) {
   constexpr int kSums = kTokens * kHeads;
   Vec<T> v[kTokens][N], o[kSums][N];
@@ -43,7 +46,7 @@ __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, i
   for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
-      if (kUpdate) v[t][j] = load<T>(a.v.row(t) + c + j * kLanes<T>);
+      if (kUpdate != Update::none) v[t][j] = load<T>(a.v.row(t) + c + j * kLanes<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i) o[i][j] = load<T>(a.o.row(i) + c + j * kLanes<T>);
   }
@@ -55,10 +58,15 @@ __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, i
     for (int j = 0; j < N; ++j) x[j] = load<T>(s + j * kLanes<T>);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      if (kUpdate) {
+      if (kUpdate != Update::none) {
         const Vec<T> decay = broadcast<T>(a.decay[t]), k = broadcast<T>(a.k.row(t)[r]);
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) x[j] = x[j] * decay + k * v[t][j];
+        for (int j = 0; j < N; ++j) {
+          if (kUpdate == Update::plus)
+            x[j] = x[j] + (x[j] * decay + k * v[t][j]);
+          else
+            x[j] = x[j] * decay + k * v[t][j];
+        }
       }
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
@@ -67,7 +75,7 @@ __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, i
         for (int j = 0; j < N; ++j) o[t * kHeads + h][j] = q * x[j] + o[t * kHeads + h][j];
       }
     }
-    if (kUpdate) {
+    if (kUpdate != Update::none) {
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) store<T>(s + j * kLanes<T>, x[j]);
     }
@@ -79,7 +87,7 @@ __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, i
 }
 
 // The same for vectors [c, end), as wide as the registers allow.
-template <class T, int kTokens, int kHeads, bool kUpdate>
+template <class T, int kTokens, int kHeads, Update kUpdate>
 LC_INLINE void pass_over(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c, int end) {
   constexpr int kWidest = (kRegisters / 2) / (kTokens * (kHeads + 1)) ? (kRegisters / 2) / (kTokens * (kHeads + 1)) : 1;
   constexpr int kFirst = kWidest >= 8 ? 8 : kWidest >= 4 ? 4 : kWidest >= 2 ? 2 : 1;
@@ -102,7 +110,7 @@ struct Worker {
   using T = Accumulator<E>;
   const Problem& p;
   const int64_t tile, G;
-  T *state, *decay, *k_copy, *q_copy, *v_copy, *sums;
+  T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums;
 
   Worker(const Problem& problem, Arena& arena)
       : p(problem),
@@ -110,10 +118,18 @@ struct Worker {
         G(group(p)),
         state(arena.take<T>(p.K * padded<T>(p.V))),
         decay(arena.take<T>(tile)),
+        decay_minus_1(arena.take<T>(tile)),
         k_copy(arena.take<T>(tile * padded<T>(p.K))),
         q_copy(arena.take<T>(tile * G * padded<T>(p.K))),
         v_copy(arena.take<T>(tile * padded<T>(p.V))),
         sums(arena.take<T>(tile * G * padded<T>(p.V))) {}
+
+  // None of these tokens forgets more than 1 %. (A state that does, every few tokens, has no old errors.)
+  bool slow(int begin, int n) const {
+    bool all = true;
+    for (int i = begin; i < begin + n; ++i) all = all && decay[i] > T(0.99);
+    return all;
+  }
 
   // Tokens [t, t + n) of (s, hs) for the vectors [c0, c1) of columns; block(r0, m, f) calls f with rows [r0, r0 + m) of
   // the state.
@@ -129,7 +145,12 @@ struct Worker {
       load<T>(Matrix<T>{q_copy + g * Kp, G * Kp},
               Matrix<const E>{p.q.at<const E>(s.row, q_head(p, hs * G + g), t), p.q.stride[2]}, n, int(p.K));
     for (int i = 0; i < n; ++i) {
-      decay[i] = i && p.decay != Decay::per_token ? decay[0] : T(std::exp2(log2_decay(p, s.row, hs, t + i)));
+      if (i && p.decay != Decay::per_token) {
+        decay[i] = decay[0], decay_minus_1[i] = decay_minus_1[0];
+      } else {
+        const double x = log2_decay(p, s.row, hs, t + i);
+        decay[i] = T(std::exp2(x)), decay_minus_1[i] = T(std::expm1(x / kLog2e));
+      }
       for (int64_t g = 0; g < G; ++g) std::memset(sums + (i * G + g) * Vp + begin, 0, size_t(c1 - c0) * kVectorBytes);
     }
 
@@ -137,8 +158,8 @@ struct Worker {
     for (int64_t r0 = 0; r0 < p.K; r0 += rows) {
       const int64_t m = std::min(rows, p.K - r0);
       block(r0, m, [&](Matrix<T> S) {
-        const auto at = [&](int i, int64_t g) {
-          return Pass<T>{decay + i,
+        const auto at = [&](int i, int64_t g, bool plus) {
+          return Pass<T>{(plus ? decay_minus_1 : decay) + i,
                          {k_copy + i * Kp, Kp},
                          {v_copy + i * Vp, Vp},
                          {q_copy + (i * G + g) * Kp, Kp},
@@ -146,12 +167,20 @@ struct Worker {
         };
         int i = 0;
         if (G == 1)
-          for (; i + 4 <= n; i += 4) pass_over<T, 4, 1, true>(S, at(i, 0), r0, m, c0, c1);
+          for (; i + 4 <= n; i += 4) {
+            if (slow(i, 4))
+              pass_over<T, 4, 1, Update::plus>(S, at(i, 0, true), r0, m, c0, c1);
+            else
+              pass_over<T, 4, 1, Update::times>(S, at(i, 0, false), r0, m, c0, c1);
+          }
         for (; i < n; ++i) {
+          if (slow(i, 1))
+            pass_over<T, 1, 1, Update::plus>(S, at(i, 0, true), r0, m, c0, c1);
+          else
+            pass_over<T, 1, 1, Update::times>(S, at(i, 0, false), r0, m, c0, c1);
           int64_t g = 1;
-          pass_over<T, 1, 1, true>(S, at(i, 0), r0, m, c0, c1);
-          for (; g + 4 <= G; g += 4) pass_over<T, 1, 4, false>(S, at(i, g), r0, m, c0, c1);
-          for (; g < G; ++g) pass_over<T, 1, 1, false>(S, at(i, g), r0, m, c0, c1);
+          for (; g + 4 <= G; g += 4) pass_over<T, 1, 4, Update::none>(S, at(i, g, false), r0, m, c0, c1);
+          for (; g < G; ++g) pass_over<T, 1, 1, Update::none>(S, at(i, g, false), r0, m, c0, c1);
         }
       });
     }
