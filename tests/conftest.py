@@ -48,4 +48,4 @@ def log_decays(rng, kind, B, Hs, N):
         return np.where(rng.random(shape) < 0.98, -rng.exponential(0.1, shape), rng.choice(LOG_DECAYS, shape)).astype(
             "f4"
         )
-    return rng.permutation(np.resize(LOG_DECAYS, max(int(np.prod(shape)), 1)))[: int(np.prod(shape))].reshape(shape)
+    return np.resize(rng.permutation(LOG_DECAYS), shape)

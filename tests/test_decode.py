@@ -160,3 +160,17 @@ def test_a_thousand_steps(state_dtype):
     # roundings of relative size u, each forgotten as the state is: u / sqrt(1 - gamma^2) = 2.3 u at gamma = e^-0.1
     tolerance = {"f32": 5e-6, "f16": 2.4 * 5e-4, "bf16": 2.4 * 2e-3}[state_dtype]
     assert reference.error(o, want) <= tolerance and reference.error(state, want_state) <= tolerance
+
+
+@pytest.mark.parametrize("T", [1, 8, 64])
+def test_slow_decays_keep_their_precision(T):
+    """gamma = 1 - 1e-6 over 8192 tokens: a factor rounded to float32 in every step would be far off."""
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, (1, 1, 8192, 16)) for _ in range(3))
+    decay = leetcore.decay.from_gamma([1 - 1e-6])
+    want, want_state = reference.linear_attention(q, k, v, decay)
+    state = np.zeros((1, 1, 16, 16), np.float32)
+    steps = (slice(t, t + T) for t in range(0, 8192, T))
+    o = [leetcore.decode_step(q[:, :, t], k[:, :, t], v[:, :, t], state, decay) for t in steps]
+    assert reference.error(np.concatenate(o, axis=2), want) <= TOLERANCE["f32"][0]
+    assert reference.error(state, want_state) <= TOLERANCE["f32"][1]
