@@ -288,6 +288,8 @@ std::string build_info() {
 
 NB_MODULE(_core, m) {
   using namespace nb::literals;
+  m.attr("version") = std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
+                      std::to_string(LC_VERSION_PATCH);
   m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a,
         "stream"_a, "return_state"_a);

@@ -52,14 +52,14 @@ def expected(case):
     return reference.linear_attention(**case.arguments())
 
 
-def check(case, method):
+def check(case, method, growth=1.0):
     want, want_state = expected(case)
     o, state = leetcore.linear_attention(**case.arguments(), method=method, return_state=True)
     assert o.dtype == DTYPES[case.dtype] and state.dtype == (np.float64 if case.dtype == "f64" else np.float32)
     assert np.linalg.norm(want) > 1e-3 and np.linalg.norm(want_state) > 1e-3  # nothing to be small against
     errors = reference.error(o, want), reference.error(state, want_state)
-    assert errors[0] <= TOLERANCE[case.dtype][0], f"output: {errors[0]:.2e}"
-    assert errors[1] <= TOLERANCE[case.dtype][1], f"state: {errors[1]:.2e}"
+    assert errors[0] <= growth * TOLERANCE[case.dtype][0], f"output: {errors[0]:.2e}"
+    assert errors[1] <= growth * TOLERANCE[case.dtype][1], f"state: {errors[1]:.2e}"
 
 
 def all_methods(name, values):
@@ -174,5 +174,8 @@ def test_the_whole_grid(V, K, N, dtype, method):
 @pytest.mark.parametrize("kind", ["[Hs]", "[B,Hs,N]"])
 @all_methods("N", [131072])
 def test_long_sequences(N, kind, dtype, method):
-    """One head for each of gamma = 1 - 1e-6 and 1, where errors would pile up, and others."""
-    check(Case(N, 16, 16, dtype, kind, heads=(8, 8, 8)), method)
+    """One head for each of gamma = 1 - 1e-6 and 1, where errors would pile up, and others.
+
+    The tolerances are promised up to 8192 tokens; beyond, the rounding of a sum without decay grows like sqrt(N).
+    """
+    check(Case(N, 16, 16, dtype, kind, heads=(8, 8, 8)), method, growth=(N / 8192) ** 0.5)

@@ -90,7 +90,7 @@ const char* openmp_version() {
 }
 
 int workers_for(int64_t tasks, double flop) {
-  constexpr double kFlopPerWorker = 2e5;  // about 5 us of one core
+  constexpr double kFlopPerWorker = 1e6;  // about 10 us of one core
   const double most = std::min({double(num_threads()), double(tasks), flop / kFlopPerWorker});
   return std::max(1, int(most));
 }

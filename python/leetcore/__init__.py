@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import decay
+from . import _core, decay
 from .api import (
     Method,
     build_info,
@@ -14,7 +14,7 @@ from .api import (
     set_num_threads,
 )
 
-__version__ = build_info()["version"]
+__version__ = _core.version
 
 __all__ = [
     "Method",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+version: str
+
 def forward(
     lib: Any,
     q: Any,

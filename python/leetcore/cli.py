@@ -30,7 +30,10 @@ def main() -> None:
 @main.command()
 def info() -> None:
     """Print what was built and what it runs on: everything a bug report needs."""
-    build = leetcore.build_info()
+    try:
+        build = leetcore.build_info()
+    except RuntimeError as error:  # a wrong LEETCORE_ISA
+        raise click.ClickException(str(error)) from None
     facts = {
         "leetcore": f"{build['version']} in {Path(leetcore.__file__).parent}",
         "compiler": build["compiler"],
