@@ -52,15 +52,20 @@ struct Tokens {
     }
   }
 
-  LC_INLINE void load_keys_values(const Problem& p, const Sequence& s, int64_t hs, const Panels& panels) {
+  LC_INLINE void load_keys(const Problem& p, const Sequence& s, int64_t hs) {
     load_transposed<T>(Matrix<T>{keys, C}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n,
                        int(p.K));
+  }
+
+  // Column panels [first, last) of V, each of them contiguous; a single panel may already be so where it is.
+  LC_INLINE void load_values(const Problem& p, const Sequence& s, int64_t hs, const Panels& panels, int first,
+                             int last) {
     const Matrix<const E> from{p.v.at<const E>(s.row, v_head(p, hs), t), p.v.stride[2]};
     v_ = v_copy_, v_ld_ = 0;
     if constexpr (std::is_same_v<E, T>)
       if (p.V % kLanes<T> == 0 && from.ld == p.V && panels.count == 1) v_ = from.data, v_ld_ = from.ld;
     if (v_ == v_copy_)
-      for (int i = 0; i < panels.count; ++i) {
+      for (int i = first; i < last; ++i) {
         const int column = panels.template column<T>(i), wide = panels.template columns<T>(i);
         load<T>(Matrix<T>{v_copy_ + C * column, wide}, Matrix<const E>{from.data + column, from.ld}, n,
                 std::min(wide, int(p.V) - column));

@@ -1,14 +1,13 @@
 // chunk.cpp - CPU: the sequence in chunks of C tokens; matrix products inside a chunk, one state between chunks.
 //
-//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j            weights in, mask, out, total:
-//   cpu/decay.h S = total S + (diag(out) K)^T V
+//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
+//   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cpu/decay.h
 //
 //   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] kept as column panels, one register tile wide
-//   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 3K + 2V) numbers, whatever N
-//   workers: one (sequence, state) each; with fewer of those, its q heads; else a team shares one and splits the
-//   columns of V Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
+//   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers, whatever N
+//   workers: (sequence, state) pairs; where those are few, their q heads, then columns of V, one task each
+//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include <algorithm>
-#include <new>
 
 #include "../../cpu/cost.h"
 #include "../../cpu/tokens.h"
@@ -22,26 +21,24 @@ double flop(const Problem& p) {
   return double(tokens(p)) * (double(p.H) * own + double(p.Hs) * shared);
 }
 
-// Who does what. A task is one part of the q heads of one (sequence, state) pair; team workers do it together.
+// Who does what: a task is one part of the q heads of one (sequence, state) pair, or one piece of its columns of V.
+// Both repeat a little work (the update of the state; the scores), but tasks never wait for one another.
 struct Plan {
-  int teams, team;
-  int64_t parts, tasks;
+  int64_t parts, pieces, tasks;
 };
 
 Plan make_plan(const Problem& p, int workers) {
   const int64_t states = p.B * p.Hs, most = group(p);
-  const auto balanced = [&](int64_t tasks, int crews) { return tasks % crews == 0 || tasks >= 4 * crews; };
-  Plan plan{workers, 1, 1, states};
-  if (balanced(states, workers)) return plan;
-  // Parts repeat the update of their state, and part 0 writes it: not while another part may still have to read it.
+  const auto balanced = [&](int64_t tasks) { return tasks % workers == 0 || tasks >= 4 * workers; };
+  Plan plan{1, 1, states};
+  // Part 0 writes the state: not while another part may still have to read it.
   if (!p.initial_state || p.initial_state.data != p.final_state.data)
-    while (plan.parts < most && !balanced(states * plan.parts, workers)) ++plan.parts;
-  plan.tasks = states * plan.parts;
-  if (plan.parts < most || balanced(plan.tasks, workers)) return plan;
-  // A team wants single q heads and a vector of columns for each of its members.
-  const int widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
-  while (plan.team < widest && (workers % plan.team || !balanced(plan.tasks, workers / plan.team))) ++plan.team;
-  plan.teams = workers / plan.team;
+    while (plan.parts < most && !balanced(states * plan.parts)) ++plan.parts;
+  if (plan.parts == most) {
+    const int64_t widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
+    while (plan.pieces < widest && !balanced(states * most * plan.pieces)) ++plan.pieces;
+  }
+  plan.tasks = states * plan.parts * plan.pieces;
   return plan;
 }
 
@@ -54,12 +51,18 @@ struct Columns {
   T *state, *o_copy;
   bool live = false;  // the state is not zero
 
-  Columns(const Problem& problem, T* shared_state, T* copy, int member, int team)
-      : p(problem), panels(vectors<T>(p.V)), first(0), last(panels.count), state(shared_state), o_copy(copy) {
-    if (team > 1) {
-      panels.count = std::max(panels.count, team);
-      first = panels.count * member / team, last = panels.count * (member + 1) / team;
-    }
+  Columns(const Problem& problem, Arena& arena)
+      : p(problem),
+        panels(vectors<T>(p.V)),
+        first(0),
+        last(0),
+        state(arena.take<T>(p.K * padded<T>(p.V))),
+        o_copy(arena.take<T>(C * padded<T>(p.V))) {}
+
+  void take(int64_t piece, int64_t pieces) {
+    panels = Panels(vectors<T>(p.V));
+    panels.count = int(std::max<int64_t>(panels.count, pieces));
+    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
   }
 
   Matrix<T> state_panel(int panel) const {
@@ -135,66 +138,28 @@ struct Columns {
   }
 };
 
-// The whole forward pass: memory, then the work of each worker.
+// One worker: its scratch and its tasks.
 template <class E>
-struct Forward {
-  using T = Accumulator<E>;
+struct Worker {
   const Problem& p;
-  const Plan plan;
-  const int slots;  // chunks in flight: a team prepares its next ones while slower members still read the last ones
-  std::atomic<int64_t>* next;
-  Barrier* barriers;
-  Tokens<E>* chunks;
-  T *states, *copies;
-  const int64_t state_size, copy_size;
+  Tokens<E> chunk;
+  Columns<E, Accumulator<E>> columns;
 
-  Forward(const Problem& problem, int workers, Arena& arena)
-      : p(problem),
-        plan(make_plan(p, workers)),
-        slots(plan.team > 1 ? 2 * plan.team : 1),
-        next(arena.take<std::atomic<int64_t>>(1)),
-        barriers(arena.take<Barrier>(plan.teams)),
-        chunks(arena.take<Tokens<E>>(plan.teams * slots)),
-        state_size(p.K * padded<T>(p.V)),
-        copy_size(C * padded<T>(p.V)) {
-    for (int i = 0; i < plan.teams * slots; ++i) {
-      const Tokens<E> chunk(arena, p);
-      if (chunks) new (chunks + i) Tokens<E>(chunk);
-    }
-    states = arena.take<T>(plan.teams * state_size);
-    copies = arena.take<T>(plan.teams * plan.team * copy_size);
-    if (!next) return;
-    new (next) std::atomic<int64_t>(0);
-    for (int i = 0; i < plan.teams; ++i) new (barriers + i) Barrier();
-  }
+  Worker(const Problem& problem, Arena& arena) : p(problem), chunk(arena, p), columns(p, arena) {}
 
-  void work(int worker) {
-    const int team = worker / plan.team, member = worker % plan.team;
-    if (team >= plan.teams) return;
-    Tokens<E>* mine = chunks + team * slots;
-    for (int i = member; i < slots; i += plan.team) mine[i].clear_scores();
-    Columns<E, T> columns(p, states + team * state_size, copies + worker * copy_size, member, plan.team);
-    if (plan.team == 1) {
-      for (int64_t task; (task = next->fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
-        alone(task, mine[0], columns);
-    } else {
-      unsigned step = 0;
-      for (int64_t task = team; task < plan.tasks; task += plan.teams)
-        together(task, mine, member, columns, barriers[team], step);
-    }
-  }
-
-  void alone(int64_t task, Tokens<E>& chunk, Columns<E, T>& columns) const {
-    const int64_t part = task % plan.parts, hs = task / plan.parts % p.Hs, b = task / plan.parts / p.Hs;
-    const int64_t first = hs * group(p) + group(p) * part / plan.parts,
-                  last = hs * group(p) + group(p) * (part + 1) / plan.parts;
+  void run(const Plan& plan, int64_t task) {
+    const int64_t piece = task % plan.pieces, part = task / plan.pieces % plan.parts;
+    const int64_t state = task / plan.pieces / plan.parts, hs = state % p.Hs, b = state / p.Hs, G = group(p);
+    const int64_t first = hs * G + G * part / plan.parts, last = hs * G + G * (part + 1) / plan.parts;
     const Sequence s = sequence(p, b);
     const bool keep = p.final_state && part == 0;
+    columns.take(piece, plan.pieces);
     columns.begin(b, hs);
     chunk.decay.begin_head(p, s, hs);
     for (int64_t t = 0; t < s.length; t += C) {
       chunk.locate(s, t);
-      chunk.load_keys_values(p, s, hs, columns.panels);
+      chunk.load_keys(p, s, hs);
+      chunk.load_values(p, s, hs, columns.panels, columns.first, columns.last);
       for (int64_t h = first; h < last; ++h) {
         chunk.load_queries(p, s, h);
         chunk.score(p);
@@ -204,58 +169,36 @@ struct Forward {
     }
     if (keep) columns.end(b, hs);
   }
-
-  // Each member prepares one of the next chunks, then all go through all of them, each for its own columns.
-  void together(int64_t task, Tokens<E>* mine, int member, Columns<E, T>& columns, Barrier& barrier,
-                unsigned& step) const {
-    const int64_t h = task % p.H, hs = h / group(p), b = task / p.H;
-    const Sequence s = sequence(p, b);
-    const bool keep = p.final_state && h % group(p) == 0;
-    columns.begin(b, hs);
-    for (int i = member; i < slots; i += plan.team) mine[i].decay.begin_head(p, s, hs);
-    for (int64_t t = 0; t < s.length; t += plan.team * C, ++step) {
-      Tokens<E>* ready = mine + step % 2 * plan.team;
-      if (t + member * C < s.length) {
-        ready[member].locate(s, t + member * C);
-        ready[member].load_keys_values(p, s, hs, columns.panels);
-        ready[member].load_queries(p, s, h);
-        ready[member].score(p);
-        ready[member].weigh_keys(p);
-      }
-      barrier.wait(plan.team);
-      for (int64_t i = 0; i < plan.team && t + i * C < s.length; ++i) {
-        columns.output(ready[i], s, h);
-        if (t + (i + 1) * C < s.length || keep) columns.advance(ready[i]);
-      }
-    }
-    if (keep) columns.end(b, hs);
-    barrier.wait(plan.team);  // the next task's weights overwrite this one's
-  }
 };
+
+template <class E>
+Worker<E> cut(const Problem& p, Arena& arena, int worker) {
+  for (int i = 0; i < worker; ++i) Worker<E>(p, arena);
+  return Worker<E>(p, arena);
+}
 
 int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.V), flop(p)); }
 
 size_t workspace(const Problem& p) {
   size_t bytes = 0;
   with_type(p.type, [&](auto e) {
-    for (int n : {1, workers(p)}) {
-      Arena arena(nullptr);
-      Forward<decltype(e)>(p, n, arena);
-      bytes = std::max(bytes, arena.used());
-    }
+    Arena arena(nullptr);
+    cut<decltype(e)>(p, arena, workers(p) - 1);
+    bytes = arena.used();
   });
   return bytes;
 }
 
 void run(const Problem& p) {
+  std::atomic<int64_t> next{0};
   with_type(p.type, [&](auto e) {
-    const int wished = workers(p);
-    Arena arena(p.workspace);
-    Forward<decltype(e)> forward(p, wished, arena);
-    run_workers(wished, [&](int worker, int granted) {
-      if (granted == wished) return forward.work(worker);
-      Arena again(p.workspace);
-      Forward<decltype(e)>(p, 1, again).work(0);
+    using E = decltype(e);
+    run_workers(workers(p), [&](int index, int granted) {
+      const Plan plan = make_plan(p, granted);
+      Arena arena(p.workspace);
+      Worker<E> worker = cut<E>(p, arena, index);
+      worker.chunk.clear_scores();
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;) worker.run(plan, task);
     });
   });
 }

@@ -1,11 +1,12 @@
 // parallel.cpp - CPU: the quadratic form, in blocks of C x C scores, so that no N x N array exists.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0),   S_N = sum_j 2^(G_N - G_j) k_j v_j^T +
-//   2^G_N S_0
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2 decays
+//   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
 //
-//   Between a block I and an earlier one J the weight is in_i (product of the totals between) out_j: factors <= 1 that
-//   start anew at each block, whatever N (cpu/decay.h).  G: sums of log2 decays B H N (N+1)(K+V) flop; scratch per
-//   worker K V + C (C + 3K + 2V) numbers workers: row blocks of every head, the longest first; the final states
+//   The weight between a block I and an earlier one J is in_i (product of the totals between) out_j: factors <= 1 that
+//   start anew at each block, whatever N (cpu/decay.h)
+//   B H N (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers
+//   workers: row blocks of every head, the longest first; then the final states
 //   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
 #include "../../cpu/cost.h"
 #include "../../cpu/tokens.h"
@@ -74,7 +75,8 @@ struct Worker {
     const T scale = T(p.scale);
     rows.decay.begin_head(p, s, hs), others.decay.begin_head(p, s, hs);
     rows.locate(s, block * C);
-    rows.load_keys_values(p, s, hs, panels);
+    rows.load_keys(p, s, hs);
+    rows.load_values(p, s, hs, panels, 0, panels.count);
     rows.load_queries(p, s, h);
     rows.score(p);
     accumulate({rows.scores, C}, values(rows), rows.n, rows.n, true, [](int) { return T(1); });
@@ -84,7 +86,8 @@ struct Worker {
     double between = 1;
     for (int64_t j = block - 1; j >= 0; --j) {
       others.locate(s, j * C);
-      others.load_keys_values(p, s, hs, panels);
+      others.load_keys(p, s, hs);
+      others.load_values(p, s, hs, panels, 0, panels.count);
       others.weigh_keys(p, T(between));
       for (int panel = 0; panel < across.count; ++panel) {
         for_tiles<T>(0, rows.n, across.begin(panel), across.width(panel), [&](auto& a, int i0, int c) {
@@ -112,7 +115,8 @@ struct Worker {
     std::memset(result, 0, sizeof(T) * size_t(p.K) * size_t(padded<T>(p.V)));
     for (int64_t j = blocks(s) - 1; j >= 0; --j) {
       others.locate(s, j * C);
-      others.load_keys_values(p, s, hs, panels);
+      others.load_keys(p, s, hs);
+      others.load_values(p, s, hs, panels, 0, panels.count);
       others.weigh_keys(p, T(after));
       accumulate({others.keys, C}, values(others), int(p.K), others.n, false, one);
       after *= double(others.decay.total) + double(others.decay.total_rest);

@@ -1,5 +1,4 @@
-// recurrent.cpp - CPU: token by token, as the operator is defined; the one method that decodes, in place in a pool of
-// states.
+// recurrent.cpp - CPU: token by token, as the operator is defined; the one method that decodes, in a pool of states.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t          L: log2 decays
 //
