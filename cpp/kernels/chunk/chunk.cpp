@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "../../cpu/cost.h"
+#include "../../cpu/scratch.h"
 #include "../../cpu/tokens.h"
 #include "../../methods.h"
 
@@ -171,23 +172,9 @@ struct Worker {
   }
 };
 
-template <class E>
-Worker<E> cut(const Problem& p, Arena& arena, int worker) {
-  for (int i = 0; i < worker; ++i) Worker<E>(p, arena);
-  return Worker<E>(p, arena);
-}
-
 int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.V), flop(p)); }
 
-size_t workspace(const Problem& p) {
-  size_t bytes = 0;
-  with_type(p.type, [&](auto e) {
-    Arena arena(nullptr);
-    cut<decltype(e)>(p, arena, workers(p) - 1);
-    bytes = arena.used();
-  });
-  return bytes;
-}
+size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
   std::atomic<int64_t> next{0};
@@ -196,7 +183,7 @@ void run(const Problem& p) {
     run_workers(workers(p), [&](int index, int granted) {
       const Plan plan = make_plan(p, granted);
       Arena arena(p.workspace);
-      Worker<E> worker = cut<E>(p, arena, index);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;) worker.run(plan, task);
     });

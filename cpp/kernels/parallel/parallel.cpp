@@ -9,6 +9,7 @@
 //   workers: row blocks of every head, the longest first; then the final states
 //   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
 #include "../../cpu/cost.h"
+#include "../../cpu/scratch.h"
 #include "../../cpu/tokens.h"
 #include "../../methods.h"
 
@@ -133,21 +134,7 @@ struct Worker {
 
 int workers(const Problem& p) { return workers_for(p.H * (tokens(p) / C + p.B), flop(p)); }
 
-template <class E>
-Worker<E> cut(const Problem& p, Arena& arena, int worker) {
-  for (int i = 0; i < worker; ++i) Worker<E>(p, arena);
-  return Worker<E>(p, arena);
-}
-
-size_t workspace(const Problem& p) {
-  size_t bytes = 0;
-  with_type(p.type, [&](auto e) {
-    Arena arena(nullptr);
-    cut<decltype(e)>(p, arena, workers(p) - 1);
-    bytes = arena.used();
-  });
-  return bytes;
-}
+size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 // Every (sequence, head) one after the other; its row blocks from the last, longest one. Final states come last: they
 // may overwrite the initial ones.
@@ -160,7 +147,7 @@ void run(const Problem& p) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
-      Worker<E> worker = cut<E>(p, arena, index);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.rows.clear_scores();
       for (int64_t i; (i = next_rows.fetch_add(1)) < longest * p.B * p.H;) {
         const int64_t b = i / p.H % p.B, h = i % p.H, block = longest - 1 - i / p.H / p.B;

@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "../../cpu/cost.h"
-#include "../../cpu/threads.h"
+#include "../../cpu/scratch.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 
@@ -244,21 +244,7 @@ int workers(const Problem& p) {
   return workers_for(p.B * p.Hs * vectors<float>(p.V), std::max(flop(p), least_bytes(p) * 4));
 }
 
-template <class E>
-Worker<E> cut(const Problem& p, Arena& arena, int worker) {
-  for (int i = 0; i < worker; ++i) Worker<E>(p, arena);
-  return Worker<E>(p, arena);
-}
-
-size_t workspace(const Problem& p) {
-  size_t bytes = 0;
-  with_type(p.type, [&](auto e) {
-    Arena arena(nullptr);
-    cut<decltype(e)>(p, arena, workers(p) - 1);
-    bytes = arena.used();
-  });
-  return bytes;
-}
+size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
   std::atomic<int64_t> next{0};
@@ -267,7 +253,7 @@ void run(const Problem& p) {
     using T = Accumulator<E>;
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
-      Worker<E> worker = cut<E>(p, arena, index);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
       const int64_t parts = splits(p, granted), n = vectors<T>(p.V);
       for (int64_t i; (i = next.fetch_add(1)) < p.B * p.Hs * parts;) {
         const int64_t part = i % parts, hs = i / parts % p.Hs, b = i / parts / p.Hs;

@@ -1,0 +1,28 @@
+// scratch.h - the scratch of a call, one piece for each worker. A method's Worker<E> is constructed from (problem,
+// arena) and takes its memory from the arena; measuring and cutting are the same code.
+#pragma once
+#include "threads.h"
+#include "tile.h"
+
+namespace lc::LC_ISA {
+
+// The worker of this number, behind the memory of those before it.
+template <template <class> class Worker, class E>
+Worker<E> cut(const Problem& p, Arena& arena, int number) {
+  for (int i = 0; i < number; ++i) Worker<E>(p, arena);
+  return Worker<E>(p, arena);
+}
+
+// What so many workers take, in bytes.
+template <template <class> class Worker>
+size_t scratch_bytes(const Problem& p, int workers) {
+  size_t bytes = 0;
+  with_type(p.type, [&](auto e) {
+    Arena arena(nullptr);
+    cut<Worker, decltype(e)>(p, arena, workers - 1);
+    bytes = arena.used();
+  });
+  return bytes;
+}
+
+}  // namespace lc::LC_ISA
