@@ -224,7 +224,6 @@ def test_concurrent_calls_are_independent():
         assert np.array_equal(got, want)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_a_forked_child_computes_too():
     q, k, v = arrays(shape=(2, 8, 500, 64))

@@ -4,10 +4,9 @@
 //   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
 //   in[i]      = 2^cum_i                        the state before the chunk at token i
 //   out[j]     = 2^(cum_last - cum_j)           token j in the state after the chunk
-//   total      = 2^cum_last                     the state before in the state after, as a sum total + total_rest: a
-//   slow decay's
-//                                               rounding error would be raised to the power of the number of chunks
+//   total      = 2^cum_last                     the state before in the state after
 //
+// total comes as a sum, total + total_rest: its rounding error would be raised to the power of the number of chunks.
 // Every exponent is <= 0 and a difference of sums kept in float64 that restart at each chunk. With a constant decay
 // the mask is Toeplitz: one row of 2C numbers, seen with a row stride of -1.
 #pragma once
@@ -73,7 +72,8 @@ class ChunkDecay {
     const double x = std::exp2(log2);
     total = T(x), total_rest = T(x - double(total));
   }
-  // sign * cum_[j ...] + offset, in float64, then rounded
+
+  // offset - sign * cum_[j ...] in float64, at most 0, then rounded
   LC_INLINE Vec<T> gather(double offset, double sign, int j) const {
     T d[kLanes<T>];
     for (int l = 0; l < kLanes<T>; ++l) {

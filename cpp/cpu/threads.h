@@ -26,6 +26,9 @@ LC_INLINE void run_workers(int wished, F&& body) {
 // As many workers as threads, but not more than tasks, nor than the work pays for: waking one costs some microseconds.
 int workers_for(int64_t tasks, double flop);
 
+// Whether so many equal tasks keep so many workers busy to the end, or nearly.
+LC_INLINE bool balanced(int64_t tasks, int workers) { return tasks % workers == 0 || tasks >= 4 * workers; }
+
 // Lets a few workers wait for one another, often: it spins, and yields the core when that takes long.
 class Barrier {
  public:

@@ -30,14 +30,13 @@ struct Plan {
 
 Plan make_plan(const Problem& p, int workers) {
   const int64_t states = p.B * p.Hs, most = group(p);
-  const auto balanced = [&](int64_t tasks) { return tasks % workers == 0 || tasks >= 4 * workers; };
   Plan plan{1, 1, states};
   // Part 0 writes the state: not while another part may still have to read it.
   if (!p.initial_state || p.initial_state.data != p.final_state.data)
-    while (plan.parts < most && !balanced(states * plan.parts)) ++plan.parts;
+    while (plan.parts < most && !balanced(states * plan.parts, workers)) ++plan.parts;
   if (plan.parts == most) {
     const int64_t widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
-    while (plan.pieces < widest && !balanced(states * most * plan.pieces)) ++plan.pieces;
+    while (plan.pieces < widest && !balanced(states * most * plan.pieces, workers)) ++plan.pieces;
   }
   plan.tasks = states * plan.parts * plan.pieces;
   return plan;
@@ -66,11 +65,9 @@ struct Columns {
     first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
   }
 
-  Matrix<T> state_panel(int panel) const {
-    return {state + p.K * panels.begin(panel) * kLanes<T>, panels.width(panel) * kLanes<T>};
-  }
-  int column(int panel) const { return panels.begin(panel) * kLanes<T>; }
-  int columns(int panel) const { return std::min(int(p.V), panels.begin(panel + 1) * kLanes<T>) - column(panel); }
+  int column(int panel) const { return panels.template column<T>(panel); }
+  int columns(int panel) const { return std::min(int(p.V), column(panel + 1)) - column(panel); }
+  Matrix<T> state_panel(int panel) const { return {state + p.K * column(panel), panels.template columns<T>(panel)}; }
 
   void begin(int64_t b, int64_t hs) {
     live = bool(p.initial_state);
@@ -113,8 +110,8 @@ struct Columns {
     for (int panel = first; panel < last; ++panel) {
       const Matrix<T> S = state_panel(panel);
       for_tiles<T>(0, int(p.K), panels.begin(panel), panels.width(panel), [&](auto& acc, int r, int c) {
-        zero(
-            acc);  // the chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S
+        // The chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S.
+        zero(acc);
         mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, panel, c), chunk.n);
         if (live)
           map(acc, [&](int i, int j, Vec<T> x) {

@@ -221,9 +221,8 @@ struct Worker {
         for (int64_t t = 0; t < p.N; ++t) std::memset(p.o.at<E>(b, h, t) + begin, 0, sizeof(E) * size_t(columns));
       return;
     }
-    const auto rows = [&](int64_t r0) { return Matrix<P>{p.final_state.at<P>(at, hs, r0), p.final_state.stride[2]}; };
     tokens_through(sequence(p, b), hs, 0, int(p.N), c0, c1, [&](int64_t r0, int64_t m, auto&& f) {
-      const Matrix<P> pool = rows(r0);
+      const Matrix<P> pool{p.final_state.at<P>(at, hs, r0), p.final_state.stride[2]};
       if constexpr (std::is_same_v<P, T>)
         if (columns == (c1 - c0) * kLanes<T>) return f(pool);
       const Matrix<T> copy{state, Vp};
@@ -237,7 +236,7 @@ struct Worker {
 // Pieces the columns of one state are cut into.
 int64_t splits(const Problem& p, int workers) {
   const int64_t states = p.B * p.Hs, most = vectors<float>(p.V);
-  return states >= 4 * workers || states % workers == 0 ? 1 : std::min<int64_t>(most, workers);
+  return balanced(states, workers) ? 1 : std::min<int64_t>(most, workers);
 }
 
 int workers(const Problem& p) {
