@@ -11,9 +11,9 @@ import leetcore
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
 import torch
 from conftest import DTYPES, GAMMAS, LOG_DECAYS, METHODS, TOLERANCE, log_decays, normal
+from leetcore import reference
 
 LENGTHS = [1, 2, 63, 64, 65, 127, 500, 1000, 8192]
 DIMS = [1, 16, 32, 64, 80, 96, 128, 256]
@@ -179,3 +179,12 @@ def test_long_sequences(N, kind, dtype, method):
     The tolerances are promised up to 8192 tokens; beyond, the rounding of a sum without decay grows like sqrt(N).
     """
     check(Case(N, 16, 16, dtype, kind, heads=(8, 8, 8)), method, growth=(N / 8192) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("N", [0, 1, 128, 300])
+def test_the_fast_reference_is_the_definition(N, kind):
+    case = Case(N, 12, 20, "f64", kind, B=2, heads=(8, 4, 2))
+    given = case.arguments()
+    for got, want in zip(reference.linear_attention(**given, fast=True), expected(case), strict=True):
+        assert reference.error(got, want) <= 1e-14

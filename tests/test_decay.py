@@ -3,8 +3,7 @@
 import leetcore
 import numpy as np
 import pytest
-import reference
-from leetcore import decay
+from leetcore import decay, reference
 
 
 def near(got, want):

@@ -4,9 +4,9 @@ import leetcore
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
 import torch
 from conftest import DTYPES, TOLERANCE, log_decays, normal
+from leetcore import reference
 
 # What one rounding of the stored state adds: half a unit in the last place, at the most.
 STATE_TOLERANCE = {"f16": 5e-4, "bf16": 2e-3}

@@ -6,10 +6,10 @@ import mmap
 import leetcore
 import numpy as np
 import pytest
-import reference
 from conftest import DTYPES, TOLERANCE, log_decays, normal
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from leetcore import reference
 
 # Outputs are checked in the body, so the function-scoped fixtures need no new run for each example.
 few = settings(

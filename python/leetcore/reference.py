@@ -1,0 +1,125 @@
+"""The operator as it is defined, in float64: the one truth that everything is compared with.
+
+S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array = None,
+    cu_seqlens: Array = None,
+    layout: str = "bhnd",
+    fast: bool = False,
+) -> tuple[Array, Array]:
+    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in float64.
+
+    fast: in chunks instead of token by token, still in float64: for sequences too long for the definition.
+    """
+    one_pass = chunks if fast else recurrence
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    per_token = log_decay is not None and np.ndim(log_decay) == 3
+    if layout == "bnhd":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        log_decay = np.asarray(log_decay).swapaxes(1, 2) if per_token else log_decay
+    if cu_seqlens is None:
+        o, state = one_pass(q, k, v, log_decay, scale, initial_state)
+    else:
+        parts = []
+        for s, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+            g = log_decay[:, :, start:end] if per_token else log_decay
+            first = None if initial_state is None else initial_state[s : s + 1]
+            cut = [x[:, :, start:end] for x in (q, k, v)]
+            parts.append(one_pass(cut[0], cut[1], cut[2], g, scale, first))
+        o = np.concatenate([o for o, _ in parts], axis=2)
+        state = np.concatenate([state for _, state in parts])
+    return (o.swapaxes(1, 2) if layout == "bnhd" else o), state
+
+
+def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
+    """One pass over the tokens, [B, H?, N, *] in and out; groups of heads share what they read."""
+    q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
+    decay = np.exp(g)
+    o = np.empty((*q.shape[:-1], v.shape[-1]))
+    for t in range(q.shape[3]):
+        S = decay[:, :, t, None, None] * S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        o[:, :, :, t] = scale * (q[:, :, :, t] @ S)
+    return _grouped(o), S
+
+
+def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
+    """The same in chunks of 128 tokens: two products inside each, one state between."""
+    q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
+    g = np.maximum(g, -1e4)  # still exp(g) = 0, and sums of it have differences
+    o = np.empty((*q.shape[:-1], v.shape[-1]))
+    for t in range(0, q.shape[3], 128):
+        part = slice(t, t + 128)
+        Q, K, V = q[:, :, :, part], k[:, :, part], v[:, :, part]
+        cum = np.cumsum(g[:, :, part], axis=2)
+        weights = np.exp(np.tril(cum[..., :, None] - cum[..., None, :])) * np.tri(cum.shape[2])
+        o[:, :, :, part] = np.exp(cum)[:, :, None, :, None] * (Q @ S[:, :, None])
+        o[:, :, :, part] += (Q @ K.swapaxes(2, 3)[:, :, None] * weights[:, :, None]) @ V[:, :, None]
+        to_end = np.exp(cum[..., -1:] - cum)[..., None]
+        S = np.exp(cum[..., -1])[..., None, None] * S + (to_end * K).swapaxes(2, 3) @ V
+    return scale * _grouped(o), S
+
+
+def _ungrouped(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, ...]:
+    """q [B, Hs, H / Hs, N, K], k and v [B, Hs, N, *], log_decay [B, Hs, N], state [B, Hs, K, V]."""
+    heads, states = max(x.shape[1] for x in (q, k, v)), max(k.shape[1], v.shape[1])
+    q = np.repeat(q, heads // q.shape[1], axis=1)
+    k, v = (np.repeat(x, states // x.shape[1], axis=1) for x in (k, v))
+    B, _, N, K = q.shape
+    g = np.zeros(()) if log_decay is None else np.asarray(log_decay).astype(np.float64)
+    g = np.broadcast_to(g if g.ndim == 3 else g[..., None], (B, states, N))
+    S = np.zeros((B, states, K, v.shape[-1])) if state is None else np.array(state, np.float64)
+    return q.reshape(B, states, heads // states, N, K), k, v, g, S
+
+
+def _grouped(o: Array) -> Array:
+    B, states, group, N, V = o.shape
+    return o.reshape(B, states * group, N, V)
+
+
+def decode_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Array,
+    log_decay: Array = None,
+    *,
+    scale: float = 1.0,
+    state_indices: Array = None,
+) -> tuple[Array, Array]:
+    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in float64."""
+    state = np.asarray(state).astype(np.float64)
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    if one_token := q.ndim == 3:
+        q, k, v = (x[:, :, None] for x in (q, k, v))
+    slots = np.arange(len(q)) if state_indices is None else np.asarray(state_indices)
+    live = slots >= 0
+    g = np.asarray(log_decay)[live] if log_decay is not None and np.ndim(log_decay) > 1 else log_decay
+    o = np.zeros((*q.shape[:1], max(x.shape[1] for x in (q, k, v)), q.shape[2], v.shape[-1]))
+    o[live], state[slots[live]] = recurrence(q[live], k[live], v[live], g, scale, state[slots[live]])
+    return (o[:, :, 0] if one_token else o), state
+
+
+def error(got: Array, want: Array) -> float:
+    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes differ."""
+    got = np.asarray(got).astype(np.float64)
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return np.inf
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want)) if want.size else 0.0
