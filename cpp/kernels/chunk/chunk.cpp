@@ -7,11 +7,9 @@
 //   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers, whatever N
 //   workers: (sequence, state) pairs; where those are few, their q heads, then columns of V, one task each
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
-#include <algorithm>
-
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
-#include "../../cpu/tokens.h"
+#include "../../cpu/state.h"
 #include "../../methods.h"
 
 namespace lc::LC_ISA {
@@ -22,150 +20,37 @@ double flop(const Problem& p) {
   return double(tokens(p)) * (double(p.H) * own + double(p.Hs) * shared);
 }
 
-// Who does what: a task is one part of the q heads of one (sequence, state) pair, or one piece of its columns of V.
-// Both repeat a little work (the update of the state; the scores), but tasks never wait for one another.
-struct Plan {
-  int64_t parts, pieces, tasks;
-};
-
-Plan make_plan(const Problem& p, int workers) {
-  const int64_t states = p.B * p.Hs, most = group(p);
-  Plan plan{1, 1, states};
-  // Part 0 writes the state: not while another part may still have to read it.
-  if (!p.initial_state || p.initial_state.data != p.final_state.data)
-    while (plan.parts < most && !balanced(states * plan.parts, workers)) ++plan.parts;
-  if (plan.parts == most) {
-    const int64_t widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
-    while (plan.pieces < widest && !balanced(states * most * plan.pieces, workers)) ++plan.pieces;
-  }
-  plan.tasks = states * plan.parts * plan.pieces;
-  return plan;
-}
-
-// One worker's columns of the state, and what it writes of the output.
-template <class E, class T>
-struct Columns {
-  const Problem& p;
-  Panels panels;
-  int first, last;  // panels
-  T *state, *o_copy;
-  bool live = false;  // the state is not zero
-
-  Columns(const Problem& problem, Arena& arena)
-      : p(problem),
-        panels(vectors<T>(p.V)),
-        first(0),
-        last(0),
-        state(arena.take<T>(p.K * padded<T>(p.V))),
-        o_copy(arena.take<T>(C * padded<T>(p.V))) {}
-
-  void take(int64_t piece, int64_t pieces) {
-    panels = Panels(vectors<T>(p.V));
-    panels.count = int(std::max<int64_t>(panels.count, pieces));
-    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
-  }
-
-  int column(int panel) const { return panels.template column<T>(panel); }
-  int columns(int panel) const { return std::min(int(p.V), column(panel + 1)) - column(panel); }
-  Matrix<T> state_panel(int panel) const { return {state + p.K * column(panel), panels.template columns<T>(panel)}; }
-
-  void begin(int64_t b, int64_t hs) {
-    live = bool(p.initial_state);
-    if (!live) return;
-    for (int i = first; i < last; ++i)
-      load<T>(state_panel(i),
-              Matrix<const T>{p.initial_state.at<const T>(b, hs, 0) + column(i), p.initial_state.stride[2]}, int(p.K),
-              columns(i));
-  }
-
-  void output(const Tokens<E>& chunk, const Sequence& s, int64_t h) {
-    const Matrix<E> to{p.o.at<E>(s.row, h, chunk.t), p.o.stride[2]};
-    Matrix<T> o{o_copy, padded<T>(p.V)};
-    bool direct = false;
-    if constexpr (std::is_same_v<E, T>)
-      if (p.V % kLanes<T> == 0) o = to, direct = true;
-    const T* in = chunk.decay.in;
-    const T scale = T(p.scale);
-    for (int panel = first; panel < last; ++panel) {
-      const Matrix<T> S = state_panel(panel);
-      for_tiles<T>(0, chunk.n, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
-        const int j0 = c * kLanes<T>;
-        zero(acc);
-        if (live) {
-          mma(acc, {chunk.q.row(i0), chunk.q.ld}, {S.data, S.ld}, int(p.K));
-          map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
-        }
-        mma(acc, {chunk.scores + i0 * C, C}, chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
-        store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
-      });
-      if (!direct) {
-        const int j0 = column(panel);
-        store<T>(Matrix<E>{to.data + j0, to.ld}, Matrix<const T>{o.data + j0, o.ld}, chunk.n, columns(panel));
-      }
-    }
-  }
-
-  void advance(const Tokens<E>& chunk) {
-    const T total = chunk.decay.total, rest = chunk.decay.total_rest;
-    for (int panel = first; panel < last; ++panel) {
-      const Matrix<T> S = state_panel(panel);
-      for_tiles<T>(0, int(p.K), panels.begin(panel), panels.width(panel), [&](auto& acc, int r, int c) {
-        // The chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S.
-        zero(acc);
-        mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, panel, c), chunk.n);
-        if (live)
-          map(acc, [&](int i, int j, Vec<T> x) {
-            const Vec<T> before = load<T>(S.row(r + i) + j);
-            return before * total + (before * rest + x);
-          });
-        store(Matrix<T>{S.row(r), S.ld}, acc);
-      });
-    }
-    live = true;
-  }
-
-  void end(int64_t b, int64_t hs) {
-    for (int i = first; i < last; ++i)
-      for (int64_t r = 0; r < p.K; ++r) {
-        T* to = p.final_state.at<T>(b, hs, r) + column(i);
-        if (live)
-          store_row<T>(to, state_panel(i).row(r), columns(i));
-        else
-          std::fill(to, to + columns(i), T(0));
-      }
-  }
-};
-
-// One worker: its scratch and its tasks.
 template <class E>
 struct Worker {
+  using T = Accumulator<E>;
   const Problem& p;
   Tokens<E> chunk;
-  Columns<E, Accumulator<E>> columns;
+  State<E> state;
+  T* o_copy;
 
-  Worker(const Problem& problem, Arena& arena) : p(problem), chunk(arena, p), columns(p, arena) {}
+  Worker(const Problem& problem, Arena& arena)
+      : p(problem),
+        chunk(arena, p),
+        state(p, arena.take<T>(State<E>::size(p))),
+        o_copy(arena.take<T>(C * padded<T>(p.V))) {}
 
-  void run(const Plan& plan, int64_t task) {
-    const int64_t piece = task % plan.pieces, part = task / plan.pieces % plan.parts;
-    const int64_t state = task / plan.pieces / plan.parts, hs = state % p.Hs, b = state / p.Hs, G = group(p);
-    const int64_t first = hs * G + G * part / plan.parts, last = hs * G + G * (part + 1) / plan.parts;
-    const Sequence s = sequence(p, b);
-    const bool keep = p.final_state && part == 0;
-    columns.take(piece, plan.pieces);
-    columns.begin(b, hs);
-    chunk.decay.begin_head(p, s, hs);
+  void run(const Plan& plan, const Task& task) {
+    const Sequence s = sequence(p, task.b);
+    state.take(task.piece, plan.pieces);
+    state.load_initial(task.b, task.hs);
+    chunk.decay.begin_head(p, s, task.hs);
     for (int64_t t = 0; t < s.length; t += C) {
       chunk.locate(s, t);
-      chunk.load_keys(p, s, hs);
-      chunk.load_values(p, s, hs, columns.panels, columns.first, columns.last);
-      for (int64_t h = first; h < last; ++h) {
+      chunk.load_keys(p, s, task.hs);
+      chunk.load_values(p, s, task.hs, state.panels, state.first, state.last);
+      for (int64_t h = task.first_head; h < task.last_head; ++h) {
         chunk.load_queries(p, s, h);
         chunk.score(p);
-        columns.output(chunk, s, h);
+        write_output(p, chunk, state, s, h, o_copy);
       }
-      if (t + C < s.length || keep) chunk.weigh_keys(p), columns.advance(chunk);
+      if (t + C < s.length || task.writes_state) chunk.weigh_keys(p), state.advance(chunk);
     }
-    if (keep) columns.end(b, hs);
+    if (task.writes_state) state.store_final(task.b, task.hs);
   }
 };
 
@@ -182,7 +67,8 @@ void run(const Problem& p) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;) worker.run(plan, task);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+        worker.run(plan, Task(p, plan, task));
     });
   });
 }

@@ -1,0 +1,176 @@
+// state.h - the state S [K, V] of one head between chunks of tokens, and how heads and columns of it are dealt out to
+// workers. With the weights of decay.h, for the chunk's rows Q, K, V and its masked scores A:
+//
+//   output:  O = scale diag(in) Q S + A V
+//   advance: S = total S + (diag(out) K)^T V
+//
+// S is kept as column panels, one register tile wide and contiguous, so that a panel stays in the L1 cache.
+#pragma once
+#include <algorithm>
+
+#include "threads.h"
+#include "tokens.h"
+
+namespace lc::LC_ISA {
+
+// A task is one part of the q heads of one (sequence, state) pair, or one piece of its columns of V. Both repeat a
+// little work (the update of the state; the scores), but tasks never wait for one another.
+struct Plan {
+  int64_t parts, pieces, tasks;
+};
+
+LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true) {
+  const int64_t states = p.B * p.Hs, most = split_heads ? group(p) : 1;
+  Plan plan{1, 1, states};
+  // Part 0 writes the state: not while another part may still have to read it.
+  if (!p.initial_state || p.initial_state.data != p.final_state.data)
+    while (plan.parts < most && !balanced(states * plan.parts, workers)) ++plan.parts;
+  if (plan.parts == most) {
+    const int64_t widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
+    while (plan.pieces < widest && !balanced(states * most * plan.pieces, workers)) ++plan.pieces;
+  }
+  plan.tasks = states * plan.parts * plan.pieces;
+  return plan;
+}
+
+// What one task stands for.
+struct Task {
+  int64_t b, hs, state, first_head, last_head, piece;
+  bool writes_state;
+  LC_INLINE Task(const Problem& p, const Plan& plan, int64_t task) {
+    piece = task % plan.pieces;
+    const int64_t part = task / plan.pieces % plan.parts, G = group(p);
+    state = task / plan.pieces / plan.parts, hs = state % p.Hs, b = state / p.Hs;
+    first_head = hs * G + G * part / plan.parts, last_head = hs * G + G * (part + 1) / plan.parts;
+    writes_state = p.final_state && part == 0;
+  }
+};
+
+// Some columns of one state: those of one piece.
+template <class E, class T = Accumulator<E>>
+struct State {
+  const Problem& p;
+  Panels panels;
+  int first, last;  // panels
+  T* data;
+  bool live = false;  // not zero
+
+  static LC_INLINE int64_t size(const Problem& p) { return p.K * padded<T>(p.V); }
+
+  LC_INLINE State(const Problem& problem, T* memory)
+      : p(problem), panels(vectors<T>(p.V)), first(0), last(panels.count), data(memory) {}
+
+  LC_INLINE void take(int64_t piece, int64_t pieces) {
+    panels = Panels(vectors<T>(p.V));
+    panels.count = int(std::max<int64_t>(panels.count, pieces));
+    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
+  }
+
+  LC_INLINE int column(int panel) const { return panels.template column<T>(panel); }
+  LC_INLINE int columns(int panel) const { return std::min(int(p.V), column(panel + 1)) - column(panel); }
+  LC_INLINE Matrix<T> panel(int i) const { return {data + p.K * column(i), panels.template columns<T>(i)}; }
+
+  LC_INLINE void load_initial(int64_t b, int64_t hs) {
+    live = bool(p.initial_state);
+    if (!live) return;
+    for (int i = first; i < last; ++i)
+      load<T>(panel(i), Matrix<const T>{p.initial_state.at<const T>(b, hs, 0) + column(i), p.initial_state.stride[2]},
+              int(p.K), columns(i));
+  }
+
+  LC_INLINE void store_final(int64_t b, int64_t hs) const {
+    for (int i = first; i < last; ++i)
+      for (int64_t r = 0; r < p.K; ++r) {
+        T* to = p.final_state.at<T>(b, hs, r) + column(i);
+        if (live)
+          store_row<T>(to, panel(i).row(r), columns(i));
+        else
+          std::fill(to, to + columns(i), T(0));
+      }
+  }
+
+  // The chunk's keys must be weighed.
+  LC_INLINE void advance(const Tokens<E>& chunk) {
+    const T total = chunk.decay.total, rest = chunk.decay.total_rest;
+    for (int i = first; i < last; ++i) {
+      const Matrix<T> S = panel(i);
+      for_tiles<T>(0, int(p.K), panels.begin(i), panels.width(i), [&](auto& acc, int r, int c) {
+        // The chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S.
+        zero(acc);
+        mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, i, c), chunk.n);
+        if (live)
+          map(acc, [&](int row, int j, Vec<T> x) {
+            const Vec<T> before = load<T>(S.row(r + row) + j);
+            return before * total + (before * rest + x);
+          });
+        store(Matrix<T>{S.row(r), S.ld}, acc);
+      });
+    }
+    live = true;
+  }
+
+  // S = 2^log2 S + other
+  LC_INLINE void combine(double log2, const State& other) {
+    if (!other.live) return;
+    const double factor = std::exp2(log2);
+    const T total = T(factor), rest = T(factor - double(total));
+    for (int i = first; i < last; ++i) {
+      T* to = panel(i).data;
+      const T* from = other.panel(i).data;
+      for (int64_t j = 0; j < p.K * panel(i).ld; j += kLanes<T>) {
+        const Vec<T> x = load<T>(from + j), before = live ? load<T>(to + j) : Vec<T>{};
+        store<T>(to + j, before * total + (before * rest + x));
+      }
+    }
+    live = true;
+  }
+
+  LC_INLINE void copy(const State& other) {
+    live = other.live;
+    if (!live) return;
+    for (int i = first; i < last; ++i)
+      std::memcpy(panel(i).data, other.panel(i).data, sizeof(T) * size_t(p.K * panel(i).ld));
+  }
+};
+
+// The chunk's output rows of head h in the columns of `state`: mma_state(acc, q, panel, vectors from c on) adds Q S to
+// a tile. copy [C, padded V] is for rows that cannot be written where they belong.
+template <class E, class T, class F>
+LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
+                            int64_t h, T* copy, bool live, F&& mma_state) {
+  const Matrix<E> to{p.o.at<E>(s.row, h, chunk.t), p.o.stride[2]};
+  Matrix<T> o{copy, padded<T>(p.V)};
+  bool direct = false;
+  if constexpr (std::is_same_v<E, T>)
+    if (p.V % kLanes<T> == 0) o = to, direct = true;
+  const T* in = chunk.decay.in;
+  const T scale = T(p.scale);
+  for (int panel = state.first; panel < state.last; ++panel) {
+    const Panels& panels = state.panels;
+    for_tiles<T>(0, chunk.n, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
+      const int j0 = c * kLanes<T>;
+      zero(acc);
+      if (live) {
+        mma_state(acc, Matrix<const T>{chunk.q.row(i0), chunk.q.ld}, panel);
+        map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
+      }
+      mma(acc, {chunk.scores + i0 * C, C}, chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
+      store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
+    });
+    if (!direct) {
+      const int j0 = state.column(panel);
+      store<T>(Matrix<E>{to.data + j0, to.ld}, Matrix<const T>{o.data + j0, o.ld}, chunk.n, state.columns(panel));
+    }
+  }
+}
+
+template <class E, class T>
+LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
+                            int64_t h, T* copy) {
+  write_output(p, chunk, state, s, h, copy, state.live, [&](auto& acc, Matrix<const T> q, int panel) {
+    const Matrix<T> S = state.panel(panel);
+    mma(acc, q, {S.data, S.ld}, int(p.K));
+  });
+}
+
+}  // namespace lc::LC_ISA
