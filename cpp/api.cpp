@@ -78,7 +78,7 @@ lc_status lc_explain(const lc_args* args, char* text, size_t size) {
         std::snprintf(line, sizeof line,
                       "%c %-10s %-4s  predicted %.1f us, %.4g Mflop, at least %.4g MB moved, workspace %zu bytes\n",
                       m == &chosen ? '*' : ' ', m->info.name, m->info.device, c.microseconds, c.flop / 1e6,
-                      c.bytes / 1e6, m->workspace(p));
+                      c.least_bytes / 1e6, m->workspace(p));
       }
       s += line;
     }

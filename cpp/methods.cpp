@@ -38,6 +38,10 @@ const char* refusal(const Method& m, const Problem& p) {
   return m.refuses(p);
 }
 
+static bool named(const Method& m, const char* name) {
+  return !std::strcmp(m.info.name, name) || (m.alias && !std::strcmp(m.alias, name));
+}
+
 const Method& choose(const Problem& p, const char* name) {
   static const char* const wish = std::getenv("LEETCORE_METHOD");
   const char* argument = "method";
@@ -48,7 +52,7 @@ const Method& choose(const Problem& p, const char* name) {
   const Method* best = nullptr;
   double least = 0;
   for (const Method* m : methods()) {
-    if ((name && std::strcmp(m->info.name, name)) || refusal(*m, p)) continue;
+    if ((name && !named(*m, name)) || refusal(*m, p)) continue;
     const double us = m->cost(p).microseconds;
     if (!best || us < least) best = m, least = us;
   }
@@ -60,7 +64,7 @@ const Method& choose(const Problem& p, const char* name) {
     const char* why = refusal(*m, p);
     known += std::string(", ") + m->info.name;
     reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");
-    found = found || !std::strcmp(m->info.name, name);
+    found = found || named(*m, name);
   }
   if (!found) fail(LC_INVALID, "%s: unknown method '%s'; known are auto%s", argument, name, known.c_str());
   if (name) fail(LC_UNSUPPORTED, "%s: '%s' does not serve this problem:%s", argument, name, reasons.c_str());

@@ -5,8 +5,10 @@
 namespace lc {
 
 struct Cost {
-  double flop;          // multiplications and additions
-  double bytes;         // read and written once, at the least
+  double flop;          // multiplications and additions of the products and the updates of states
+  double least_bytes;   // every operand read or written once
+  double bytes;         // operands as often as the method reads or writes them, and states that wait in memory
+  double depth;         // steps that wait for one another, with as many workers as could be used
   double microseconds;  // predicted on this device; "auto" takes the smallest
 };
 
@@ -16,6 +18,7 @@ struct Method {
   Cost (*cost)(const Problem&);
   size_t (*workspace)(const Problem&);  // bytes
   void (*run)(const Problem&);          // throws Error only before it writes
+  const char* alias = nullptr;          // another name for it
 };
 
 struct Methods {

@@ -20,13 +20,25 @@ LC_INLINE double least_bytes(const Problem& p) {
          states * (p.op == LC_DECODE ? 2 : int(bool(p.initial_state)) + int(bool(p.final_state)));
 }
 
-// flop at a fraction of the machine's rate, or the bytes, whichever takes longer, on so many workers; and what each of
-// `tasks` pieces of work costs besides.
-LC_INLINE Cost predict(const Problem& p, double flop, double efficiency, int workers, double tasks) {
-  const double rate = kFlopPerUs * efficiency * (p.type == Type::f64 ? 0.5 : 1), bytes = least_bytes(p);
+// Of one state.
+LC_INLINE double state_bytes(const Problem& p) { return double(p.K * p.V) * (p.type == Type::f64 ? 8 : 4); }
+
+// Tokens of one sequence; of packed ones on average, as their lengths may lie on a device.
+LC_INLINE double mean_length(const Problem& p) { return double(tokens(p)) / double(std::max<int64_t>(p.B, 1)); }
+
+// What a method does, see methods.h; tasks: pieces of work that cost something each, besides.
+struct Work {
+  double flop, extra_bytes, depth, tasks;
+};
+
+// flop at a fraction of the machine's rate, or the bytes, whichever takes longer, on so many workers.
+LC_INLINE Cost predict(const Problem& p, const Work& work, double efficiency, int workers) {
+  const double rate = kFlopPerUs * efficiency * (p.type == Type::f64 ? 0.5 : 1);
+  const double least = least_bytes(p), bytes = least + work.extra_bytes;
   constexpr double kTaskUs = 0.1, kWakeUs = 5;
-  return {flop, bytes,
-          (workers > 1 ? kWakeUs : 0) + (tasks * kTaskUs + std::max(flop / rate, bytes / kBytesPerUs)) / workers};
+  return {
+      work.flop, least, bytes, work.depth,
+      (workers > 1 ? kWakeUs : 0) + (work.tasks * kTaskUs + std::max(work.flop / rate, bytes / kBytesPerUs)) / workers};
 }
 
 }  // namespace lc::LC_ISA

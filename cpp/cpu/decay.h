@@ -23,6 +23,7 @@ class ChunkDecay {
   const T* in;
   const T* out;
   T total, total_rest;
+  double log2_total;
   Matrix<const T> mask;  // entries above the diagonal mean nothing: select, do not multiply
 
   ChunkDecay(Arena& arena, const Problem& p, int chunk)
@@ -69,7 +70,7 @@ class ChunkDecay {
 
  private:
   LC_INLINE void set_total(double log2) {
-    const double x = std::exp2(log2);
+    const double x = std::exp2(log2_total = log2);
     total = T(x), total_rest = T(x - double(total));
   }
 

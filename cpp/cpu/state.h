@@ -109,27 +109,23 @@ struct State {
     live = true;
   }
 
-  // S = 2^log2 S + other
-  LC_INLINE void combine(double log2, const State& other) {
-    if (!other.live) return;
-    const double factor = std::exp2(log2);
-    const T total = T(factor), rest = T(factor - double(total));
-    for (int i = first; i < last; ++i) {
-      T* to = panel(i).data;
-      const T* from = other.panel(i).data;
-      for (int64_t j = 0; j < p.K * panel(i).ld; j += kLanes<T>) {
-        const Vec<T> x = load<T>(from + j), before = live ? load<T>(to + j) : Vec<T>{};
-        store<T>(to + j, before * total + (before * rest + x));
-      }
-    }
-    live = true;
+  LC_INLINE State one_panel(int i) const {
+    State s = *this;
+    s.first = i, s.last = i + 1;
+    return s;
   }
 
-  LC_INLINE void copy(const State& other) {
-    live = other.live;
-    if (!live) return;
+  // This = 2^log2 before + own; it may be either of them.
+  LC_INLINE void combine(double log2, const State& before, const State& own) {
+    const double factor = std::exp2(log2);
+    const T total = T(factor), rest = T(factor - double(total));
+    const auto at = [](const State& s, int i, int64_t j) { return s.live ? load<T>(s.panel(i).data + j) : Vec<T>{}; };
     for (int i = first; i < last; ++i)
-      std::memcpy(panel(i).data, other.panel(i).data, sizeof(T) * size_t(p.K * panel(i).ld));
+      for (int64_t j = 0; j < p.K * panel(i).ld; j += kLanes<T>) {
+        const Vec<T> x = at(before, i, j);
+        store<T>(panel(i).data + j, x * total + (x * rest + at(own, i, j)));
+      }
+    live = before.live || own.live;
   }
 };
 

@@ -76,8 +76,8 @@ void run(const Problem& p) {
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 
 Cost cost(const Problem& p) {
-  return predict(p, flop(p), /*efficiency=*/0.8, workers(p),
-                 /*tasks=*/double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C));
+  const double tasks = double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C);
+  return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p) / C, tasks}, /*efficiency=*/0.8, workers(p));
 }
 
 }  // namespace
@@ -88,6 +88,7 @@ extern const Method chunk_cpu = {
     refuses,
     cost,
     workspace,
-    run};
+    run,
+    "lightning"};
 
 }  // namespace lc::LC_ISA

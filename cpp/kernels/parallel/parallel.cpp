@@ -16,8 +16,8 @@
 namespace lc::LC_ISA {
 namespace {
 
-double flop(const Problem& p) {  // packed sequences count as equally long: their lengths may lie on a device
-  const double n = double(tokens(p)) / double(std::max<int64_t>(p.B, 1));
+double flop(const Problem& p) {
+  const double n = mean_length(p);
   return double(p.H) * double(p.B) * n * (n + 1) * double(p.K + p.V);
 }
 
@@ -161,8 +161,10 @@ void run(const Problem& p) {
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 
 Cost cost(const Problem& p) {
-  return predict(p, flop(p), /*efficiency=*/0.7, workers(p),
-                 /*tasks=*/double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C));
+  const double blocks = mean_length(p) / C, row = double(p.K + p.V) * type_bytes(p.type);
+  const double again = double(p.H) * double(tokens(p)) * row * std::max(0., (blocks - 1) / 2);
+  const double tasks = double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C);
+  return predict(p, {flop(p), again, /*depth=*/1, tasks}, /*efficiency=*/0.7, workers(p));
 }
 
 }  // namespace

@@ -273,7 +273,8 @@ void run(const Problem& p) {
 const char* refuses(const Problem&) { return nullptr; }
 
 Cost cost(const Problem& p) {
-  return predict(p, flop(p), /*efficiency=*/0.45, workers(p), /*tasks=*/double(p.B * p.H));
+  return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*tasks=*/double(p.B * p.H)},
+                 /*efficiency=*/0.45, workers(p));
 }
 
 }  // namespace

@@ -1,0 +1,129 @@
+// block.cpp - CPU: block after block of C tokens; in each block all heads, whose states wait in memory in between.
+//
+//   for each block:  for each head:  O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j
+//                                    S = total S + (diag(out) K)^T V         weights in, mask, out, total: cpu/decay.h
+//
+//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V], one for each (sequence, head), in the workspace
+//   B H N ((C+1)(K+V) + 4KV) flop, as chunk; but every state goes to memory and back in every block: tokens are read
+//   in the order in which they lie in [B, N, H, D], once for all heads
+//   workers: (sequence, state) pairs, or pieces of their columns, dealt out once: nobody waits
+//   block-based method of LeetDecoding, arXiv:2501.02573; TransNormerLLM's inference, arXiv:2307.14995
+#include "../../cpu/cost.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/state.h"
+#include "../../methods.h"
+
+namespace lc::LC_ISA {
+namespace {
+
+double flop(const Problem& p) {
+  const double own = (C + 1.) * double(p.K + p.V) + 2. * double(p.K * p.V), shared = 2. * double(p.K * p.V);
+  return double(tokens(p)) * (double(p.H) * own + double(p.Hs) * shared);
+}
+
+template <class E>
+struct Worker {
+  using T = Accumulator<E>;
+  const Problem& p;
+  Tokens<E> chunk;
+  T* o_copy;
+
+  Worker(const Problem& problem, Arena& arena)
+      : p(problem), chunk(arena, p), o_copy(arena.take<T>(C * padded<T>(p.V))) {}
+
+  State<E> state(T* states, const Plan& plan, const Task& task) const {
+    State<E> s(p, states + task.state * State<E>::size(p));
+    s.take(task.piece, plan.pieces);
+    return s;
+  }
+
+  void block(const Task& task, State<E>& state, const Sequence& s, int64_t t) {
+    chunk.decay.begin_head(p, s, task.hs);
+    chunk.locate(s, t);
+    chunk.load_keys(p, s, task.hs);
+    chunk.load_values(p, s, task.hs, state.panels, state.first, state.last);
+    for (int64_t h = task.first_head; h < task.last_head; ++h) {
+      chunk.load_queries(p, s, h);
+      chunk.score(p);
+      write_output(p, chunk, state, s, h, o_copy);
+    }
+    if (t + C < s.length || task.writes_state) chunk.weigh_keys(p), state.advance(chunk);
+  }
+
+  void run(T* states, const Plan& plan, int64_t first, int64_t last) {
+    int64_t longest = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const Task task(p, plan, i);
+      State<E> s = state(states, plan, task);
+      s.load_initial(task.b, task.hs);
+      longest = std::max(longest, sequence(p, task.b).length);
+    }
+    for (int64_t t = 0; t < longest; t += C)
+      for (int64_t i = first; i < last; ++i) {
+        const Task task(p, plan, i);
+        const Sequence s = sequence(p, task.b);
+        if (t >= s.length) continue;
+        State<E> S = state(states, plan, task);
+        S.live = t > 0 || p.initial_state;
+        block(task, S, s, t);
+      }
+    for (int64_t i = first; p.final_state && i < last; ++i) {
+      const Task task(p, plan, i);
+      State<E> s = state(states, plan, task);
+      s.live = sequence(p, task.b).length > 0 || p.initial_state;
+      s.store_final(task.b, task.hs);
+    }
+  }
+};
+
+int workers(const Problem& p) { return workers_for(p.B * p.Hs * vectors<float>(p.V), flop(p)); }
+
+template <class E>
+auto take_states(const Problem& p, Arena& arena) {
+  return arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p));
+}
+
+size_t workspace(const Problem& p) {
+  size_t bytes = 0;
+  with_type(p.type, [&](auto e) {
+    Arena arena(nullptr);
+    take_states<decltype(e)>(p, arena);
+    bytes = arena.used();
+  });
+  return bytes + scratch_bytes<Worker>(p, workers(p));
+}
+
+void run(const Problem& p) {
+  with_type(p.type, [&](auto e) {
+    using E = decltype(e);
+    run_workers(workers(p), [&](int index, int granted) {
+      const Plan plan = make_plan(p, granted, /*split_heads=*/false);
+      Arena arena(p.workspace);
+      auto* states = take_states<E>(p, arena);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      worker.chunk.clear_scores();
+      worker.run(states, plan, plan.tasks * index / granted, plan.tasks * (index + 1) / granted);
+    });
+  });
+}
+
+const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
+
+Cost cost(const Problem& p) {
+  const double blocks = double(tokens(p)) / C, states = 2 * blocks * double(p.Hs) * state_bytes(p);
+  return predict(p,
+                 {flop(p), states, /*depth=*/mean_length(p) / C,
+                  /*tasks=*/double(p.H) * (double(p.B) + 5 * blocks)},
+                 /*efficiency=*/0.8, workers(p));
+}
+
+}  // namespace
+
+extern const Method block_cpu = {
+    {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
+    refuses,
+    cost,
+    workspace,
+    run};
+
+}  // namespace lc::LC_ISA

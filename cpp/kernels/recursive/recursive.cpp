@@ -1,0 +1,159 @@
+// recursive.cpp - CPU: divide and conquer. The right half of a sequence sees the left half through the left's state:
+//
+//   O(right)_i += scale 2^(cum_i) q_i S(left),   S(whole) = 2^(sum L over right) S(left) + S(right)
+//
+//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). They are visited in order, with
+//   a stack of the states of all finished left halves, like the bits of a binary counter; each output is written once,
+//   as  O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)  in Horner's form: no factor exceeds 1
+//   B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop, about; scratch per worker K V log2(N/C) numbers and a chunk's
+//   workers: (sequence, state) pairs; where those are few, their q heads, then columns of V, one task each
+//   recursive method of LeetDecoding, arXiv:2501.02573
+#include "../../cpu/cost.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/state.h"
+#include "../../methods.h"
+
+namespace lc::LC_ISA {
+namespace {
+
+constexpr int kMostLevels = 64;
+
+// States that the stack holds at the most: one for each bit of the number of finished leaves, and the initial one.
+int levels(const Problem& p) {
+  int n = 1;
+  for (int64_t leaves = p.N / C; leaves; leaves /= 2) ++n;
+  return n + 1;
+}
+
+// Sum over the leaves c = 0 ... n - 1 of the states on the stack, popcount(c).
+double visits(double n) {
+  double sum = 0;
+  for (double bit = 1; bit < n; bit *= 2) {
+    const double whole = std::floor(n / (2 * bit));
+    sum += whole * bit + std::max(0., n - whole * 2 * bit - bit);
+  }
+  return sum;
+}
+
+double flop(const Problem& p) {  // packed sequences count as equally long: their lengths may lie on a device
+  const double n = mean_length(p), leaves = std::ceil(n / C), KV = double(p.K * p.V);
+  const double products = C * visits(leaves) + (p.initial_state ? n : 0);
+  return double(p.B) * (double(p.H) * ((C + 1.) * n * double(p.K + p.V) + 2 * KV * products) +
+                        double(p.Hs) * KV * (2 * n + 2 * leaves));
+}
+
+template <class E>
+struct Worker {
+  using T = Accumulator<E>;
+  const Problem& p;
+  Tokens<E> chunk;
+  T *o_copy, *stack;
+  double gap[kMostLevels];      // log2 of the decay over the tokens of this entry
+  int64_t leaves[kMostLevels];  // chunks of this entry; 0: the initial state, which is never merged
+  int top = 0;
+
+  Worker(const Problem& problem, Arena& arena)
+      : p(problem),
+        chunk(arena, p),
+        o_copy(arena.take<T>(C * padded<T>(p.V))),
+        stack(arena.take<T>(levels(p) * State<E>::size(p))) {}
+
+  State<E> entry(int level, const State<E>& columns) const {
+    State<E> s = columns;
+    s.data = stack + level * State<E>::size(p);
+    s.live = true;
+    return s;
+  }
+
+  void run(const Plan& plan, const Task& task) {
+    const Sequence s = sequence(p, task.b);
+    State<E> columns(p, stack);
+    columns.take(task.piece, plan.pieces);
+    columns.load_initial(task.b, task.hs);
+    top = 0;
+    if (columns.live) gap[top] = 0, leaves[top] = 0, ++top;
+    chunk.decay.begin_head(p, s, task.hs);
+    for (int64_t t = 0; t < s.length; t += C) {
+      chunk.locate(s, t);
+      chunk.load_keys(p, s, task.hs);
+      chunk.load_values(p, s, task.hs, columns.panels, columns.first, columns.last);
+      for (int64_t h = task.first_head; h < task.last_head; ++h) {
+        chunk.load_queries(p, s, h);
+        chunk.score(p);
+        write_output(p, chunk, columns, s, h, o_copy, top > 0, [&](auto& acc, Matrix<const T> q, int panel) {
+          for (int i = 0; i < top; ++i) {
+            if (i) scale(acc, T(std::exp2(gap[i])));
+            const Matrix<T> S = entry(i, columns).panel(panel);
+            mma(acc, q, {S.data, S.ld}, int(p.K));
+          }
+        });
+      }
+      if (t + C < s.length || task.writes_state) push(columns);
+    }
+    if (!task.writes_state) return;
+    State<E> all = entry(0, columns);
+    all.live = top > 0;
+    for (int i = 1; i < top; ++i) all.combine(gap[i], all, entry(i, columns));
+    all.store_final(task.b, task.hs);
+  }
+
+  template <class Acc>
+  static LC_INLINE void scale(Acc& acc, T factor) {
+    map(acc, [&](int, int, Vec<T> x) { return x * factor; });
+  }
+
+  // The chunk becomes the newest entry; entries of equal size become one.
+  void push(const State<E>& columns) {
+    State<E> leaf = entry(top, columns);
+    leaf.live = false;
+    chunk.weigh_keys(p);
+    leaf.advance(chunk);
+    gap[top] = chunk.decay.log2_total, leaves[top] = 1, ++top;
+    for (; top > 1 && leaves[top - 2] == leaves[top - 1]; --top) {
+      State<E> left = entry(top - 2, columns);
+      left.combine(gap[top - 1], left, entry(top - 1, columns));
+      gap[top - 2] += gap[top - 1], leaves[top - 2] *= 2;
+    }
+  }
+};
+
+int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.V), flop(p)); }
+
+size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
+
+void run(const Problem& p) {
+  std::atomic<int64_t> next{0};
+  with_type(p.type, [&](auto e) {
+    using E = decltype(e);
+    run_workers(workers(p), [&](int index, int granted) {
+      const Plan plan = make_plan(p, granted);
+      Arena arena(p.workspace);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      worker.chunk.clear_scores();
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+        worker.run(plan, Task(p, plan, task));
+    });
+  });
+}
+
+const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
+
+Cost cost(const Problem& p) {
+  const double leaves = double(tokens(p)) / C;
+  return predict(p,
+                 {flop(p), 0, /*depth=*/2 + std::log2(std::max(1., mean_length(p) / C)),
+                  /*tasks=*/double(p.H) * (double(p.B) + 6 * leaves)},
+                 /*efficiency=*/0.8, workers(p));
+}
+
+}  // namespace
+
+extern const Method recursive_cpu = {
+    {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
+     "LeetDecoding, arXiv:2501.02573"},
+    refuses,
+    cost,
+    workspace,
+    run};
+
+}  // namespace lc::LC_ISA

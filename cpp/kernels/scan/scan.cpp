@@ -1,0 +1,193 @@
+// scan.cpp - CPU: segments of a sequence in parallel. Three passes, with a barrier between them:
+//
+//   1. every segment i but the last, from zero, chunk by chunk:  S_i+1 <- total S_i+1 + (diag(out) K)^T V
+//   2. a scan over them, for panels of columns:                  S_i+1 <- 2^(sum L over segment i) S_i + S_i+1
+//   3. every segment, from the state before it, as chunk does:  O = scale (diag(in) Q S + A V), and S as in 1
+//
+//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, half of the last term more than chunk: for few heads and long N, where
+//   chunk has too few tasks. At most 16 segments of at least 4 chunks, whatever the number of workers: answers do not
+//   depend on it. Workspace: K V numbers for each segment, and a chunk's for each worker
+//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+#include "../../cpu/cost.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/state.h"
+#include "../../methods.h"
+
+namespace lc::LC_ISA {
+namespace {
+
+constexpr int64_t kMostSegments = 16, kLeastTokens = 4 * C;
+
+int64_t segments(int64_t tokens) { return std::min(kMostSegments, std::max<int64_t>(1, tokens / kLeastTokens)); }
+
+struct Segment {
+  int64_t begin, end;
+};
+
+// Whole chunks but for the last segment of a sequence.
+Segment segment(int64_t length, int64_t i) {
+  const int64_t n = segments(length), chunks = (length + C - 1) / C;
+  return {chunks * i / n * C, std::min(length, chunks * (i + 1) / n * C)};
+}
+
+// Where the states of the segments of sequence b begin, and (b = B) how many there may be at the most: the lengths of
+// packed sequences need not be known for that.
+int64_t base(const Problem& p, int64_t b) {
+  if (!p.cu_bits) return b * segments(p.N);
+  if (kMostSegments * p.B <= p.B + p.N / kLeastTokens) return b * kMostSegments;
+  return b + (b < p.B ? sequence(p, b).begin : p.N) / kLeastTokens;
+}
+
+double flop(const Problem& p) {
+  const double n = double(tokens(p)), KV = double(p.K * p.V), last = 1. / double(segments(int64_t(mean_length(p))));
+  return n * (double(p.H) * ((C + 1.) * double(p.K + p.V) + 2 * KV) + double(p.Hs) * KV * (4 - 2 * last));
+}
+
+// What all workers share: the state before each segment, and the log2 of the segment's decay.
+template <class E>
+struct Shared {
+  using T = Accumulator<E>;
+  const Problem& p;
+  T* states;
+  double* log2;
+
+  Shared(const Problem& problem, Arena& arena)
+      : p(problem),
+        states(arena.take<T>(base(p, p.B) * p.Hs * State<E>::size(p))),
+        log2(arena.take<double>(base(p, p.B) * p.Hs)) {}
+
+  int64_t at(int64_t b, int64_t hs, int64_t i) const { return (base(p, b) + i) * p.Hs + hs; }
+  State<E> state(int64_t at) const {
+    State<E> s(p, states + at * State<E>::size(p));
+    s.live = true;
+    return s;
+  }
+};
+
+template <class E>
+struct Worker {
+  using T = Accumulator<E>;
+  const Problem& p;
+  Tokens<E> chunk;
+  T* o_copy;
+
+  Worker(const Problem& problem, Arena& arena)
+      : p(problem), chunk(arena, p), o_copy(arena.take<T>(C * padded<T>(p.V))) {}
+
+  // The state of the tokens of one segment alone.
+  void summarise(const Shared<E>& shared, int64_t i, int64_t b, int64_t hs) {
+    const Sequence s = sequence(p, b);
+    if (i + 1 >= segments(s.length)) return;
+    const Segment part = segment(s.length, i);
+    State<E> state = shared.state(shared.at(b, hs, i + 1));
+    state.live = false;
+    double log2 = 0;
+    chunk.decay.begin_head(p, s, hs);
+    for (int64_t t = part.begin; t < part.end; t += C) {
+      chunk.locate(s, t);
+      chunk.load_keys(p, s, hs);
+      chunk.load_values(p, s, hs, state.panels, state.first, state.last);
+      chunk.weigh_keys(p);
+      state.advance(chunk);
+      log2 += chunk.decay.log2_total;
+    }
+    shared.log2[shared.at(b, hs, i)] = log2;
+  }
+
+  // Own states of segments become states before segments, in one panel of columns.
+  void accumulate(const Shared<E>& shared, int64_t b, int64_t hs, int panel) {
+    const int64_t n = segments(sequence(p, b).length);
+    if (n == 1) return;
+    shared.state(shared.at(b, hs, 0)).one_panel(panel).load_initial(b, hs);
+    for (int64_t i = 1; i < n; ++i) {
+      State<E> before = shared.state(shared.at(b, hs, i - 1)).one_panel(panel);
+      State<E> after = shared.state(shared.at(b, hs, i)).one_panel(panel);
+      before.live = i > 1 || p.initial_state;
+      after.combine(shared.log2[shared.at(b, hs, i - 1)], before, after);
+    }
+  }
+
+  void outputs(const Shared<E>& shared, int64_t i, int64_t b, int64_t hs) {
+    const Sequence s = sequence(p, b);
+    if (i >= segments(s.length)) return;
+    const Segment part = segment(s.length, i);
+    const bool last = i + 1 == segments(s.length);
+    State<E> state = shared.state(shared.at(b, hs, i));
+    if (segments(s.length) == 1)
+      state.load_initial(b, hs);
+    else
+      state.live = i > 0 || p.initial_state;
+    chunk.decay.begin_head(p, s, hs);
+    for (int64_t t = part.begin; t < part.end; t += C) {
+      chunk.locate(s, t);
+      chunk.load_keys(p, s, hs);
+      chunk.load_values(p, s, hs, state.panels, state.first, state.last);
+      for (int64_t h = hs * group(p); h < (hs + 1) * group(p); ++h) {
+        chunk.load_queries(p, s, h);
+        chunk.score(p);
+        write_output(p, chunk, state, s, h, o_copy);
+      }
+      if (t + C < part.end || (last && p.final_state)) chunk.weigh_keys(p), state.advance(chunk);
+    }
+    if (last && p.final_state) state.store_final(b, hs);
+  }
+};
+
+int workers(const Problem& p) { return workers_for(base(p, p.B) * p.Hs, flop(p)); }
+
+size_t workspace(const Problem& p) {
+  size_t bytes = 0;
+  with_type(p.type, [&](auto e) {
+    Arena arena(nullptr);
+    Shared<decltype(e)>(p, arena);
+    bytes = arena.used();
+  });
+  return bytes + scratch_bytes<Worker>(p, workers(p));
+}
+
+void run(const Problem& p) {
+  std::atomic<int64_t> next[3] = {};
+  Barrier barrier;
+  const int64_t most = segments(p.N), states = p.B * p.Hs;
+  with_type(p.type, [&](auto e) {
+    using E = decltype(e);
+    const int64_t panels = Panels(vectors<Accumulator<E>>(p.V)).count;
+    run_workers(workers(p), [&](int index, int granted) {
+      Arena arena(p.workspace);
+      const Shared<E> shared(p, arena);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      worker.chunk.clear_scores();
+      for (int64_t task; (task = next[0].fetch_add(1)) < states * (most - 1);)
+        worker.summarise(shared, task / states, task % states / p.Hs, task % p.Hs);
+      barrier.wait(granted);
+      for (int64_t task; most > 1 && (task = next[1].fetch_add(1)) < states * panels;)
+        worker.accumulate(shared, task / panels / p.Hs, task / panels % p.Hs, int(task % panels));
+      barrier.wait(granted);
+      for (int64_t task; (task = next[2].fetch_add(1)) < states * most;)
+        worker.outputs(shared, task / states, task % states / p.Hs, task % p.Hs);
+    });
+  });
+}
+
+const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
+
+Cost cost(const Problem& p) {
+  const double n = mean_length(p), count = double(segments(int64_t(n))), chunks = double(tokens(p)) / C;
+  const double states = 4 * double(p.B) * count * double(p.Hs) * state_bytes(p);
+  const double again = double(tokens(p)) * type_bytes(p.type) * double(p.Hk * p.K + p.Hv * p.V) * (1 - 1 / count);
+  return predict(p,
+                 {flop(p), states + again, /*depth=*/2 * n / C / count + count,
+                  /*tasks=*/double(p.H) * (double(p.B) * count + 7 * chunks)},
+                 /*efficiency=*/0.8, workers(p));
+}
+
+}  // namespace
+
+extern const Method scan_cpu = {
+    {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
+    refuses,
+    cost,
+    workspace,
+    run};
+
+}  // namespace lc::LC_ISA
