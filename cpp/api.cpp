@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "methods.h"
+#include "tuning.h"
 
 namespace {
 
@@ -43,7 +44,7 @@ lc_status lc_run(const lc_args* args) {
   return guarded([&] {
     const lc_args a = widen(args);
     const lc::Problem p = lc::check(a);
-    const lc::Method& m = lc::choose(p, a.method);
+    const lc::Method& m = *lc::choose(p, a.method).method;
     const size_t needed = m.workspace(p);
     if (p.workspace_bytes < needed)
       lc::fail(LC_MEMORY, "workspace: method %s needs %zu bytes, got %zu", m.info.name, needed, p.workspace_bytes);
@@ -58,7 +59,20 @@ lc_status lc_workspace(const lc_args* args, size_t* bytes) {
     if (!bytes) lc::fail(LC_INVALID, "bytes: expected a pointer, got NULL");
     const lc_args a = widen(args);
     const lc::Problem p = lc::check_structure(a);
-    *bytes = lc::choose(p, a.method).workspace(p);
+    *bytes = lc::choose(p, a.method).method->workspace(p);
+  });
+}
+
+lc_status lc_predict(const lc_args* args, lc_cost* cost, size_t size) {
+  return guarded([&] {
+    if (!cost) lc::fail(LC_INVALID, "cost: expected a pointer, got NULL");
+    const lc_args a = widen(args);
+    const lc::Problem p = lc::check_structure(a);
+    const lc::Choice chosen = lc::choose(p, a.method);
+    const lc::Cost& c = chosen.cost;
+    const lc_cost full = {chosen.method->info.name,    c.flop,  c.least_bytes, c.bytes,
+                          chosen.method->workspace(p), c.depth, c.microseconds};
+    std::memcpy(cost, &full, std::min(size, sizeof full));
   });
 }
 
@@ -67,23 +81,33 @@ lc_status lc_explain(const lc_args* args, char* text, size_t size) {
     if (!text || !size) lc::fail(LC_INVALID, "text: expected a buffer of at least one byte, got none");
     const lc_args a = widen(args);
     const lc::Problem p = lc::check_structure(a);
-    const lc::Method& chosen = lc::choose(p, a.method);
+    const lc::Choice chosen = lc::choose(p, a.method);
     std::string s;
     for (const lc::Method* m : lc::methods()) {
-      char line[256];
+      char line[320];
       if (const char* why = lc::refusal(*m, p)) {
-        std::snprintf(line, sizeof line, "  %-10s %-4s  refuses: %s\n", m->info.name, m->info.device, why);
+        std::snprintf(line, sizeof line, "  %-10s %-4s  cannot: %s\n", m->info.name, m->info.device, why);
       } else {
-        const lc::Cost c = m->cost(p);
-        std::snprintf(line, sizeof line,
-                      "%c %-10s %-4s  predicted %.1f us, %.4g Mflop, at least %.4g MB moved, workspace %zu bytes\n",
-                      m == &chosen ? '*' : ' ', m->info.name, m->info.device, c.microseconds, c.flop / 1e6,
-                      c.least_bytes / 1e6, m->workspace(p));
+        const lc::Cost c = lc::predict(*m, p);
+        char verdict[40] = "chosen";
+        if (m != chosen.method)
+          std::snprintf(verdict, sizeof verdict, "%.2f times the chosen", c.microseconds / chosen.cost.microseconds);
+        else if (a.method && std::strcmp(a.method, "auto"))
+          std::snprintf(verdict, sizeof verdict, "named");
+        std::snprintf(
+            line, sizeof line,
+            "%c %-10s %-4s  %s: predicted %.1f us, %.4g Mflop, %.4g MB moved, workspace %zu bytes, depth %.0f\n",
+            m == chosen.method ? '*' : ' ', m->info.name, m->info.device, verdict, c.microseconds, c.flop / 1e6,
+            c.bytes / 1e6, m->workspace(p), c.depth);
       }
       s += line;
     }
     std::snprintf(text, size, "%s", s.c_str());
   });
+}
+
+lc_status lc_set_tuning(const char* text) {
+  return guarded([&] { lc::set_tuning(text); });
 }
 
 const lc_method_info* lc_method(int index) {

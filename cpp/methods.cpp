@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "tuning.h"
 
 namespace lc {
 
@@ -38,25 +39,38 @@ const char* refusal(const Method& m, const Problem& p) {
   return m.refuses(p);
 }
 
+// Only forward passes are measured: decoding has one method.
+static Cost corrected(const Method& m, const Problem& p, const Tuning& table, const GridPosition& at) {
+  Cost cost = m.cost(p);
+  if (p.op == LC_FORWARD) cost.microseconds *= correction(table, m.info.name, at);
+  return cost;
+}
+
+Cost predict(const Method& m, const Problem& p) {
+  const Tuning& table = tuning();
+  return corrected(m, p, table, locate(table, p));
+}
+
 static bool named(const Method& m, const char* name) {
   return !std::strcmp(m.info.name, name) || (m.alias && !std::strcmp(m.alias, name));
 }
 
-const Method& choose(const Problem& p, const char* name) {
+Choice choose(const Problem& p, const char* name) {
   static const char* const wish = std::getenv("LEETCORE_METHOD");
   const char* argument = "method";
   if (name && !std::strcmp(name, "auto")) name = nullptr;
   if (!name && wish && *wish && std::strcmp(wish, "auto") && p.op == LC_FORWARD)
     name = wish, argument = "LEETCORE_METHOD";
 
-  const Method* best = nullptr;
-  double least = 0;
+  const Tuning& table = tuning();
+  const GridPosition at = locate(table, p);
+  Choice best = {};
   for (const Method* m : methods()) {
     if ((name && !named(*m, name)) || refusal(*m, p)) continue;
-    const double us = m->cost(p).microseconds;
-    if (!best || us < least) best = m, least = us;
+    const Cost cost = corrected(*m, p, table, at);
+    if (!best.method || cost.microseconds < best.cost.microseconds) best = {m, cost};
   }
-  if (best) return *best;
+  if (best.method) return best;
 
   std::string known, reasons;
   bool found = !name;

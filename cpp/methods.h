@@ -30,7 +30,13 @@ struct Methods {
 
 Methods methods();                                       // of every device; CPU rows of the instruction set in use
 const char* refusal(const Method& m, const Problem& p);  // why m does not serve p, nullptr if it does
-const Method& choose(const Problem& p,
-                     const char* name);  // nullptr or "auto": cheapest; throws Error with every reason
+
+// A method that serves the problem, and what it costs with the time as corrected by measurements (tuning.h).
+struct Choice {
+  const Method* method;
+  Cost cost;
+};
+Cost predict(const Method& m, const Problem& p);
+Choice choose(const Problem& p, const char* name);  // nullptr or "auto": cheapest; throws Error with every reason
 
 }  // namespace lc

@@ -5,13 +5,17 @@
 #include <leetcore/leetcore.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 
 namespace nb = nanobind;
@@ -257,6 +261,40 @@ std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb
   return text;
 }
 
+// What a call on tensors of these shapes costs: they have addresses, which nobody reads. shape: B, N, K, V, Hq, Hk, Hv.
+nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token,
+               bool initial_state, bool final_state) {
+  const auto [B, N, K, V, Hq, Hk, Hv] = shape;
+  const int64_t Hs = std::max(Hk, Hv);
+  int64_t q_shape[] = {B, Hq, N, K}, k_shape[] = {B, Hk, N, K}, v_shape[] = {B, Hv, N, V};
+  int64_t state_shape[] = {B, Hs, K, V}, decay_shape[] = {B, Hs, N};
+  const lc_dtype dtype = {uint8_t(dtype_code), uint8_t(dtype_bits), 1};
+  const lc_dtype exact = {LC_FLOAT, uint8_t(dtype_bits == 64 ? 64 : 32), 1};
+  alignas(64) char memory[5 * 64];
+  int used = 0;
+  const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {
+    return lc_tensor{memory + 64 * used++, {LC_CPU, 0}, ndim, type, dims, nullptr, 0};
+  };
+  const lc_tensor q = tensor(q_shape, 4, dtype), k = tensor(k_shape, 4, dtype), v = tensor(v_shape, 4, dtype);
+  const lc_tensor state = tensor(state_shape, 4, exact);
+  const lc_tensor decay = tensor(decay_shape, per_token ? 3 : 2, exact);
+  lc_tensor after = state;
+  after.data = memory;
+  lc_args args = {};
+  args.struct_size = sizeof args;
+  args.op = LC_FORWARD;
+  args.method = method;
+  args.scale = 1;
+  args.q = &q, args.k = &k, args.v = &v, args.log_decay = &decay;
+  args.initial_state = initial_state ? &state : nullptr;
+  args.final_state = final_state ? &after : nullptr;
+  lc_cost c;
+  check(lc_predict(&args, &c, sizeof c));
+  return nb::make_tuple(c.method, c.flop, c.least_bytes, c.bytes, c.workspace, c.depth, c.microseconds);
+}
+
+void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
+
 // A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
 template <class Array>
 nb::object bits_as_bfloat16(nb::handle array, Array bits) {
@@ -297,6 +335,9 @@ NB_MODULE(_core, m) {
         "out"_a.none(), "scale"_a, "stream"_a);
   m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
         "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
+  m.def("cost", &cost, "method"_a, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a,
+        "final_state"_a);
+  m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
   m.def("methods", &methods);
   m.def("build_info", &build_info);

@@ -3,22 +3,16 @@
 from pathlib import Path
 
 from . import _core, decay
-from .api import (
-    Method,
-    build_info,
-    decode_step,
-    explain,
-    linear_attention,
-    methods,
-    num_threads,
-    set_num_threads,
-)
+from .api import build_info, decode_step, explain, linear_attention, num_threads, set_num_threads
+from .methods import Cost, Method, cost, methods, register_method
 
 __version__ = _core.version
 
 __all__ = [
+    "Cost",
     "Method",
     "build_info",
+    "cost",
     "decay",
     "decode_step",
     "explain",
@@ -27,6 +21,7 @@ __all__ = [
     "linear_attention",
     "methods",
     "num_threads",
+    "register_method",
     "set_num_threads",
 ]
 

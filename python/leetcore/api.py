@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _core
 from .arrays import Array, library_of
+from .methods import registered, run_registered
 
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["ieee", "tf32"]
@@ -51,7 +52,7 @@ def linear_attention(
         return_state: also return the state after the last token, shaped like initial_state.
         cu_seqlens: [S + 1] int32 or int64, from 0 to N: S sequences packed along the token axis; B is 1.
         layout: "bhnd", or "bnhd" for [B, N, H, D] (and log_decay [B, N, Hs]).
-        method: "auto" or a name of `leetcore.methods()`.
+        method: "auto", or a name of `leetcore.methods()` (a registered function's too), or "lightning" for "chunk".
         precision: "ieee" (default) or "tf32", which lets GPUs round float32 products; the CPU never does.
         out: receives o; writable, its own memory.
         stream: for GPU arrays; None on the CPU.
@@ -68,6 +69,21 @@ def linear_attention(
     """
     log_decay = _scalar(log_decay)
     lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens, out)
+    if registered and method in registered:
+        explain(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, layout=layout)
+        return run_registered(
+            registered[method],
+            q,
+            k,
+            v,
+            log_decay,
+            _real("scale", scale),
+            initial_state,
+            return_state,
+            cu_seqlens,
+            _bnhd(layout),
+            out,
+        )
     return _core.forward(
         lib,
         q,
@@ -135,7 +151,7 @@ def explain(
     """Which method `linear_attention` would run (marked *), what each predicts, why others refuse; a line each."""
     log_decay = _scalar(log_decay)
     lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens)
-    return _core.explain(
+    text = _core.explain(
         lib,
         q,
         k,
@@ -149,20 +165,7 @@ def explain(
         _tf32(precision),
         0,
     )
-
-
-class Method(NamedTuple):
-    """A row of the table of methods: its name for ``method=``, its device, its idea and where that comes from."""
-
-    name: str
-    device: str
-    idea: str
-    paper: str
-
-
-def methods() -> list[Method]:
-    """Every method of this build."""
-    return [Method(*row) for row in _core.methods()]
+    return text + "".join(f"  {name:10} python  runs when it is named\n" for name in registered)
 
 
 def build_info() -> dict[str, str]:

@@ -9,7 +9,8 @@ A library here is an object with
 - ``repair(name, array, writable)``: a second try where that import failed, or an error that says why;
 - ``contiguous(array)``: a copy whose last dimension is contiguous;
 - ``empty(shape, like, float_bits)``: a new array beside `like`, of its dtype (0) or of float32 / float64;
-- ``result(array)``: a finished array of ``empty`` as the caller's kind of array.
+- ``result(array)``: a finished array of ``empty`` as the caller's kind of array;
+- ``numpy(array)``, ``from_numpy(array)``: as numpy's array, sharing memory where both can, and back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ class NumPy:
         return np.empty(shape, np.float64 if float_bits == 64 else np.float32 if float_bits else like.dtype)
 
     def result(self, array: Array) -> Array:
+        return array
+
+    def numpy(self, array: Array) -> Array:
+        return array
+
+    def from_numpy(self, array: Array) -> Array:
         return array
 
 
@@ -93,6 +100,23 @@ class Torch:
     def result(self, array: Array) -> Array:
         return array
 
+    def numpy(self, array: Array) -> Array:
+        import torch
+
+        array = array.detach().cpu()
+        if array.dtype is not torch.bfloat16:
+            return array.numpy()
+        import ml_dtypes
+
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+    def from_numpy(self, array: Array) -> Array:
+        import torch
+
+        if array.dtype.name != "bfloat16":
+            return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
 
 class Immutable(NumPy):
     """Libraries whose arrays are never written: results are made by numpy and handed over."""
@@ -128,6 +152,12 @@ class Immutable(NumPy):
     def result(self, array: Array) -> Array:
         return self._convert(array)
 
+    def numpy(self, array: Array) -> Array:
+        return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+
+    def from_numpy(self, array: Array) -> Array:
+        return self.result(array)
+
 
 class Jax(Immutable):
     def __init__(self) -> None:
@@ -152,6 +182,9 @@ class Jax(Immutable):
         import jax.numpy as jnp
 
         return jnp.asarray(array)
+
+    def numpy(self, array: Array) -> Array:
+        return np.asarray(array)
 
 
 def _package(array: Array) -> str:
@@ -189,8 +222,8 @@ def _other_library(array: Array) -> Immutable:
 
 Library = NumPy | Torch
 
-_NUMPY = NumPy()
-_SHARED: tuple[Library, ...] = (_NUMPY, Torch(), Jax())
+_NUMPY, TORCH = NumPy(), Torch()
+_SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax())
 _of_type: dict[type, Library] = {np.ndarray: _NUMPY}
 
 

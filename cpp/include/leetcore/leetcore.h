@@ -117,9 +117,28 @@ LC_API lc_status lc_run(const lc_args* args);
  * tensor's values; o may be absent (an LC_FORWARD caller can size o from a validated problem). */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
+/* What a call costs, by the method that args names or "auto" chooses. */
+typedef struct lc_cost {
+  const char* method;
+  double flop;         /* multiplications and additions of matrix products and of updates of states; what weighs or
+                          masks them, a few per cent, is left out */
+  double least_bytes;  /* every operand read or written once */
+  double bytes;        /* operands as often as the method reads or writes them, and states that wait in memory */
+  uint64_t workspace;  /* as lc_workspace says, in bytes */
+  double depth;        /* serial depth: products and updates that must wait for one another, however many workers */
+  double microseconds; /* predicted, on this machine with this number of threads */
+} lc_cost;
+
+/* Writes the first size bytes of it: pass sizeof(lc_cost). As lc_workspace, it reads no tensor's values. */
+LC_API lc_status lc_predict(const lc_args* args, lc_cost* cost, size_t size);
+
 /* Writes which method serves the problem, what each one predicts and why others do not, one line a method, as a
  * NUL-terminated string of at most size bytes. */
 LC_API lc_status lc_explain(const lc_args* args, char* text, size_t size);
+
+/* Replaces, for the whole process, the table of measured times by which "auto" corrects its predictions; NULL restores
+ * the one that was shipped. `leetcore tune` writes such a table for a machine; the grammar is in cpp/tuning.cpp. */
+LC_API lc_status lc_set_tuning(const char* text);
 
 typedef struct lc_method_info {
   const char *name, *device; /* "chunk", "cpu" */

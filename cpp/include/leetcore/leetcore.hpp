@@ -230,6 +230,15 @@ inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const
   call.run(options.workspace);
 }
 
+// What this linear_attention call costs by options.method ("auto": the one it would take).
+inline lc_cost cost(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
+                    const Options& options = {}) {
+  const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
+  lc_cost result;
+  detail::Call::require(lc_predict(&call.args, &result, sizeof result));
+  return result;
+}
+
 // Which method serves this linear_attention call, what each one predicts, and why others do not: one line a method.
 inline std::string explain(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
                            const Options& options = {}) {
