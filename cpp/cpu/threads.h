@@ -39,6 +39,12 @@ class Barrier {
   std::atomic<unsigned> phase_{0};
 };
 
+#ifdef LC_COUNT
+inline struct Counted {
+  std::atomic<int64_t> flop, workspace;
+} counted;
+#endif
+
 // A 64-byte aligned scratch area cut into pieces, measured by the same code that cuts it: with base nullptr it only
 // adds up.
 class Arena {
@@ -48,6 +54,9 @@ class Arena {
   LC_INLINE T* take(int64_t count) {
     char* here = base_ ? base_ + used_ : nullptr;
     used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+#ifdef LC_COUNT
+    if (base_ && counted.workspace < int64_t(used_)) counted.workspace = int64_t(used_);
+#endif
     return reinterpret_cast<T*>(here);
   }
   LC_INLINE size_t used() const { return used_; }

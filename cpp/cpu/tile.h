@@ -3,6 +3,7 @@
 // tensors.
 #pragma once
 #include "simd.h"
+#include "threads.h"
 
 namespace lc::LC_ISA {
 
@@ -41,6 +42,13 @@ struct Matrix {
   LC_INLINE T* row(int64_t i) const { return data + i * ld; }
 };
 
+// What was computed, counted in the build that tests costs (tests/cpp/cost_test.cpp).
+#ifdef LC_COUNT
+LC_INLINE void count_flop(int64_t n) { counted.flop += n; }
+#else
+LC_INLINE void count_flop(int64_t) {}
+#endif
+
 // ---- register tiles: M rows of N vectors
 // ------------------------------------------------------------------------------
 
@@ -71,6 +79,7 @@ LC_INLINE void map(Tile<T, M, N>& c, F&& f) {
 // depend on how the matrix is cut into tiles.
 template <class T, int M, int N>
 LC_INLINE void mma(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
+  count_flop(int64_t{2} * M * N * kLanes<T> * depth);
   for (int l = 0; l < depth; ++l) {
     Vec<T> row[N];
 #pragma GCC unroll 4

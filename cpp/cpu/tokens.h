@@ -10,6 +10,17 @@ namespace lc::LC_ISA {
 constexpr int C = 64;      // tokens of a chunk
 constexpr int kBand = 16;  // rows of the scores that share their last column: whole vectors in every type
 
+// How much of each product there is in the chunks of one sequence of n tokens: pairs (i, j), j <= i, of one chunk;
+// tokens that read a state; tokens that enter one.
+struct ChunkWork {
+  double pairs, reads, writes;
+};
+LC_INLINE ChunkWork chunk_work(double n, bool reads_first, bool writes_last) {
+  const double whole = std::floor(n / C), rest = n - whole * C, last = rest > 0 ? rest : std::min<double>(n, C);
+  return {whole * C * (C + 1) / 2 + rest * (rest + 1) / 2, n - (reads_first ? 0 : std::min<double>(n, C)),
+          n - (writes_last ? 0 : last)};
+}
+
 template <class E, class T = Accumulator<E>>
 struct Tokens {
   ChunkDecay<T> decay;

@@ -78,8 +78,8 @@ def register_method(
 
     Args:
         name: a new name, or one registered before, which is replaced.
-        fn: fn(q, k, v, log_decay, scale) -> o, with q and k [B, H, N, K], v and o [B, H, N, V] of the caller's dtype (as
-            many heads everywhere) and log_decay [B, H] in float32 (float64 with float64 inputs), zeros for no decay.
+        fn: fn(q, k, v, log_decay, scale) -> o, with q and k [B, H, N, K], v and o [B, H, N, V] of the caller's dtype
+            (as many heads everywhere) and log_decay [B, H] in float32 (float64 with float64 inputs), zeros for none.
         library: whose arrays fn takes and returns; torch's are on the CPU.
         states: fn(q, k, v, log_decay, scale, initial_state) -> (o, final_state), with states [B, H, K, V]. Without it
             the method does not serve calls with an initial_state or return_state.

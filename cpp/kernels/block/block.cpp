@@ -17,8 +17,9 @@ namespace lc::LC_ISA {
 namespace {
 
 double flop(const Problem& p) {
-  const double own = (C + 1.) * double(p.K + p.V) + 2. * double(p.K * p.V), shared = 2. * double(p.K * p.V);
-  return double(tokens(p)) * (double(p.H) * own + double(p.Hs) * shared);
+  const ChunkWork w = chunk_work(mean_length(p), bool(p.initial_state), bool(p.final_state));
+  const double KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
+  return double(p.B) * (H * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + Hs * w.writes * KV);
 }
 
 template <class E>

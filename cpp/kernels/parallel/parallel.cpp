@@ -17,8 +17,9 @@ namespace lc::LC_ISA {
 namespace {
 
 double flop(const Problem& p) {
-  const double n = mean_length(p);
-  return double(p.H) * double(p.B) * n * (n + 1) * double(p.K + p.V);
+  const double n = mean_length(p), KV = 2 * double(p.K * p.V);
+  const double states = (p.initial_state ? double(p.H) : 0) + (p.final_state ? double(p.Hs) : 0);
+  return double(p.B) * n * (double(p.H) * (n + 1) * double(p.K + p.V) + states * KV);
 }
 
 int64_t blocks(const Sequence& s) { return (s.length + C - 1) / C; }
@@ -39,7 +40,8 @@ struct Worker {
         result(arena.take<T>(std::max<int64_t>(C, p.K) * padded<T>(p.V))),
         state(arena.take<T>(p.K * padded<T>(p.V))) {}
 
-  // result (+)= weight(row) a b, where b(panel, c) are b's vectors from c on
+  // result (+)= weight(row) a b, where b(panel, c) are b's vectors from c on; first: a is square, and zero right of its
+  // diagonal as far as tiles reach
   template <class B, class Weight>
   void accumulate(Matrix<const T> a, B&& b, int m, int depth, bool first, Weight weight) const {
     const Matrix<T> to{result, padded<T>(p.V)};
@@ -47,7 +49,7 @@ struct Worker {
       for_tiles<T>(0, m, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
         const int j0 = c * kLanes<T>;
         zero(acc);
-        mma(acc, {a.row(i0), a.ld}, b(panel, c), depth);
+        mma(acc, {a.row(i0), a.ld}, b(panel, c), first ? std::min(depth, i0 + acc.M) : depth);
         map(acc, [&](int i, int j, Vec<T> x) {
           x = x * weight(i0 + i);
           return first ? x : x + load<T>(to.row(i0 + i) + j0 + j);

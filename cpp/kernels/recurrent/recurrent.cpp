@@ -40,6 +40,7 @@ enum class Update { none, times, plus };
 template <class T, int kTokens, int kHeads, int N, Update kUpdate>
 __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c) {
   constexpr int kSums = kTokens * kHeads;
+  count_flop(rows * N * kLanes<T> * (2 * kSums + (kUpdate != Update::none ? 3 * kTokens : 0)));
   Vec<T> v[kTokens][N], o[kSums][N];
 #pragma GCC unroll 8
   for (int j = 0; j < N; ++j) {

@@ -25,21 +25,22 @@ int levels(const Problem& p) {
   return n + 1;
 }
 
-// Sum over the leaves c = 0 ... n - 1 of the states on the stack, popcount(c).
-double visits(double n) {
+// Tokens times the states that they read: a leaf reads one for each bit set in its number.
+double reads(double n) {
   double sum = 0;
-  for (double bit = 1; bit < n; bit *= 2) {
-    const double whole = std::floor(n / (2 * bit));
-    sum += whole * bit + std::max(0., n - whole * 2 * bit - bit);
+  const int64_t leaves = int64_t(n / C);
+  for (int64_t bit = 1; bit <= leaves; bit *= 2) {  // leaves below `leaves` that have this bit
+    sum += double(leaves / (2 * bit) * bit + std::max<int64_t>(0, leaves % (2 * bit) - bit)) * C;
+    if (leaves & bit) sum += n - double(leaves) * C;
   }
   return sum;
 }
 
-double flop(const Problem& p) {  // packed sequences count as equally long: their lengths may lie on a device
-  const double n = mean_length(p), leaves = std::ceil(n / C), KV = double(p.K * p.V);
-  const double products = C * visits(leaves) + (p.initial_state ? n : 0);
-  return double(p.B) * (double(p.H) * ((C + 1.) * n * double(p.K + p.V) + 2 * KV * products) +
-                        double(p.Hs) * KV * (2 * n + 2 * leaves));
+double flop(const Problem& p) {
+  const double n = mean_length(p), KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
+  const ChunkWork w = chunk_work(n, true, bool(p.final_state));
+  const double states = reads(n) + (p.initial_state ? n : 0);
+  return double(p.B) * (H * (2 * w.pairs * double(p.K + p.V) + states * KV) + Hs * w.writes * KV);
 }
 
 template <class E>

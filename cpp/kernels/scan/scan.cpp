@@ -39,8 +39,17 @@ int64_t base(const Problem& p, int64_t b) {
 }
 
 double flop(const Problem& p) {
-  const double n = double(tokens(p)), KV = double(p.K * p.V), last = 1. / double(segments(int64_t(mean_length(p))));
-  return n * (double(p.H) * ((C + 1.) * double(p.K + p.V) + 2 * KV) + double(p.Hs) * KV * (4 - 2 * last));
+  const double KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
+  const int64_t length = int64_t(mean_length(p)), n = segments(length);
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Segment part = segment(length, i);
+    const bool last = i + 1 == n;
+    const ChunkWork w = chunk_work(double(part.end - part.begin), i || p.initial_state, last && p.final_state);
+    const double alone = last ? 0 : double(part.end - part.begin);
+    sum += H * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + Hs * (w.writes + alone) * KV;
+  }
+  return double(p.B) * sum;
 }
 
 // What all workers share: the state before each segment, and the log2 of the segment's decay.

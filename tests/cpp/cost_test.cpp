@@ -1,0 +1,120 @@
+// cost_test.cpp - what lc_predict says against what a build that counts (LC_COUNT) did: flop of products and updates,
+// and the last byte of the workspace that was handed out.
+#include <gtest/gtest.h>
+
+#include "../../cpp/cpu/threads.h"
+#include "call.h"
+
+namespace {
+
+using namespace test;
+
+struct Counts {
+  lc_cost predicted;
+  double flop, workspace;
+};
+
+Counts run(const Spec& spec, const char* method, int threads) {
+  lc_set_num_threads(threads);
+  Call call(spec);
+  call.args.method = method;
+  Counts c = {};
+  EXPECT_EQ(LC_OK, lc_predict(&call.args, &c.predicted, sizeof c.predicted)) << lc_last_error();
+  EXPECT_STREQ(method, c.predicted.method);
+  lc::counted.flop = lc::counted.workspace = 0;
+  EXPECT_EQ(LC_OK, call.run()) << lc_last_error();
+  c.flop = double(lc::counted.flop), c.workspace = double(lc::counted.workspace);
+  lc_set_num_threads(0);
+  return c;
+}
+
+Spec shape(lc_dtype dtype, int64_t N, int64_t K, int64_t V) {
+  Spec spec;
+  spec.dtype = dtype, spec.N = N, spec.K = K, spec.V = V, spec.gamma = 0.9, spec.decay = Decay::head;
+  return spec;
+}
+
+template <class F>
+void for_methods(F&& f) {
+  for (int row = 0; const lc_method_info* method = lc_method(row); ++row) {
+    SCOPED_TRACE(method->name);
+    f(method->name);
+  }
+}
+
+// The triangle of scores is computed in bands of 16 rows, a few more than its flop: 80 columns for 65 on average.
+double triangle(const Spec& spec) {
+  const double H = double(std::max({spec.Hq, spec.Hk, spec.Hv}));
+  const double rounded_up = double((spec.N + 63) / 64 * 64);
+  return double(spec.B) * H * rounded_up * (80 - 65) * double(spec.K + spec.V);
+}
+
+TEST(Cost, FlopAreThoseThatWereDone) {
+  for (lc_dtype dtype : {kF32, kF64, kBf16})
+    for (int64_t N : {64, 1216})
+      for (const auto& [K, V] : {std::pair{16, 32}, std::pair{64, 64}, std::pair{128, 16}})
+        for (int states = 0; states < 4; ++states) {
+          Spec spec = shape(dtype, N, K, V);
+          spec.initial = states & 1, spec.final = states & 2;
+          SCOPED_TRACE(describe(spec));
+          for_methods([&](const char* method) {
+            const Counts c = run(spec, method, 1);
+            const bool exact = !std::strcmp(method, "recurrent") || !std::strcmp(method, "fleet");
+            EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
+            EXPECT_LE(c.flop, c.predicted.flop * (1 + 1e-12) + (exact ? 0 : triangle(spec)));
+          });
+        }
+}
+
+TEST(Cost, GroupedHeads) {
+  constexpr int64_t heads[][3] = {{4, 2, 1}, {1, 4, 2}, {6, 3, 3}};
+  for (const auto& h : heads) {
+    Spec spec = shape(kF32, 640, 32, 32);
+    spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.final = true;
+    for_methods([&](const char* method) {
+      const Counts c = run(spec, method, 1);
+      EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
+      EXPECT_LE(c.flop, c.predicted.flop + triangle(spec));
+    });
+  }
+}
+
+// Ragged lengths: no flop that are not done, as rows of a tile and columns of a vector are rounded up.
+TEST(Cost, RaggedLengthsAreNeverOverestimated) {
+  for (int64_t N : {1, 63, 65, 100, 777}) {
+    const Spec spec = shape(kF32, N, 24, 40);
+    SCOPED_TRACE(describe(spec));
+    for_methods([&](const char* method) {
+      const Counts c = run(spec, method, 1);
+      EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
+    });
+  }
+}
+
+TEST(Cost, WorkspaceIsUsedToTheLastByte) {
+  for (lc_dtype dtype : {kF32, kF64, kF16})
+    for (int threads : {1, 3})
+      for (int64_t N : {1, 65, 2000}) {
+        Spec spec = shape(dtype, N, 64, 48);
+        spec.Hq = spec.Hk = spec.Hv = 3, spec.final = true;
+        SCOPED_TRACE(describe(spec));
+        for_methods([&](const char* method) {
+          const Counts c = run(spec, method, threads);
+          EXPECT_EQ(double(c.predicted.workspace), c.workspace);
+        });
+      }
+}
+
+TEST(Cost, BytesAndDepthFollowTheLength) {
+  for_methods([&](const char* method) {
+    const lc_cost one = run(shape(kF32, 512, 32, 32), method, 1).predicted;
+    const lc_cost two = run(shape(kF32, 1024, 32, 32), method, 1).predicted;
+    EXPECT_DOUBLE_EQ(2 * one.least_bytes, two.least_bytes);
+    EXPECT_GE(one.bytes, one.least_bytes);
+    EXPECT_GE(two.bytes, 2 * one.bytes * (1 - 1e-12));
+    EXPECT_GE(one.depth, 1);
+    EXPECT_GE(two.depth, one.depth);
+  });
+}
+
+}  // namespace
