@@ -35,10 +35,9 @@ struct Work {
 LC_INLINE Cost predict(const Problem& p, const Work& work, double efficiency, int workers) {
   const double rate = kFlopPerUs * efficiency * (p.type == Type::f64 ? 0.5 : 1);
   const double least = least_bytes(p), bytes = least + work.extra_bytes;
-  constexpr double kTaskUs = 0.1, kWakeUs = 5;
-  return {
-      work.flop, least, bytes, work.depth,
-      (workers > 1 ? kWakeUs : 0) + (work.tasks * kTaskUs + std::max(work.flop / rate, bytes / kBytesPerUs)) / workers};
+  constexpr double kCallUs = 0.3, kTaskUs = 0.1, kWakeUs = 5;
+  const double work_us = work.tasks * kTaskUs + std::max(work.flop / rate, bytes / kBytesPerUs);
+  return {work.flop, least, bytes, work.depth, kCallUs + (workers > 1 ? kWakeUs : 0) + work_us / workers};
 }
 
 }  // namespace lc::LC_ISA

@@ -1,8 +1,9 @@
 """leetcore: causal linear attention with exponential decay, by every known method, on arrays of any DLPack library."""
 
+import contextlib
 from pathlib import Path
 
-from . import _core, decay
+from . import _core, decay, tuning
 from .api import build_info, decode_step, explain, linear_attention, num_threads, set_num_threads
 from .methods import Cost, Method, cost, methods, register_method
 
@@ -24,6 +25,10 @@ __all__ = [
     "register_method",
     "set_num_threads",
 ]
+
+
+with contextlib.suppress(RuntimeError):  # a wrong LEETCORE_ISA: every call will say so
+    tuning.load(build_info()["isa"])
 
 
 def get_include() -> str:

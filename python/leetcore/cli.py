@@ -17,6 +17,7 @@ import leetcore
 
 from . import files
 from .api import Layout
+from .bench.tune import tune
 
 _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
 
@@ -25,6 +26,9 @@ _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
 @click.version_option(leetcore.__version__, package_name="leetcore")
 def main() -> None:
     """Causal linear attention with exponential decay."""
+
+
+main.add_command(tune)
 
 
 @main.command()
@@ -40,6 +44,7 @@ def info() -> None:
         "instruction set": f"{build['isa']} of {build['isas']}",
         "threads": f"{build['threads']} (openmp {build['openmp']})",
         "cuda": build["cuda"],
+        "tuning": leetcore.tuning.source,
         "methods": ", ".join(f"{m.name} ({m.device})" for m in leetcore.methods()),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         **{name: _installed(name) for name in ("numpy", "torch", "jax", "ml_dtypes")},

@@ -1,0 +1,1 @@
+"""What stands behind `leetcore check`, `bench`, `plot` and `tune`."""

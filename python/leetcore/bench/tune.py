@@ -1,0 +1,140 @@
+"""`leetcore tune`: measures this machine, so that "auto" chooses by what is fast on it."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import rich.console
+import rich.progress
+
+import leetcore
+
+from .. import tuning
+
+# The grid: what lies between its points is interpolated, in the logarithms.
+LENGTHS = (1, 4, 16, 64, 256, 1024, 8192)
+DIMS = (8, 16, 32, 64, 128, 256)  # sqrt(K V)
+STATES = (1, 4)  # per thread; and a single one
+DTYPES = {2: np.float16, 4: np.float32, 8: np.float64}  # by bytes
+CANDIDATES = 4.0  # methods predicted to take longer than so many times the fastest are not measured
+SAMPLE_S, ROUNDS = 0.002, 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One problem of the grid, and the places that it stands for."""
+
+    bytes: int
+    N: int
+    D: int
+    states: int
+
+
+def states_axis(threads: int) -> list[int]:
+    return sorted({1, *(s * threads for s in STATES)})
+
+
+def points(threads: int) -> Iterator[Point]:
+    for size, N, D, states in itertools.product(DTYPES, LENGTHS, DIMS, states_axis(threads)):
+        yield Point(size, N, D, states)
+
+
+def candidates(p: Point) -> dict[str, float]:
+    """Predicted microseconds, uncorrected, of the methods worth measuring."""
+    dtype = np.dtype(DTYPES[p.bytes]).name
+    predicted = {}
+    for method in leetcore.methods():
+        if method.device == "cpu":
+            predicted[method.name] = leetcore.cost(method.name, H=p.states, N=p.N, K=p.D, dtype=dtype).microseconds
+    least = min(predicted.values())
+    return {name: us for name, us in predicted.items() if us <= CANDIDATES * least}
+
+
+def measure(p: Point, methods: list[str]) -> dict[str, float]:
+    """Microseconds of a call by each method: medians of samples taken in turn."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, p.states, p.N, p.D)).astype(DTYPES[p.bytes]) for _ in range(3))
+    decay = leetcore.decay.alibi(p.states)
+    out = np.empty_like(v)
+
+    def call(method: str, times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            leetcore.linear_attention(q, k, v, decay, method=method, out=out)
+        return (time.perf_counter() - start) / times
+
+    times = {}
+    for method in methods:
+        call(method, 1)
+        times[method] = max(1, round(SAMPLE_S / call(method, 1)))
+    samples: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(ROUNDS):
+        for method in methods:
+            samples[method].append(call(method, times[method]) * 1e6)
+    return {method: float(np.median(x)) for method, x in samples.items()}
+
+
+def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
+    """Measures the whole grid; the text that leetcore reads (grammar: cpp/tuning.cpp)."""
+    tuning.use("")  # predictions as the models make them
+    factors: dict[tuple[str, int], dict[Point, float]] = {}
+    overhead = 0.0
+    try:
+        for p in points(threads):
+            predicted = candidates(p)
+            measured = measure(p, list(predicted))
+            # What a call from Python costs, whatever the method: the grid begins with hardly any work.
+            overhead = overhead or 0.9 * min(measured.values())
+            for method, us in measured.items():
+                factors.setdefault((method, p.bytes), {})[p] = max(us - overhead, 0.05 * us) / predicted[method]
+            progress()
+    finally:
+        tuning.use(None)
+        tuning.load(isa)
+    lines = [
+        tuning.header(),
+        f"# {platform.processor() or platform.machine()}, {threads} threads, {time.strftime('%Y-%m-%d')}",
+        f"isa {isa}",
+        f"axis N {' '.join(map(str, LENGTHS))}",
+        f"axis D {' '.join(map(str, DIMS))}",
+        f"axis states {' '.join(f'{s / threads:g}' for s in states_axis(threads))}",
+    ]
+    for (method, size), known in factors.items():
+        values = [f"{known[p]:.3g}" if p in known else "-" for p in points(threads) if p.bytes == size]
+        lines.append(f"factor {method} {size} {' '.join(values)}")
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: the cache directory.")
+@click.option("--forget", is_flag=True, help="Remove this machine's table instead.")
+def tune(output: Path | None, forget: bool) -> None:
+    """Measure this machine (a minute or two, on a quiet one), so that "auto" chooses by what is fast on it.
+
+    The table goes to the user's cache directory, where every later process finds it.
+    """
+    isa, threads = leetcore.build_info()["isa"], leetcore.num_threads()
+    file = output or tuning.path(isa)
+    if forget:
+        file.unlink(missing_ok=True)
+        click.echo(f"{file}: removed")
+        return
+    total = sum(1 for _ in points(threads))
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        text = table(threads, isa, lambda: bar.advance(task))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+    click.echo(f"{file}: {total} problems measured with {threads} threads, instruction set {isa}")
