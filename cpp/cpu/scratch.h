@@ -5,6 +5,7 @@
 #include "tile.h"
 
 namespace lc::LC_ISA {
+namespace {  // GCC takes no linkage from a template argument: the Workers of two methods would share one function
 
 // The worker of this number, behind the memory of those before it.
 template <template <class> class Worker, class E>
@@ -25,4 +26,5 @@ size_t scratch_bytes(const Problem& p, int workers) {
   return bytes;
 }
 
+}  // namespace
 }  // namespace lc::LC_ISA
