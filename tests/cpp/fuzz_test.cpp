@@ -176,7 +176,8 @@ void Fuzz::change(Call& call) {
       a.flags = static_cast<uint32_t>(among<int64_t>({0, 1, 2, 3, 4, odd_number()}));
       break;
     case 4:
-      a.method = among<const char*>({"chunk", "recurrent", "parallel", "auto", "", "nonsense", "CHUNK", "%s%n"});
+      a.method = among<const char*>(
+          {"chunk", "recurrent", "parallel", "fleet", "fft", "auto", "", "nonsense", "CHUNK", "%s%n"});
       break;
     case 5:
       a.scale = among({0.0, -1.0, kNan, kInf, -kInf, 2.0});
