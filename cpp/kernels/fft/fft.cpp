@@ -6,7 +6,7 @@
 //   A vector holds one number of kLanes columns of V; a complex number is two of them, rank r and rank r + 1: h is real
 //   and keeps them apart. Forward by decimation in frequency, back by decimation in time, radix 4: the spectrum is
 //   never put in order, and a quarter of it goes forward, times h's, and back while it is in the cache (depth first).
-//   B Hs V K/2 M (17/2 log2 M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs, and 2KV a token for either state
+//   B Hs V K/2 M (17/2 log2 M + 2G - 5) flop, about, M >= 2N a power of 2, G = H / Hs, and 2KV a token for either state
 //   scratch per worker (G + 3) P M + 5M numbers, P = kLanes; workers: (sequence, state, vector of columns)
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include <cmath>
@@ -35,10 +35,12 @@ struct Complex {
 };
 template <class T>
 LC_INLINE Complex<T> operator+(Complex<T> a, Complex<T> b) {
+  count_flop(2 * kLanes<T>);
   return {a.re + b.re, a.im + b.im};
 }
 template <class T>
 LC_INLINE Complex<T> operator-(Complex<T> a, Complex<T> b) {
+  count_flop(2 * kLanes<T>);
   return {a.re - b.re, a.im - b.im};
 }
 template <class T>
@@ -48,10 +50,12 @@ LC_INLINE Complex<T> times_i(Complex<T> a) {
 // By one number w = (re, im), or its conjugate.
 template <class T>
 LC_INLINE Complex<T> times(Complex<T> a, const T* w) {
+  count_flop(6 * kLanes<T>);
   return {a.re * w[0] - a.im * w[1], a.im * w[0] + a.re * w[1]};
 }
 template <class T>
 LC_INLINE Complex<T> times_conj(Complex<T> a, const T* w) {
+  count_flop(6 * kLanes<T>);
   return {a.re * w[0] + a.im * w[1], a.im * w[0] - a.re * w[1]};
 }
 
@@ -297,11 +301,13 @@ struct Worker {
         x, M, spectrum, table,
         [&](int64_t j) {
           const Vec<T> vj = load<T>(v + j * P);
+          count_flop(2 * P);
           return Complex<T>{vj * k0[j], vj * k1[j]};
         },
         [&](int64_t j, Complex<T> y) {
           const T* qj = q + i * half + j;
           T* o = sums + j * P;
+          count_flop(4 * G * P);
           for (int64_t g = 0; g < G; ++g, qj += P * half, o += half * P)
             store<T>(o, load<T>(o) + (y.re * qj[0] + y.im * qj[half]));
         });
@@ -346,14 +352,15 @@ struct Worker {
 int64_t column_vectors(const Problem& p) { return p.type == Type::f64 ? vectors<double>(p.V) : vectors<float>(p.V); }
 int64_t padded_columns(const Problem& p) { return p.type == Type::f64 ? padded<double>(p.V) : padded<float>(p.V); }
 
-double flop(const Problem& p) {  // packed sequences count as equally long: their lengths may lie on a device
-  const double n = double(tokens(p)) / double(std::max<int64_t>(p.B, 1)), G = double(group(p));
+double flop(const Problem& p) {
+  const double n = mean_length(p), G = double(group(p));
   const int64_t M = points(int64_t(std::ceil(n)));
   int log2_M = 0;
   while (int64_t(1) << log2_M < M) ++log2_M;
-  const double pair = double(M) * (8.5 * log2_M + 2 * G - (log2_M % 2 ? 7.5 : 5));
+  const double pair = double(M) * (8.5 * log2_M + 2 * G - (log2_M % 2 ? 6.5 : 5));
+  const double filter = double(M) * (4.25 * log2_M + (log2_M % 2 ? 0.25 : -2.5));
   const double states = 2 * n * double(p.K) * (G * bool(p.initial_state) + bool(p.final_state));
-  return double(p.B * p.Hs) * double(padded_columns(p)) * (double((p.K + 1) / 2) * pair + states);
+  return double(p.B * p.Hs) * double(padded_columns(p)) * (double((p.K + 1) / 2) * pair + filter + states);
 }
 
 int workers(const Problem& p) { return workers_for(p.B * p.Hs * column_vectors(p), flop(p)); }
@@ -383,7 +390,10 @@ const char* refuses(const Problem& p) {
 }
 
 Cost cost(const Problem& p) {
-  return predict(p, flop(p), /*efficiency=*/0.68, workers(p), /*tasks=*/double(p.B * p.Hs * column_vectors(p)));
+  const double tasks = double(p.B * p.Hs * column_vectors(p));  // each reads its head's q and k
+  const double again = double(tokens(p)) * type_bytes(p.type) * double((p.Hq + p.Hk) * p.K * (column_vectors(p) - 1));
+  return predict(p, {flop(p), again, /*depth=*/2 * std::log2(double(points(int64_t(mean_length(p))))), tasks},
+                 /*efficiency=*/0.68, workers(p));
 }
 
 }  // namespace
