@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import _core, decay, tuning
 from .api import build_info, decode_step, explain, linear_attention, num_threads, set_num_threads
-from .methods import Cost, Method, cost, methods, register_method
+from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
 __version__ = _core.version
 
@@ -24,6 +24,7 @@ __all__ = [
     "num_threads",
     "register_method",
     "set_num_threads",
+    "unregister_method",
 ]
 
 
