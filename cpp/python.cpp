@@ -270,23 +270,20 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
   int64_t state_shape[] = {B, Hs, K, V}, decay_shape[] = {B, Hs, N};
   const lc_dtype dtype = {uint8_t(dtype_code), uint8_t(dtype_bits), 1};
   const lc_dtype exact = {LC_FLOAT, uint8_t(dtype_bits == 64 ? 64 : 32), 1};
-  alignas(64) char memory[5 * 64];
-  int used = 0;
-  const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {
-    return lc_tensor{memory + 64 * used++, {LC_CPU, 0}, ndim, type, dims, nullptr, 0};
+  uintptr_t used = 0;
+  const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {  // far apart: what is written must not overlap
+    return lc_tensor{reinterpret_cast<void*>(++used << 58), {LC_CPU, 0}, ndim, type, dims, nullptr, 0};
   };
   const lc_tensor q = tensor(q_shape, 4, dtype), k = tensor(k_shape, 4, dtype), v = tensor(v_shape, 4, dtype);
-  const lc_tensor state = tensor(state_shape, 4, exact);
+  const lc_tensor before = tensor(state_shape, 4, exact), after = tensor(state_shape, 4, exact);
   const lc_tensor decay = tensor(decay_shape, per_token ? 3 : 2, exact);
-  lc_tensor after = state;
-  after.data = memory;
   lc_args args = {};
   args.struct_size = sizeof args;
   args.op = LC_FORWARD;
   args.method = method;
   args.scale = 1;
   args.q = &q, args.k = &k, args.v = &v, args.log_decay = &decay;
-  args.initial_state = initial_state ? &state : nullptr;
+  args.initial_state = initial_state ? &before : nullptr;
   args.final_state = final_state ? &after : nullptr;
   lc_cost c;
   check(lc_predict(&args, &c, sizeof c));

@@ -38,5 +38,15 @@ def poisoned_outputs(monkeypatch):
         poison(library)
 
 
+def serves(method, arguments):
+    """Whether a method takes these. The one refusal, fft's of a decay per token, has to say why and who can."""
+    if method != "fft" or np.ndim(arguments["log_decay"]) < 3:
+        return True
+    why = r"'fft' does not serve this problem(.|\n)*chunk: serves it(.|\n)*fft: its Toeplitz mask needs one decay"
+    with pytest.raises(NotImplementedError, match=why):
+        leetcore.linear_attention(**arguments, method=method)
+    return False
+
+
 def normal(rng, shape, dtype=np.float32):
     return rng.standard_normal(shape).astype(dtype)

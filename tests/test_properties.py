@@ -6,7 +6,7 @@ import mmap
 import leetcore
 import numpy as np
 import pytest
-from conftest import DTYPES, TOLERANCE, log_decays, normal
+from conftest import DTYPES, TOLERANCE, log_decays, normal, serves
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from leetcore import reference
@@ -60,6 +60,8 @@ def close(pair, other, tolerance=1e-12):
 @example(N=192, cut=64, heads=(1, 1, 1), kind="[]", dtype="f64")
 def test_a_split_with_the_state_carried_changes_nothing(method, N, cut, heads, kind, dtype):
     p = problem(N=N, heads=heads, kind=kind, dtype=DTYPES[dtype], K=16, V=20)
+    if not serves(method, p):
+        return
     state = states(np.random.default_rng(1), p)
     cut = min(cut, N)
     want, want_state = reference.linear_attention(**p, initial_state=state)
@@ -73,6 +75,8 @@ def test_a_split_with_the_state_carried_changes_nothing(method, N, cut, heads, k
 @given(N=st.integers(1, 150), prefill=st.integers(0, 150), heads=heads_of, kind=kinds, T=st.integers(1, 8))
 def test_decoding_finishes_what_a_prefill_began(method, N, prefill, heads, kind, T):
     p = problem(N=N, heads=heads, kind=kind, K=16, V=20)
+    if not serves(method, p):
+        return
     prefill = min(prefill, N)
     want, want_state = reference.linear_attention(**p)
     o, state = attend(tokens(p, 0, prefill), method)
@@ -90,9 +94,12 @@ def test_decoding_finishes_what_a_prefill_began(method, N, prefill, heads, kind,
     initial=st.booleans(),
 )
 @example(lengths=[0, 64, 0, 65, 0], heads=(4, 2, 1), kind="[B,Hs,N]", initial=True)
+@example(lengths=[0, 64, 0, 65, 0], heads=(4, 2, 1), kind="[Hs]", initial=True)
 @example(lengths=[0], heads=(1, 1, 1), kind=None, initial=True)
 def test_packed_sequences_are_separate_calls(method, lengths, heads, kind, initial):
     p = problem(B=1, N=sum(lengths), heads=heads, kind=kind, K=16, V=20, dtype=np.float32)
+    if not serves(method, p):
+        return
     ends = np.cumsum([0, *lengths])
     state = states(np.random.default_rng(1), p, len(lengths)) if initial else None
     o, final = attend(p, method, initial_state=state, cu_seqlens=ends.astype(np.int32))
@@ -105,6 +112,8 @@ def test_packed_sequences_are_separate_calls(method, lengths, heads, kind, initi
 @pytest.mark.parametrize("kind", [None, "[Hs]", "[B,Hs,N]"])
 def test_no_token_gives_no_output_and_the_initial_state(method, kind):
     p = problem(N=0, kind=kind, dtype=np.float32)
+    if not serves(method, p):
+        return
     state = states(np.random.default_rng(1), p)
     o, final = attend(p, method, initial_state=state)
     assert o.shape == (2, 2, 0, 40) and np.array_equal(final, state) and final is not state
@@ -124,6 +133,8 @@ def test_no_sequence(method):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_sequences_of_a_batch_do_not_touch(method, kind, dtype):
     p = problem(B=3, kind=kind, dtype=DTYPES[dtype])
+    if not serves(method, p):
+        return
     o, state = attend(p, method)
     for b in range(3):
         alone = {name: x[b : b + 1] if isinstance(x, np.ndarray) else x for name, x in p.items()}
@@ -158,13 +169,19 @@ def test_what_is_not_finite_stays_in_its_packed_sequence(method, name):
 @given(t=st.integers(0, 149), kind=kinds, dtype=st.sampled_from(["f64", "f32", "f16"]))
 def test_no_output_depends_on_later_tokens(method, t, kind, dtype):
     p = problem(kind=kind, dtype=DTYPES[dtype])
+    if not serves(method, p):
+        return
     before = attend(p, method)[0]
     for name in "qkv":
         p[name][:, :, t:] = normal(np.random.default_rng(2), p[name][:, :, t:].shape, DTYPES[dtype])
     if kind == "[B,Hs,N]":
         p["log_decay"][:, :, t:] = -1
     after = attend(p, method)[0]
-    assert np.array_equal(before[:, :, :t], after[:, :, :t])
+    if method == "fft":  # a transform spreads the rounding of every token over all of them
+        mixed = np.where(np.arange(150)[:, None] < t, before, after)
+        assert reference.error(mixed.astype("f8"), after.astype("f8")) <= TOLERANCE[dtype][0]
+    else:
+        assert np.array_equal(before[:, :, :t], after[:, :, :t])
     assert not np.array_equal(before[:, :, t:], after[:, :, t:])
 
 
@@ -188,6 +205,8 @@ def test_answers_do_not_depend_on_the_run_or_the_threads(method, dtype, B, H):
 @given(a=st.floats(-4, 4), b=st.floats(-4, 4), heads=heads_of, kind=kinds)
 def test_linear_in_v_and_the_initial_state(method, a, b, heads, kind):
     p = problem(heads=heads, kind=kind)
+    if not serves(method, p):
+        return
     rng = np.random.default_rng(1)
     other, s1, s2 = normal(rng, p["v"].shape, np.float64), states(rng, p), states(rng, p)
     o1, f1 = attend(p, method, initial_state=s1)
@@ -211,6 +230,8 @@ def test_gamma_1_is_no_decay(method):
     p = problem(kind=None)
     want = p["scale"] * np.tril(p["q"] @ p["k"].swapaxes(-1, -2)) @ p["v"]
     for none in (None, 0.0, np.zeros(2, np.float32), np.zeros((2, 2, 150), np.float32)):
+        if not serves(method, p | {"log_decay": none}):
+            continue
         o, final = attend(p | {"log_decay": none}, method)
         assert close((o, final), (want, p["k"].swapaxes(-1, -2) @ p["v"]))
 
@@ -220,6 +241,8 @@ def test_a_decay_per_token_may_be_constant(method, dtype):
     p = problem(dtype=DTYPES[dtype], kind="[B,Hs]")
     constant = np.ascontiguousarray(np.broadcast_to(p["log_decay"][..., None], (2, 2, 150)))
     tolerance = 2 * max(TOLERANCE[dtype])
+    if not serves(method, p | {"log_decay": constant}):
+        return
     assert close(attend(p | {"log_decay": constant}, method), attend(p, method), tolerance)
     assert same(
         attend(p | {"log_decay": np.broadcast_to(p["log_decay"][..., None], (2, 2, 150))}, method),
@@ -239,6 +262,8 @@ def test_scale_multiplies_the_output_alone(method):
 @pytest.mark.parametrize("kind", ["[Hs]", "[B,Hs,N]"])
 def test_grouped_heads_are_repeated_heads(method, heads, kind):
     p = problem(heads=heads, kind=kind)
+    if not serves(method, p):
+        return
     H, Hs = max(heads), max(heads[1:])
     repeated = p | {name: np.repeat(p[name], H // p[name].shape[1], axis=1) for name in "qkv"}
     repeated["log_decay"] = np.repeat(p["log_decay"], H // Hs, axis=0 if kind == "[Hs]" else 1)
@@ -272,13 +297,19 @@ STRIDES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strides", STRIDES)
-def test_strides_change_nothing(method, strides, dtype):
-    p = problem(dtype=DTYPES[dtype], kind="[B,Hs,N]")
+@pytest.mark.parametrize("kind", ["[B,Hs]", "[B,Hs,N]"])
+def test_strides_change_nothing(method, kind, strides, dtype):
+    p = problem(dtype=DTYPES[dtype], kind=kind)
+    if not serves(method, p):
+        return
     assert same(attend(p | STRIDES[strides](p), method), attend(p, method))
 
 
-def test_strided_decays_states_and_offsets(method):
-    p = problem(dtype=np.float32, kind="[B,Hs,N]")
+@pytest.mark.parametrize("kind", ["[B,Hs]", "[B,Hs,N]"])
+def test_strided_decays_states_and_offsets(method, kind):
+    p = problem(dtype=np.float32, kind=kind)
+    if not serves(method, p):
+        return
     state, ends = states(np.random.default_rng(1), p), np.array([0, 40, 150], np.int64)
     one = {name: x[:1] if isinstance(x, np.ndarray) else x for name, x in p.items()}
     want, packed = attend(p, method, initial_state=state), attend(one, method, cu_seqlens=ends)
@@ -299,6 +330,8 @@ def test_broadcast_heads(method):
 @pytest.mark.parametrize("kind", ["[Hs]", "[B,Hs,N]"])
 def test_layouts_differ_in_strides_only(method, kind):
     p = problem(heads=(4, 2, 1), dtype=np.float32, kind=kind)
+    if not serves(method, p):
+        return
     o, state = attend(p, method)
     decay = {"log_decay": bnhd(p["log_decay"])} if kind == "[B,Hs,N]" else {}
     other = attend(p | {name: bnhd(p[name]) for name in "qkv"} | decay, method, layout="bnhd")

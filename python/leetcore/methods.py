@@ -100,6 +100,13 @@ def register_method(
     registered[name] = Registered(Method(name, "python", idea, paper), fn, library, states, per_token)
 
 
+def unregister_method(name: str) -> None:
+    """Forgets a function that register_method made a method."""
+    if name not in registered:
+        raise ValueError(f"name: no function {name!r} is registered")
+    del registered[name]
+
+
 def cost(
     method: str = "auto",
     *,

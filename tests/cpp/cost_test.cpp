@@ -49,19 +49,23 @@ double triangle(const Spec& spec) {
   return double(spec.B) * H * rounded_up * (80 - 65) * double(spec.K + spec.V);
 }
 
+// What may be done beyond the flop.
+double allowance(const std::string& method, const Spec& spec) {
+  return method == "recurrent" || method == "fleet" || method == "fft" ? 0 : triangle(spec);
+}
+
 TEST(Cost, FlopAreThoseThatWereDone) {
-  for (lc_dtype dtype : {kF32, kF64, kBf16})
-    for (int64_t N : {64, 1216})
-      for (const auto& [K, V] : {std::pair{16, 32}, std::pair{64, 64}, std::pair{128, 16}})
+  for (lc_dtype dtype : {kF64, kBf16})
+    for (int64_t N : {64, 320})
+      for (const auto& [K, V] : {std::pair{16, 32}, std::pair{128, 16}})
         for (int states = 0; states < 4; ++states) {
           Spec spec = shape(dtype, N, K, V);
           spec.initial = states & 1, spec.final = states & 2;
           SCOPED_TRACE(describe(spec));
           for_methods([&](const char* method) {
             const Counts c = run(spec, method, 1);
-            const bool exact = !std::strcmp(method, "recurrent") || !std::strcmp(method, "fleet");
             EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
-            EXPECT_LE(c.flop, c.predicted.flop * (1 + 1e-12) + (exact ? 0 : triangle(spec)));
+            EXPECT_LE(c.flop, c.predicted.flop * (1 + 1e-12) + allowance(method, spec));
           });
         }
 }
@@ -74,7 +78,7 @@ TEST(Cost, GroupedHeads) {
     for_methods([&](const char* method) {
       const Counts c = run(spec, method, 1);
       EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
-      EXPECT_LE(c.flop, c.predicted.flop + triangle(spec));
+      EXPECT_LE(c.flop, c.predicted.flop * (1 + 1e-12) + allowance(method, spec));
     });
   }
 }
@@ -94,7 +98,7 @@ TEST(Cost, RaggedLengthsAreNeverOverestimated) {
 TEST(Cost, WorkspaceIsUsedToTheLastByte) {
   for (lc_dtype dtype : {kF32, kF64, kF16})
     for (int threads : {1, 3})
-      for (int64_t N : {1, 65, 2000}) {
+      for (int64_t N : {1, 65, 1100}) {
         Spec spec = shape(dtype, N, 64, 48);
         spec.Hq = spec.Hk = spec.Hv = 3, spec.final = true;
         SCOPED_TRACE(describe(spec));

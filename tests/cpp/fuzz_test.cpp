@@ -176,7 +176,8 @@ void Fuzz::change(Call& call) {
       a.flags = static_cast<uint32_t>(among<int64_t>({0, 1, 2, 3, 4, odd_number()}));
       break;
     case 4:
-      a.method = among<const char*>({"chunk", "recurrent", "parallel", "auto", "", "nonsense", "CHUNK", "%s%n"});
+      a.method = among<const char*>(
+          {"chunk", "recurrent", "parallel", "fleet", "fft", "auto", "", "nonsense", "CHUNK", "%s%n"});
       break;
     case 5:
       a.scale = among({0.0, -1.0, kNan, kInf, -kInf, 2.0});
@@ -371,6 +372,8 @@ void Fuzz::step() {
   const size_t size = static_cast<size_t>(below(200));
   const lc_status structure = lc_workspace(&call.args, &bytes);
   const std::string why = structure == LC_OK ? "" : lc_last_error();
+  lc_cost cost;
+  EXPECT_EQ(structure, lc_predict(&call.args, &cost, sizeof cost));
   const lc_status explained = lc_explain(&call.args, text, size);
   EXPECT_TRUE(explained == structure || (explained == LC_INVALID && !size)) << explained << " " << structure;
   EXPECT_EQ('x', text[size]);
