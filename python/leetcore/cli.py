@@ -18,6 +18,7 @@ from . import files
 from .api import Layout
 from .bench import machine
 from .bench.check import check
+from .bench.speed import bench
 from .bench.tune import tune
 
 _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
@@ -29,6 +30,7 @@ def main() -> None:
     """Causal linear attention with exponential decay."""
 
 
+main.add_command(bench)
 main.add_command(check)
 main.add_command(tune)
 

@@ -24,7 +24,7 @@ import leetcore
 from .. import arrays, reference
 from ..api import Layout
 from . import machine, options
-from .problems import DECAYS, DTYPES, TOLERANCE, Case
+from .problems import DECAYS, DTYPES, TOLERANCE, Case, refusal, wrong_kind
 
 SCHEMA, VERSION = "leetcore check", 1
 LENGTHS = {"quick": (1, 64, 65, 500), "default": (1, 2, 63, 64, 65, 127, 500, 1000)}
@@ -116,24 +116,6 @@ def unwritten_is_nan() -> Iterator[None]:
         yield
     finally:
         arrays.NumPy.empty = empty  # type: ignore[method-assign]
-
-
-def refusal(method: str, error: NotImplementedError) -> str:
-    """Why this method does not serve, of a text that may say it for every method."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    own = [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{method}:")]
-    return (own or lines or ["it does not say why"])[0]
-
-
-def wrong_kind(what: str, got: Any, shape: tuple[int, ...], dtype: Any) -> str | None:
-    """What is wrong with a result before its numbers are looked at."""
-    if not isinstance(got, np.ndarray):
-        return f"{what}: wrong type: got {type(got).__name__}, expected an array of numpy"
-    if got.shape != shape:
-        return f"{what}: wrong shape: got {list(got.shape)}, expected {list(shape)}"
-    if got.dtype != dtype:
-        return f"{what}: wrong dtype: got {got.dtype}, expected {np.dtype(dtype)}"
-    return None
 
 
 def examine(method: str, case: Case, given: dict[str, Any], want: tuple[Any, Any], found: Findings) -> None:

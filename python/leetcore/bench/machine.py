@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,23 @@ def release_freed_memory() -> None:
     """Gives what is free back to the system, so that memory in use can be told from it."""
     if libc := _libc():
         libc.malloc_trim(0)
+
+
+def _status(key: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def extra_memory(call: Callable[[], Any]) -> int | None:
+    """By how many bytes a call raises the peak of resident memory; None where only Linux would know."""
+    try:
+        release_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+        before = _status("VmRSS")
+        result = call()  # lives until the peak is read
+        extra = max(0, _status("VmHWM") - before)
+        del result
+        return extra
+    except (OSError, StopIteration):
+        return None

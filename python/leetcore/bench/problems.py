@@ -156,3 +156,21 @@ class Case:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         changed = [f"{name}={value!r}" for name, value in fields.items() if value != getattr(Case, name, None)]
         return f"Case({', '.join(changed)})"
+
+
+def refusal(method: str, error: NotImplementedError) -> str:
+    """Why this method does not serve, of a text that may say it for every method."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    own = [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{method}:")]
+    return (own or lines or ["it does not say why"])[0]
+
+
+def wrong_kind(what: str, got: Any, shape: tuple[int, ...], dtype: Any) -> str | None:
+    """What is wrong with a result before its numbers are looked at."""
+    if not isinstance(got, np.ndarray):
+        return f"{what}: wrong type: got {type(got).__name__}, expected an array of numpy"
+    if got.shape != shape:
+        return f"{what}: wrong shape: got {list(got.shape)}, expected {list(shape)}"
+    if got.dtype != dtype:
+        return f"{what}: wrong dtype: got {got.dtype}, expected {np.dtype(dtype)}"
+    return None

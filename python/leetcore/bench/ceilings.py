@@ -1,0 +1,68 @@
+"""What the machine can do at this moment: the rate of a matrix product, the bandwidth of a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from . import machine
+from .timing import clock, stats
+
+SIZE = 1024
+COPY_FLOATS = 1 << 25  # 128 MiB each way: more than caches hold
+
+
+class Ceilings:
+    """float32 matrix products of 1024^3 by numpy and, where it is installed, torch (flop/s); a copy (bytes/s).
+
+    The copy is one thread's. Sets torch's number of threads.
+    """
+
+    def __init__(self, threads: int) -> None:
+        rng = np.random.default_rng(0)
+        a, b, c = (rng.standard_normal((SIZE, SIZE), dtype=np.float32) for _ in range(3))
+        self.source, self.target = np.ones(COPY_FLOATS, np.float32), np.ones(COPY_FLOATS, np.float32)
+        self.products: dict[str, Callable[[], object]] = {"numpy": lambda: np.matmul(a, b, out=c)}
+        if machine.installed("torch"):
+            import torch
+
+            torch.set_num_threads(threads)
+            if threads != machine.cores():  # numpy's threads cannot be counted from here
+                self.products.clear()
+            x, y, z = (torch.from_numpy(array) for array in (a, b, c))
+            self.products["torch"] = lambda: torch.mm(x, y, out=z)
+        self.rates: dict[str, list[float]] = {name: [] for name in self.products}
+        self.copies: list[float] = []
+        for _ in range(3):
+            for name in self.products:
+                self.matmul(name)
+        self.best = max(self.rates, key=lambda name: max(self.rates[name]))
+        self.copy()
+        for samples in (*self.rates.values(), self.copies):  # those were to warm up
+            samples.clear()
+
+    def matmul(self, name: str | None = None) -> float:
+        """flop/s, of the faster library unless one is named."""
+        name = name or self.best
+        self.rates[name].append(2 * SIZE**3 / clock(self.products[name]))
+        return self.rates[name][-1]
+
+    def copy(self) -> float:
+        """bytes/s, read and written."""
+        self.copies.append(2 * self.source.nbytes / clock(lambda: np.copyto(self.target, self.source)))
+        return self.copies[-1]
+
+    def round(self) -> float:
+        """What is measured once a round: the copy, and the product of the slower library too."""
+        for name in self.products:
+            if name != self.best:
+                self.matmul(name)
+        return self.copy()
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "best": self.best,
+            "matmul": {name: stats(rates) for name, rates in self.rates.items()},
+            "copy": stats(self.copies),
+        }

@@ -1,0 +1,104 @@
+"""The clock, the samples and their order: what every measurement stands on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+SAMPLE_S = 0.010  # a sample repeats a short call until it lasts this long
+SETTLE_S = 0.004  # pause between a ceiling and a sample, so that no worker thread still spins
+SLOW_S = 0.2  # a call slower than this is sampled in fewer rounds
+
+Call = Callable[[], Any]
+
+
+class Sampled(Protocol):
+    """What `interleave` samples: a call, and the lists that it appends to.
+
+    seconds: per call. beside: the ceiling around it. copy: the bandwidth of the round.
+    """
+
+    call: Call | None
+    status: str
+    seconds: list[float]
+    beside: list[float]
+    copy: list[float]
+
+
+def clock(call: Call, reps: int = 1) -> float:
+    """Seconds per call."""
+    start = time.perf_counter_ns()
+    for _ in range(reps):
+        call()
+    return (time.perf_counter_ns() - start) * 1e-9 / reps
+
+
+def stats(values: Iterable[float]) -> dict[str, float] | None:
+    """Median, p10, p90 and count, or None of nothing."""
+    x = np.fromiter(values, np.float64)
+    if not len(x):
+        return None
+    p10, median, p90 = (float(np.quantile(x, p)) for p in (0.1, 0.5, 0.9))
+    return {"median": median, "p10": p10, "p90": p90, "n": len(x)}
+
+
+def interleave(
+    rows: Sequence[Sampled],
+    rounds: int,
+    ceiling: Callable[[], float],
+    copy: Callable[[], float],
+    tick: Call = lambda: None,
+    late: Callable[[], bool] = lambda: False,
+) -> None:
+    """Samples every row that is ok once a round, round-robin, the ceiling measured just before and after each sample.
+
+    A call that raises ends its row: the exception becomes its status. late: whether to stop; every row has one sample
+    by then. An interrupt leaves the samples that there are.
+    """
+    live = [row for row in rows if row.status == "ok" and row.call is not None]
+    reps: dict[int, int] = {}
+    quota: dict[int, int] = {}
+
+    def attempt(row: Sampled, reps: int = 1) -> float:
+        assert row.call is not None
+        try:
+            return clock(row.call, reps)
+        except Exception as error:
+            row.status = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            return math.inf
+
+    for row in live:
+        t = attempt(row)  # warm: the gate has run it once
+        t = min(t, attempt(row)) if t < SLOW_S else t
+        reps[id(row)] = max(1, math.ceil(SAMPLE_S / t))
+        quota[id(row)] = rounds if t < SLOW_S else max(3, int(rounds * SLOW_S / t))
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            shift = index % max(1, len(live))
+            copied, before = copy(), ceiling()
+            for row in live[shift:] + live[:shift]:  # nobody always follows the same neighbour
+                if index >= quota[id(row)] or row.status != "ok":
+                    continue
+                if row.seconds and late():
+                    return
+                time.sleep(SETTLE_S)
+                if reps[id(row)] > 1:
+                    attempt(row)
+                seconds = attempt(row, reps[id(row)])
+                if row.status != "ok":
+                    continue
+                after = ceiling()
+                row.seconds.append(seconds)
+                row.beside.append((before + after) / 2)
+                row.copy.append(copied)
+                before = after
+            tick()
+    finally:
+        gc.enable()
