@@ -18,6 +18,7 @@ from . import files
 from .api import Layout
 from .bench import machine
 from .bench.check import check
+from .bench.plot import plot
 from .bench.speed import bench
 from .bench.tune import tune
 
@@ -32,6 +33,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(check)
+main.add_command(plot)
 main.add_command(tune)
 
 

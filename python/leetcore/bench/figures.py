@@ -1,0 +1,280 @@
+"""The figures of `leetcore plot`. Every method has one colour, marker and line style in all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
+from .measurements import Error, Measurements, Timing, fitted_power
+from .problems import DECAYS
+
+# Okabe and Ito's colours, which the colour-blind tell apart; olive for their yellow, which paper does not show.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1)), (0, (1, 1.5)))
+_KNOWN = ("chunk", "recurrent", "parallel", "block", "recursive", "fleet", "fft", "scan")
+_RIVAL_COLOURS = ("#555555", "#999999")
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E0E0E0",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.hashsalt": "leetcore",  # the same file of the same numbers
+}
+WIDTH, HEIGHT = 6.5, 3.6  # inches: the text width of a page
+
+Figures = Iterator[tuple[str, Figure]]  # names without ending
+
+
+class Styles:
+    """Of methods, by their names: the built-in ones always look the same, others in the order of their names."""
+
+    def __init__(self, timings: Iterable[Timing], errors: Iterable[Error]) -> None:
+        kinds = {e.method: "leetcore" for e in errors} | {t.method: t.kind for t in timings}
+        self.rivals = sorted(m for m, kind in kinds.items() if kind == "rival")
+        others = sorted(m for m in kinds if m not in _KNOWN and m not in self.rivals)
+        self.order = [*_KNOWN, *others, *self.rivals]
+
+    def of(self, method: str) -> dict[str, Any]:
+        """color, marker, linestyle for Axes.plot."""
+        place = self.order.index(method)
+        if method in self.rivals:
+            colour = _RIVAL_COLOURS[self.rivals.index(method) % 2]
+        else:
+            colour = _COLOURS[place % len(_COLOURS)]
+        shift = place // len(_COLOURS)  # the ninth has the first one's colour, but not its marker and line
+        return {
+            "color": colour,
+            "marker": _MARKERS[place % len(_MARKERS)],
+            "linestyle": _LINES[(place + 3 * shift) % len(_LINES)],
+        }
+
+    def sorted(self, methods: Iterable[str]) -> list[str]:
+        return sorted(set(methods), key=self.order.index)
+
+
+def draw(kinds: Iterable[str], found: Measurements) -> Figures:
+    """All figures of these kinds that the measurements allow."""
+    styles = Styles(found.timings, found.errors)
+    drawn: dict[str, Callable[[Measurements, Styles], Figures]] = {
+        "time": time,
+        "speedup": speedup,
+        "roofline": roofline,
+        "error": error,
+    }
+    with matplotlib.rc_context(_STYLE):
+        for kind in kinds:
+            yield from drawn[kind](found, styles)
+
+
+def _name(*parts: Any) -> str:
+    return "-".join(str(part) for part in parts if part != "")
+
+
+def _decay(name: str) -> str:
+    return f"decay {name}" if name else ""
+
+
+def _title(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part != "")
+
+
+def _groups(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[Any, list[Any]]]:
+    for value, group in itertools.groupby(sorted(items, key=key), key=key):
+        yield value, list(group)
+
+
+def _beside(figure: Figure, axes: Any, **options: Any) -> None:
+    """A legend at the right of the axes, where no data are."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", handlelength=3.2, **options)
+
+
+def time(found: Measurements, styles: Styles) -> Figures:
+    """Seconds against N, both logarithmic, with the powers of N that fit."""
+
+    def key(t: Timing) -> Any:
+        return t.dtype, t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.decay
+
+    for (dtype, B, H, K, V, decay), group in _groups(found.timings, key):
+        lengths = sorted({t.shape.N for t in group})
+        if len(lengths) < 2:
+            continue
+        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        for method in styles.sorted(t.method for t in group):
+            points = sorted({t.shape.N: t for t in group if t.method == method}.values(), key=lambda t: t.shape.N)
+            x, y = [t.shape.N for t in points], [t.seconds for t in points]
+            power = fitted_power(x, y)
+            label = method if power is None else f"{method}: $N^{{{power:.2f}}}$"
+            spread = ([t.seconds - t.low for t in points], [t.high - t.seconds for t in points])
+            axes.errorbar(x, y, spread, label=label, capsize=1.5, elinewidth=0.8, **styles.of(method))
+        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of a call (s)")
+        axes.set_title(_title(dtype, f"B = {B}", f"H = {H}", f"K = {K}", f"V = {V}", _decay(decay)), loc="left")
+        _lengths_axis(axes, lengths)
+        _beside(figure, axes, title="method: fitted growth")
+        yield _name("time", dtype, f"B{B}-H{H}-K{K}-V{V}", decay), figure
+
+
+def _lengths_axis(axes: Any, lengths: list[int]) -> None:
+    """Ticks at the lengths themselves, as many as there is room for."""
+    shown = lengths[:: -(-len(lengths) // 8)]
+    axes.set_xticks(shown, [str(n) for n in shown])
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def baseline(group: list[Timing]) -> Timing | None:
+    """Of one problem: the fastest rival, else recurrent."""
+    rivals = [t for t in group if t.kind == "rival"] or [t for t in group if t.method == "recurrent"]
+    return min(rivals, key=lambda t: t.seconds, default=None)
+
+
+def speedup(found: Measurements, styles: Styles) -> Figures:
+    """Bars: how many times faster than the baseline of the same problem."""
+    for (dtype, decay), group in _groups(found.timings, lambda t: (t.dtype, t.decay)):
+        problems = {
+            shape: (base, same)
+            for shape, same in _groups(group, lambda t: tuple(vars(t.shape).values()))
+            if (base := baseline(same)) and len({t.method for t in same}) > 1
+        }
+        if not problems:
+            continue
+        methods = styles.sorted(t.method for _, same in problems.values() for t in same)
+        height = max(HEIGHT, 0.5 + 0.13 * sum(len(same) + 2 for _, same in problems.values()))
+        figure = Figure((WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        place, ticks = 0.0, []
+        for _shape, (base, same) in problems.items():
+            first = place
+            for method in methods:
+                for t in [t for t in same if t.method == method][:1]:
+                    ratio, low, high = (base.seconds / s for s in (t.seconds, t.high, t.low))
+                    colour = styles.of(method)["color"]
+                    axes.barh(place, ratio - 1, left=1, height=0.85, color=colour)
+                    axes.plot([low, high], [place, place], color="#333333", linewidth=0.8)
+                    right = ratio >= 1
+                    axes.annotate(
+                        f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
+                        (max(ratio, high) if right else min(ratio, low), place),
+                        (3 if right else -3, 0),
+                        textcoords="offset points",
+                        ha="left" if right else "right",
+                        va="center",
+                        fontsize=6.5,
+                    )
+                    place += 1
+            s = same[0].shape
+            ticks.append(((first + place - 1) / 2, f"N = {s.N}\n{s.B},{s.H},{s.K},{s.V}\nvs. {base.method}"))
+            place += 1
+        for method in methods:
+            axes.barh(0, 0, left=1, color=styles.of(method)["color"], label=method)
+        axes.axvline(1, color="#333333", linewidth=0.8)
+        axes.set(xscale="log", xlabel="speed-up: time of the baseline / time of the method")
+        axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks])
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.margins(x=0.12, y=0.02)
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.set_title(_title(dtype, _decay(decay), "B,H,K,V below N"), loc="left")
+        _beside(figure, axes)
+        yield _name("speedup", dtype, decay), figure
+
+
+def roofline(found: Measurements, styles: Styles) -> Figures:
+    """flop/s against flop per byte of the operands, under what was measured: a matrix product, a copy."""
+    known = [t for t in found.timings if t.flop and t.least_bytes]
+    for (dtype, decay), group in _groups(known, lambda t: (t.dtype, t.decay)):
+        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        x = [t.flop / t.least_bytes for t in group]
+        low, high = min(x) / 2, max(x) * 2
+        matmul, copy = found.matmul, found.copy
+        if matmul and copy:
+            low = min(low, matmul / copy / 4)
+            ridge = [low, matmul / copy, max(high, 2 * matmul / copy)]
+            axes.plot(
+                ridge, [copy * i / 1e9 for i in ridge[:2]] + [matmul / 1e9], color="#333333", linewidth=1, zorder=1
+            )
+            axes.annotate(
+                f"float32 matmul, {matmul / 1e9:.3g} Gflop/s",
+                (ridge[2], matmul / 1e9),
+                (0, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+            )
+            axes.annotate(
+                f"copy, {copy / 1e9:.3g} GB/s",
+                (low, copy * low / 1e9),
+                (6, 0),
+                textcoords="offset points",
+                va="top",
+                fontsize=7,
+            )
+        for method in styles.sorted(t.method for t in group):
+            points = [t for t in group if t.method == method]
+            style = styles.of(method) | {"linestyle": ""}
+            xs = [(t.flop or 0) / (t.least_bytes or 1) for t in points]
+            ys = [(t.flop or 0) / t.seconds / 1e9 for t in points]
+            axes.plot(xs, ys, label=method, markeredgecolor="white", markeredgewidth=0.4, **style | {"markersize": 6})
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="flop of the method / bytes of the operands (flop/B)",
+            ylabel="rate (Gflop/s)",
+        )
+        axes.set_title(_title(dtype, _decay(decay)), loc="left")
+        _beside(figure, axes)
+        yield _name("roofline", dtype, decay), figure
+
+
+def error(found: Measurements, styles: Styles) -> Figures:
+    """The worst relative error against the decay, with what is allowed."""
+    for (dtype,), group in _groups(found.errors, lambda e: (e.dtype,)):
+        have = {e.decay for e in group}
+        decays = [d for d in DECAYS if d in have] + sorted(have - set(DECAYS))
+        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        both = figure.subplots(1, 2, sharey=True)
+        for axes, what in zip(both, ("output", "state"), strict=True):
+            for method in styles.sorted(e.method for e in group):
+                # The worst of all files; 0, which is exact, has no place on a logarithmic axis.
+                of = {d: [getattr(e, what) for e in group if (e.method, e.decay) == (method, d)] for d in decays}
+                points = [(i, max(filter(None, of[d]))) for i, d in enumerate(decays) if any(of[d])]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=method, **styles.of(method) | {"markersize": 4})
+            if allowed := found.tolerance.get(dtype, {}).get(what):
+                axes.axhline(allowed, color="#333333", linewidth=1)
+                axes.annotate(
+                    f"allowed: {allowed:.0e}",
+                    (0, allowed),
+                    (0, -3),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=7,
+                )
+            axes.set(yscale="log", xlabel="decay per token")
+            axes.set_xticks(range(len(decays)), decays, rotation=60, ha="right", rotation_mode="anchor")
+            axes.set_title(f"{dtype}, {what}", loc="left")
+        both[0].set_ylabel("worst relative error")
+        _beside(figure, both[0])
+        yield _name("error", dtype), figure
