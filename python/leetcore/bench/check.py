@@ -130,14 +130,12 @@ def examine(method: str, case: Case, given: dict[str, Any], want: tuple[Any, Any
     try:
         try:
             o, state = call(True)
-        except NotImplementedError as error:
+        except NotImplementedError:
             if case.state:
                 raise
-            found.refused[method, refusal(method, error)] += 1
-            o, state = call(False)  # perhaps it is the state that it cannot give
+            o, state = call(False)  # perhaps it is the state alone that it cannot give
     except NotImplementedError as error:
-        if case.state:  # else it is counted already
-            found.refused[method, refusal(method, error)] += 1
+        found.refused[method, refusal(method, error)] += 1
         return
     except Exception as error:  # a method's failure is a finding, and the others are examined still
         found.misses.append(Miss(method, case, options.sentence(error)))

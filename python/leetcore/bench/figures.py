@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import matplotlib.ticker
@@ -14,7 +14,19 @@ from .measurements import Error, Measurements, Timing, fitted_power
 from .problems import DECAYS
 
 # Okabe and Ito's colours, which the colour-blind tell apart; olive for their yellow, which paper does not show.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00")
+# Then two for registered functions.
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8A8A00",
+    "#6A3D9A",
+    "#8C510A",
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1)), (0, (1, 1.5)))
 _KNOWN = ("chunk", "recurrent", "parallel", "block", "recursive", "fleet", "fft", "scan")
@@ -38,7 +50,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "leetcore",  # the same file of the same numbers
 }
-WIDTH, HEIGHT = 6.5, 3.6  # inches: the text width of a page
+WIDTH, HEIGHT, PAGE = 6.5, 3.6, 9.0  # inches: the text of a page is 6.5 x 9
 
 Figures = Iterator[tuple[str, Figure]]  # names without ending
 
@@ -59,11 +71,10 @@ class Styles:
             colour = _RIVAL_COLOURS[self.rivals.index(method) % 2]
         else:
             colour = _COLOURS[place % len(_COLOURS)]
-        shift = place // len(_COLOURS)  # the ninth has the first one's colour, but not its marker and line
         return {
             "color": colour,
             "marker": _MARKERS[place % len(_MARKERS)],
-            "linestyle": _LINES[(place + 3 * shift) % len(_LINES)],
+            "linestyle": _LINES[place % len(_LINES)],  # as many as not to meet its colour and marker again soon
         }
 
     def sorted(self, methods: Iterable[str]) -> list[str]:
@@ -101,10 +112,11 @@ def _groups(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[A
         yield value, list(group)
 
 
-def _beside(figure: Figure, axes: Any, **options: Any) -> None:
+def _beside(figure: Figure, axes: Any, where: Literal["upper", "center"] = "center", **options: Any) -> None:
     """A legend at the right of the axes, where no data are."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", handlelength=3.2, **options)
+    loc: Any = f"outside right {where}"
+    figure.legend(handles, labels, loc=loc, handlelength=3.2, **options)
 
 
 def time(found: Measurements, styles: Styles) -> Figures:
@@ -156,31 +168,18 @@ def speedup(found: Measurements, styles: Styles) -> Figures:
         }
         if not problems:
             continue
-        methods = styles.sorted(t.method for _, same in problems.values() for t in same)
-        height = max(HEIGHT, 0.5 + 0.13 * sum(len(same) + 2 for _, same in problems.values()))
-        figure = Figure((WIDTH, height), layout="constrained")
+        methods = styles.sorted(t.method for base, same in problems.values() for t in same if t is not base)
+        bars = sum(len(same) for _, same in problems.values())
+        figure = Figure((WIDTH, min(PAGE, max(HEIGHT, 0.8 + 0.14 * bars))), layout="constrained")
         axes = figure.add_subplot()
-        place, ticks = 0.0, []
-        for _shape, (base, same) in problems.items():
+        place, ticks = 0, []
+        for base, same in problems.values():
             first = place
-            for method in methods:
-                for t in [t for t in same if t.method == method][:1]:
-                    ratio, low, high = (base.seconds / s for s in (t.seconds, t.high, t.low))
-                    colour = styles.of(method)["color"]
-                    axes.barh(place, ratio - 1, left=1, height=0.85, color=colour)
-                    axes.plot([low, high], [place, place], color="#333333", linewidth=0.8)
-                    right = ratio >= 1
-                    axes.annotate(
-                        f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
-                        (max(ratio, high) if right else min(ratio, low), place),
-                        (3 if right else -3, 0),
-                        textcoords="offset points",
-                        ha="left" if right else "right",
-                        va="center",
-                        fontsize=6.5,
-                    )
+            for t in sorted(same, key=lambda t: styles.order.index(t.method)):
+                if t.method != base.method:
+                    _bar(axes, place, base, t, styles.of(t.method)["color"])
                     place += 1
-            s = same[0].shape
+            s = base.shape
             ticks.append(((first + place - 1) / 2, f"N = {s.N}\n{s.B},{s.H},{s.K},{s.V}\nvs. {base.method}"))
             place += 1
         for method in methods:
@@ -189,15 +188,33 @@ def speedup(found: Measurements, styles: Styles) -> Figures:
         axes.set(xscale="log", xlabel="speed-up: time of the baseline / time of the method")
         axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks])
         axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, labelsize=7)
         axes.invert_yaxis()
-        axes.margins(x=0.12, y=0.02)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.1, y=0.02)
         axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_title(_title(dtype, _decay(decay), "B,H,K,V below N"), loc="left")
-        _beside(figure, axes)
+        _beside(figure, axes, "upper")
         yield _name("speedup", dtype, decay), figure
+
+
+def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
+    """From 1 to the speed-up, its spread, and the number behind it."""
+    ratio, low, high = (base.seconds / seconds for seconds in (t.seconds, t.high, t.low))
+    right = ratio >= 1
+    axes.barh(place, ratio - 1, left=1, height=0.85, color=colour)
+    axes.plot([low, high], [place, place], color="#333333", linewidth=0.8)
+    axes.annotate(
+        f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
+        (max(1, high) if right else min(1, low), place),
+        (3 if right else -3, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="center",
+        fontsize=6,
+    )
 
 
 def roofline(found: Measurements, styles: Styles) -> Figures:
@@ -252,16 +269,22 @@ def error(found: Measurements, styles: Styles) -> Figures:
     """The worst relative error against the decay, with what is allowed."""
     for (dtype,), group in _groups(found.errors, lambda e: (e.dtype,)):
         have = {e.decay for e in group}
-        decays = [d for d in DECAYS if d in have] + sorted(have - set(DECAYS))
-        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        line = [d for d in DECAYS if d in have and d[0].isdigit()]  # factors, in their order: those have a curve
+        decays = line + [d for d in DECAYS if d in have - set(line)] + sorted(have - set(DECAYS))
+        methods = styles.sorted(e.method for e in group)
+        figure = Figure((WIDTH, HEIGHT + 0.3), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
         for axes, what in zip(both, ("output", "state"), strict=True):
-            for method in styles.sorted(e.method for e in group):
+            for place, method in enumerate(methods):
                 # The worst of all files; 0, which is exact, has no place on a logarithmic axis.
                 of = {d: [getattr(e, what) for e in group if (e.method, e.decay) == (method, d)] for d in decays}
-                points = [(i, max(filter(None, of[d]))) for i, d in enumerate(decays) if any(of[d])]
+                aside = 0.6 * ((place + 0.5) / len(methods) - 0.5)  # methods of equal errors stay visible
+                points = [(i + aside, max(filter(None, of[d]))) for i, d in enumerate(decays) if any(of[d])]
+                curve, rest = ([p for p in points if (p[0] < len(line) - 0.5) == known] for known in (True, False))
+                style = styles.of(method) | {"markersize": 3.5, "linewidth": 0.8}
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=method, **styles.of(method) | {"markersize": 4})
+                    axes.plot([x for x, _ in curve], [y for _, y in curve], label=method, **style)
+                    axes.plot([x for x, _ in rest], [y for _, y in rest], **style | {"linestyle": ""})
             if allowed := found.tolerance.get(dtype, {}).get(what):
                 axes.axhline(allowed, color="#333333", linewidth=1)
                 axes.annotate(
@@ -272,7 +295,9 @@ def error(found: Measurements, styles: Styles) -> Figures:
                     va="top",
                     fontsize=7,
                 )
-            axes.set(yscale="log", xlabel="decay per token")
+            axes.axvline(len(line) - 0.5, color="#999999", linewidth=0.6)
+            axes.set(yscale="log", xlabel="decay: factor, or kind")
+            axes.grid(visible=False, axis="x")
             axes.set_xticks(range(len(decays)), decays, rotation=60, ha="right", rotation_mode="anchor")
             axes.set_title(f"{dtype}, {what}", loc="left")
         both[0].set_ylabel("worst relative error")
