@@ -131,7 +131,7 @@ def test_check_passes_what_is_right(register, tmp_path):
     for row in found["rows"]:
         allowed = problems.TOLERANCE[row["dtype"]]
         assert 0 < row["output"] <= allowed[0]
-        assert row["state"] is None if row["method"] == "mine" else 0 < row["state"] <= allowed[1]
+        assert row["state"] is None if row["method"] == "mine" else 0 <= row["state"] <= allowed[1]
     assert any("states" in r["why"] for r in found["refused"])
 
 
@@ -391,7 +391,7 @@ def test_interleaving_is_round_robin_and_rotates():
     timing.interleave(rows, 3, lambda: 2.0, lambda: 3.0)
     assert all(len(r.seconds) == len(r.beside) == len(r.copy) == 3 and set(r.beside) == {2.0} for r in rows)
     runs = "".join(a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b)
-    assert runs.endswith("abcabcab")  # a b c, b c a, c a b: the same neighbours in a row are one run
+    assert runs == "abc" + "abc" + "bca" + "cab"  # how long they take; then three rounds
 
 
 # ---------------------------------------------------------------------------------------------------- plot
