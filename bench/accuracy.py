@@ -102,10 +102,8 @@ def write_pages(results: dict[str, Any]) -> None:
     columns += [(d, max(r["N"] for r in rows if r["dtype"] == d)) for d in ("float64", "float16", "bfloat16")]
     for what in ("o", "state"):
         worst = {(r["method"], r["dtype"], r["N"]): max(r[what]) for r in rows}
-        body = [
-            [f"`{m}`", *(shown(worst[m, *column]) for column in columns)]
-            for m in dict.fromkeys(r["method"] for r in rows)
-        ]
+        methods = dict.fromkeys(r["method"] for r in rows)
+        body = [[f"`{m}`", *(shown(worst[(m, *c)]) for c in columns)] for m in methods]
         pages.fill("accuracy.md", f"worst {what}", pages.table(["method", *(f"{d}, {N}" for d, N in columns)], body))
     for N in (8192, max(LENGTHS)):
         body = [[f"`{r['method']}`", *map(shown, r["o"])] for r in rows if r["dtype"] == "float32" and r["N"] == N]

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from . import _core, decay, tuning
+from . import _core, decay, reference, tuning
 from .api import build_info, decode_step, explain, linear_attention, num_threads, set_num_threads
 from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
@@ -22,6 +22,7 @@ __all__ = [
     "linear_attention",
     "methods",
     "num_threads",
+    "reference",
     "register_method",
     "set_num_threads",
     "unregister_method",

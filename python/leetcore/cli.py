@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import click
@@ -17,6 +16,8 @@ import leetcore
 
 from . import files
 from .api import Layout
+from .bench import machine
+from .bench.check import check
 from .bench.tune import tune
 
 _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
@@ -28,6 +29,7 @@ def main() -> None:
     """Causal linear attention with exponential decay."""
 
 
+main.add_command(check)
 main.add_command(tune)
 
 
@@ -47,9 +49,9 @@ def info() -> None:
         "tuning": leetcore.tuning.source,
         "methods": ", ".join(f"{m.name} ({m.device})" for m in leetcore.methods()),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        **{name: _installed(name) for name in ("numpy", "torch", "jax", "ml_dtypes")},
+        **{name: machine.installed(name) or "not installed" for name in ("numpy", "torch", "jax", "ml_dtypes")},
         "platform": platform.platform(),
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "processor": f"{machine.processor()}, {os.cpu_count()} logical cores",
         "environment": ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("LEETCORE_")) or "-",
     }
     if sys.stdout.isatty():
@@ -98,18 +100,3 @@ def run(
         raise click.ClickException(f"{error.filename or source}: {error.strerror or error}") from None
     except (MemoryError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise click.ClickException(str(error) or "not enough memory") from None
-
-
-def _installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())

@@ -197,6 +197,32 @@ static void last_error(void) {
   CHECK(strcmp(lc_last_error(), before) == 0);
 }
 
+static void costs(void) {
+  const char* only_parallel =
+      "axis N 1 2\naxis D 1 2\naxis states 1 2\nfactor parallel 4 1e-9 1e-9 1e-9 1e-9 1e-9 1e-9 1e-9 1e-9\n";
+  lc_cost cost, part;
+  size_t bytes;
+  lc_args a = tiny();
+  a.method = "recurrent";
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && untouched());
+  CHECK(strcmp(cost.method, "recurrent") == 0 && cost.flop == 2 * 5 && cost.depth == 2);
+  CHECK(lc_workspace(&a, &bytes) == LC_OK && cost.workspace == bytes);
+  CHECK(cost.least_bytes == 4 * (2 * 4 + 1) && cost.bytes == cost.least_bytes && cost.microseconds > 0);
+  memset(&part, 0xff, sizeof part); /* an older caller's struct is shorter */
+  CHECK(lc_predict(&a, &part, offsetof(lc_cost, least_bytes)) == LC_OK);
+  CHECK(part.flop == cost.flop && part.least_bytes != cost.least_bytes);
+  CHECK(lc_predict(NULL, &cost, sizeof cost) == LC_INVALID);
+  CHECK(lc_predict(&a, NULL, sizeof cost) == LC_INVALID && starts_with(lc_last_error(), "cost: "));
+
+  a.method = NULL;
+  CHECK(lc_set_tuning(only_parallel) == LC_OK);
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") == 0);
+  CHECK(lc_set_tuning("axis") == LC_INVALID && starts_with(lc_last_error(), "tuning: line 1: "));
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") == 0);
+  CHECK(lc_set_tuning(NULL) == LC_OK);
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") != 0);
+}
+
 static void explain(void) {
   char text[8192], cut[16];
   const lc_method_info* m;
@@ -262,6 +288,7 @@ int main(void) {
   struct_sizes();
   last_error();
   explain();
+  costs();
   methods();
   build();
   threads();

@@ -40,6 +40,11 @@ void refused(const Spec& spec, const Spoil& spoil, lc_status status, const std::
     EXPECT_EQ(enough, bytes);
     EXPECT_EQ(status, lc_explain(&call.args, text, sizeof text));
     check_message("lc_explain");
+    lc_cost cost = {};
+    cost.flop = -1;
+    EXPECT_EQ(status, lc_predict(&call.args, &cost, sizeof cost));
+    check_message("lc_predict");
+    EXPECT_EQ(-1, cost.flop);
     EXPECT_STREQ("untouched", text);
   }
   EXPECT_TRUE(before == call.memory()) << "something was written";

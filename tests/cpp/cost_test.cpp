@@ -56,8 +56,8 @@ double allowance(const std::string& method, const Spec& spec) {
 
 TEST(Cost, FlopAreThoseThatWereDone) {
   for (lc_dtype dtype : {kF64, kBf16})
-    for (int64_t N : {64, 576})
-      for (const auto& [K, V] : {std::pair{16, 32}, std::pair{64, 64}, std::pair{128, 16}})
+    for (int64_t N : {64, 320})
+      for (const auto& [K, V] : {std::pair{16, 32}, std::pair{128, 16}})
         for (int states = 0; states < 4; ++states) {
           Spec spec = shape(dtype, N, K, V);
           spec.initial = states & 1, spec.final = states & 2;

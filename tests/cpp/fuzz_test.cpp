@@ -372,6 +372,8 @@ void Fuzz::step() {
   const size_t size = static_cast<size_t>(below(200));
   const lc_status structure = lc_workspace(&call.args, &bytes);
   const std::string why = structure == LC_OK ? "" : lc_last_error();
+  lc_cost cost;
+  EXPECT_EQ(structure, lc_predict(&call.args, &cost, sizeof cost));
   const lc_status explained = lc_explain(&call.args, text, size);
   EXPECT_TRUE(explained == structure || (explained == LC_INVALID && !size)) << explained << " " << structure;
   EXPECT_EQ('x', text[size]);

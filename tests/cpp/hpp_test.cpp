@@ -132,6 +132,9 @@ TEST(Hpp, Workspace) {
 
 TEST(Hpp, WhatThereIs) {
   Tiny x;
+  const lc_cost cost = leetcore::cost(x.tq, x.tk, x.tv, x.tg);
+  EXPECT_GT(cost.flop, 0);
+  EXPECT_NE(nullptr, cost.method);
   const std::string text = leetcore::explain(x.tq, x.tk, x.tv, x.tg);
   EXPECT_GE(leetcore::methods().size(), 3u);
   for (const lc_method_info& method : leetcore::methods()) EXPECT_NE(std::string::npos, text.find(method.name)) << text;

@@ -1,0 +1,126 @@
+"""What the commands share: names that are checked, files to import first, results that are written and read."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import rich.console
+
+import leetcore
+
+T = TypeVar("T")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+imports: Decorator = click.option(
+    "--import",
+    "imported",
+    multiple=True,
+    metavar="FILE.py|MODULE",
+    help="Import this first, for the methods that it registers; may be repeated.",
+)
+
+
+def import_first(names: Iterable[str]) -> None:
+    """Imports files and modules; raises ClickException with what went wrong in them."""
+    for name in names:
+        try:
+            if name.endswith(".py"):
+                spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+                assert spec and spec.loader
+                module = importlib.util.module_from_spec(spec)
+                sys.modules.setdefault(spec.name, module)
+                spec.loader.exec_module(module)
+            else:
+                sys.path.insert(0, "")
+                importlib.import_module(name)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a script is a likely mistake
+            raise click.ClickException(f"--import {name}: {sentence(error)}") from None
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def choose_methods(names: Iterable[str], extra: Iterable[str] = ()) -> list[str]:
+    """The named methods, or all that run here; raises BadParameter."""
+    known = [m.name for m in leetcore.methods() if m.device in ("cpu", "python")]
+    allowed = [*known, *extra]
+    for name in names:
+        if name not in allowed:
+            raise click.BadParameter(f"unknown method {name!r}; known are {', '.join(allowed)}", param_hint="METHODS")
+    return list(dict.fromkeys(names)) or known
+
+
+def listed(text: str) -> list[str]:
+    return [part for part in text.replace(",", " ").split() if part]
+
+
+def choose(text: str, allowed: Iterable[str], option: str) -> list[str]:
+    """Of a comma-separated option; raises BadParameter."""
+    allowed = list(allowed)
+    for name in (chosen := listed(text)):
+        if name not in allowed:
+            raise click.BadParameter(f"{name!r}: allowed are {', '.join(allowed)}", param_hint=option)
+    if not chosen:
+        raise click.BadParameter(f"nothing named; allowed are {', '.join(allowed)}", param_hint=option)
+    return list(dict.fromkeys(chosen))
+
+
+def parsed(texts: Iterable[str], parse: Callable[[str], T], option: str) -> list[T]:
+    """Each text by `parse`, whose ValueError becomes BadParameter."""
+    try:
+        return [parse(text) for text in texts]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def output_file(option: str, **arguments: Any) -> Decorator:
+    """An option that names a file to write."""
+    return click.option(option, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", **arguments)
+
+
+def require_writable(*files: Path | None) -> None:
+    """Before minutes of work, not after them; raises ClickException."""
+    for file in files:
+        if file and not file.resolve().parent.is_dir():
+            raise click.ClickException(f"{file}: there is no directory {file.parent}")
+
+
+def write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+
+
+def write_json(file: Path, results: dict[str, Any]) -> None:
+    write(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Raises ClickException where there is no such file or no JSON in it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise click.ClickException(f"{file}: no readable JSON ({error})") from None
+
+
+def console(stderr: bool = False) -> rich.console.Console:
+    """Wide enough for whole tables where no terminal sets the width."""
+    made = rich.console.Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = 200
+    return made

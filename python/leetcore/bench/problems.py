@@ -1,0 +1,158 @@
+"""What is checked, timed and tested: dtypes, tolerances, decays, and problems that their own text makes again."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import leetcore
+
+from .. import reference
+from ..api import Layout
+
+Array = Any
+
+DTYPES: dict[str, Any] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+# Relative Frobenius norms against float64, on the same rounded inputs: (output, state).
+TOLERANCE = {
+    "float64": (1e-12, 1e-12),
+    "float32": (5e-6, 5e-6),
+    "float16": (1e-3, 5e-4),
+    "bfloat16": (4e-3, 3e-3),
+}
+# Factors per token that have broken kernels: nothing is kept, almost nothing, ..., almost everything, everything.
+GAMMAS = (0.0, 1e-4, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0)
+LOG_DECAYS = np.append(leetcore.decay.from_gamma(GAMMAS), np.float32(-20))  # slopes reach 20
+DECAYS = ("none", *(f"{gamma:.9g}" for gamma in GAMMAS), "slope20", "mixed", "token")  # as `Case.decay` has them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences, H heads, N tokens, key dim K, value dim V."""
+
+    B: int
+    H: int
+    N: int
+    K: int
+    V: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Of "B,H,N,K,V"; raises ValueError."""
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 5 or min(numbers) < 1:
+            raise ValueError(f"shape: expected five positive integers B,H,N,K,V, got {text!r}")
+        return cls(*numbers)
+
+    def __str__(self) -> str:
+        return f"{self.B},{self.H},{self.N},{self.K},{self.V}"
+
+
+def parse_decay(text: str) -> str:
+    """The name of a decay, if `log_decay` knows it; raises ValueError."""
+    try:
+        if text in (*DECAYS, "alibi", "retnet") or 0 <= float(text) <= 1:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(
+        f"decay: expected none, alibi, retnet, slope20, mixed, token or a factor from 0 to 1, got {text!r}"
+    )
+
+
+def mixture(rng: np.random.Generator, kind: str, B: int, Hs: int, N: int) -> Array:
+    """A log_decay of the shape that `kind` names, of LOG_DECAYS in turn, or where it has tokens a few among many."""
+    shape = {"[]": (), "[Hs]": (Hs,), "[B,Hs]": (B, Hs), "[B,Hs,N]": (B, Hs, N)}[kind]
+    if kind == "[B,Hs,N]":
+        usual, rare = -rng.exponential(0.1, shape), rng.choice(LOG_DECAYS, shape)
+        return np.where(rng.random(shape) < 0.98, usual, rare).astype(np.float32)
+    return np.resize(rng.permutation(LOG_DECAYS), shape)
+
+
+def log_decay(name: str, rng: np.random.Generator, B: int, Hs: int, N: int) -> Array | float | None:
+    """The decay called `name`: None, a number, [Hs] or [B, Hs, N], float32."""
+    match name:
+        case "none":
+            return None
+        case "slope20":
+            return -20.0
+        case "alibi":
+            return leetcore.decay.alibi(Hs)
+        case "retnet":
+            return leetcore.decay.retnet(Hs)
+        case "mixed":
+            return mixture(rng, "[Hs]", B, Hs, N)
+        case "token":
+            return mixture(rng, "[B,Hs,N]", B, Hs, N)
+    return float(leetcore.decay.from_gamma(float(name)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with inputs of unit variance that depend on its fields alone.
+
+    heads: Hq, Hk, Hv. bounds: cu_seqlens of a packed problem (B is 1).
+    """
+
+    N: int
+    K: int
+    V: int
+    dtype: str = "float32"
+    decay: str = "mixed"
+    B: int = 1
+    heads: tuple[int, int, int] = (2, 2, 2)
+    state: bool = False
+    layout: Layout = "bhnd"
+    bounds: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: str, decay: str) -> Case:
+        return cls(shape.N, shape.K, shape.V, dtype, decay, shape.B, (shape.H,) * 3)
+
+    def arguments(self) -> dict[str, Any]:
+        """What leetcore.linear_attention takes: numpy arrays, and the scale K**-0.5."""
+        seed = zlib.crc32(f"{self.N} {self.K} {self.V} {self.decay} {self.heads}".encode())
+        rng, dtype, Hs = np.random.default_rng(seed), DTYPES[self.dtype], max(self.heads[1:])
+        dims = (self.K, self.K, self.V)
+        q, k, v = (
+            rng.standard_normal((self.B, H, self.N, D)).astype(dtype) for H, D in zip(self.heads, dims, strict=True)
+        )
+        given: dict[str, Any] = {"log_decay": log_decay(self.decay, rng, self.B, Hs, self.N), "scale": self.K**-0.5}
+        if self.layout == "bnhd":
+            q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
+            given["layout"] = "bnhd"
+            if self.decay == "token":
+                given["log_decay"] = np.ascontiguousarray(given["log_decay"].swapaxes(1, 2))
+        if self.bounds is not None:
+            given["cu_seqlens"] = np.array(self.bounds, np.int64)
+        if self.state:
+            sequences = self.B if self.bounds is None else len(self.bounds) - 1
+            given["initial_state"] = rng.standard_normal((sequences, Hs, self.K, self.V)).astype(self.state_dtype)
+        return {"q": q, "k": k, "v": v} | given
+
+    @property
+    def state_dtype(self) -> Any:
+        return np.float64 if self.dtype == "float64" else np.float32
+
+    def expected(self, given: dict[str, Any]) -> tuple[Array, Array]:
+        """Output and final state in float64, of `arguments()`."""
+        # Chunks only pay for long sequences, and take differences of sums of decays: too coarse to judge float64 by.
+        return reference.linear_attention(**given, fast=self.dtype != "float64" and self.N > 2000)
+
+    def __str__(self) -> str:
+        """The text that makes it again: `Case(...)`."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        changed = [f"{name}={value!r}" for name, value in fields.items() if value != getattr(Case, name, None)]
+        return f"Case({', '.join(changed)})"
