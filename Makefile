@@ -1,6 +1,7 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
 # make test              every check; each stage has a target of its own: lint pytest ctest sanitize
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
+# make cbench [ARGS=...] every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
 # make format            lay out all code
 # make clean             remove .venv and build
 PYTHON ?= python3
@@ -54,6 +55,13 @@ build/sanitize/build.ninja: | system
 bench: .venv/bench
 	python bench/run.py $(ARGS)
 
+cbench: build/cbench/build.ninja
+	cmake --build build/cbench -j $(JOBS)
+	build/cbench/bench/leetcore_bench $(ARGS)
+
+build/cbench/build.ninja: | system
+	cmake -S . -B build/cbench -G Ninja -D LEETCORE_BENCH=ON
+
 format: .venv/test
 	ruff check --fix-only --quiet .
 	ruff format .
@@ -81,10 +89,11 @@ system:
 	have ninja || missing="$$missing ninja-build"; \
 	have pkg-config || missing="$$missing pkg-config"; \
 	[ -e /usr/include/gtest/gtest.h ] || missing="$$missing libgtest-dev"; \
+	$(if $(filter cbench,$(MAKECMDGOALS)),[ -e /usr/include/benchmark/benchmark.h ] || missing="$$missing libbenchmark-dev";) \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ $$(id -u) != 0 ]; then echo "These Debian packages are missing:$$missing" >&2; exit 1; fi; \
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) bench format clean system
+.PHONY: run test $(STAGES) bench cbench format clean system

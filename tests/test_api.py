@@ -106,7 +106,7 @@ def test_importing_is_light():
 
 
 def snippets():
-    for page in ("README.md",):
+    for page in ("README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))):
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
             yield pytest.param(block, id=f"{page}-{i}")
 

@@ -378,3 +378,16 @@ def test_offsets_have_64_bits(method):
         out = far(np.full_like(p["v"], 7), 512 * 3, apart)
         o, state = attend(p | views, method, out=out)
         assert same((o, state), attend(p, method))
+
+
+def test_no_output_depends_on_later_decays(method):
+    """Slow decays are computed another way than fast ones, token by token."""
+    p = problem(dtype=np.float32, N=40, kind="[B,Hs,N]")
+    p["log_decay"] = np.full((2, 2, 40), -0.001, np.float32)
+    if not serves(method, p):
+        return
+    before = attend(p, method)[0]
+    for t in range(1, 9):
+        later = p["log_decay"].copy()
+        later[:, :, t:] = -1
+        assert np.array_equal(attend(p | {"log_decay": later}, method)[0][:, :, :t], before[:, :, :t])
