@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from leetcore.bench import problems
+from leetcore.bench.timing import Call, clock, interleave, stats  # noqa: F401
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative Frobenius error against float64 on the same rounded inputs, above which a time is no speed.
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-SAMPLE_S = 0.010  # a sample repeats a short call until it lasts this long
-SETTLE_S = 0.004  # pause between a ceiling and a sample, so that no worker thread still spins
-SLOW_S = 0.2  # a call slower than this is sampled in fewer rounds
+TOLERANCE = {dtype: problems.TOLERANCE[name][0] for name, dtype in DTYPES.items()}
 
-Call = Callable[[], Any]
 Factory = Callable[[], Call]  # prepares (tables, buffers) outside the timing
 
 
 @dataclass(frozen=True)
-class Shape:
-    """B sequences, H heads, N tokens, key dim K, value dim V."""
-
-    B: int
-    H: int
-    N: int
-    K: int
-    V: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        numbers = [int(part) for part in text.split(",")]
-        if len(numbers) != 5 or min(numbers) < 1:
-            raise ValueError(f"shape: expected five positive integers B,H,N,K,V, got {text!r}")
-        return cls(*numbers)
+class Shape(problems.Shape):
+    """B sequences, H heads, N tokens, key dim K, value dim V; with the work that every method is credited with."""
 
     def exact_flop(self, chunk: int) -> int:
         """Chunkwise work that causality cannot spare: half of the diagonal blocks, and the state twice."""
@@ -51,9 +34,6 @@ class Shape:
 
     def state_bytes(self) -> int:
         return 4 * self.B * self.H * self.K * self.V
-
-    def __str__(self) -> str:
-        return f"{self.B},{self.H},{self.N},{self.K},{self.V}"
 
 
 def alibi(heads: int) -> Tensor:
@@ -178,24 +158,7 @@ def copy_rate(source: Tensor, target: Tensor) -> float:
     return 2 * source.nbytes / clock(lambda: target.copy_(source))
 
 
-def clock(call: Call, reps: int = 1) -> float:
-    """Seconds per call."""
-    start = time.perf_counter_ns()
-    for _ in range(reps):
-        call()
-    return (time.perf_counter_ns() - start) * 1e-9 / reps
-
-
 # ---------------------------------------------------------------------------------------------------- rows
-
-
-def stats(values: Iterable[float]) -> dict[str, float] | None:
-    """Median, p10, p90 and count, or None of nothing."""
-    x = torch.tensor(sorted(values), dtype=torch.float64)
-    if not len(x):
-        return None
-    p10, median, p90 = (float(torch.quantile(x, p)) for p in (0.1, 0.5, 0.9))
-    return {"median": median, "p10": p10, "p90": p90, "n": len(x)}
 
 
 @dataclass(eq=False)
@@ -258,43 +221,6 @@ def gate(row: Row, p: Problem | DecodeProblem) -> Row:
     if row.status != "ok":
         row.wrong_ms = 1e3 * clock(row.call)
     return row
-
-
-def interleave(
-    rows: list[Row], rounds: int, ceiling: Callable[[], float], copy: Callable[[], float], tick: Call = lambda: None
-) -> None:
-    """Samples every gated row once a round, round-robin, the ceiling measured just before and after each sample."""
-    rows = [row for row in rows if row.status == "ok" and row.call is not None]
-    reps: dict[int, int] = {}
-    quota: dict[int, int] = {}
-    for row in rows:
-        assert row.call is not None
-        t = clock(row.call)  # warm: the gate has run it once
-        t = min(t, clock(row.call)) if t < SLOW_S else t
-        reps[id(row)] = max(1, math.ceil(SAMPLE_S / t))
-        quota[id(row)] = rounds if t < SLOW_S else max(3, int(rounds * SLOW_S / t))
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(rounds):
-            shift = index % max(1, len(rows))
-            copied, before = copy(), ceiling()
-            for row in rows[shift:] + rows[:shift]:  # nobody always follows the same neighbour
-                if index >= quota[id(row)]:
-                    continue
-                assert row.call is not None
-                time.sleep(SETTLE_S)
-                if reps[id(row)] > 1:
-                    row.call()
-                seconds = clock(row.call, reps[id(row)])
-                after = ceiling()
-                row.seconds.append(seconds)
-                row.beside.append((before + after) / 2)
-                row.copy.append(copied)
-                before = after
-            tick()
-    finally:
-        gc.enable()
 
 
 @dataclass(eq=False)

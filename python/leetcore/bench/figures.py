@@ -257,7 +257,7 @@ def roofline(found: Measurements, styles: Styles) -> Figures:
         axes.set(
             xscale="log",
             yscale="log",
-            xlabel="flop of the method / bytes of the operands (flop/B)",
+            xlabel="flop of a call / bytes of its operands (flop/B)",
             ylabel="rate (Gflop/s)",
         )
         axes.set_title(_title(dtype, _decay(decay)), loc="left")
