@@ -13,35 +13,39 @@
 
 namespace lc::LC_ISA {
 
-// A task is one part of the q heads of one (sequence, state) pair, or one piece of its columns of V. Both repeat a
-// little work (the update of the state; the scores), but tasks never wait for one another.
+// A task is one (sequence, state) pair. Those that would leave workers idle at the end are cut: into parts of their q
+// heads, then pieces of their columns of V. Both repeat a little work (the update of the state; the scores), but tasks
+// never wait for one another.
 struct Plan {
-  int64_t parts, pieces, tasks;
+  int64_t whole, parts, pieces, tasks;  // the first `whole` tasks are not cut
 };
 
 LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true) {
   const int64_t states = p.B * p.Hs, most = split_heads ? group(p) : 1;
-  Plan plan{1, 1, states};
+  Plan plan{states - states % workers, 1, 1, states};
+  const int64_t rest = states - plan.whole;
   // Part 0 writes the state: not while another part may still have to read it.
   if (!p.initial_state || p.initial_state.data != p.final_state.data)
-    while (plan.parts < most && !balanced(states * plan.parts, workers)) ++plan.parts;
+    while (plan.parts < most && !balanced(rest * plan.parts, workers)) ++plan.parts;
   if (plan.parts == most) {
     const int64_t widest = std::min<int64_t>(workers, p.V * (p.type == Type::f64 ? 8 : 4) / kVectorBytes);
-    while (plan.pieces < widest && !balanced(states * most * plan.pieces, workers)) ++plan.pieces;
+    while (plan.pieces < widest && !balanced(rest * most * plan.pieces, workers)) ++plan.pieces;
   }
-  plan.tasks = states * plan.parts * plan.pieces;
+  plan.tasks = plan.whole + rest * plan.parts * plan.pieces;
   return plan;
 }
 
 // What one task stands for.
 struct Task {
-  int64_t b, hs, state, first_head, last_head, piece;
+  int64_t b, hs, state, first_head, last_head, piece, pieces;
   bool writes_state;
   LC_INLINE Task(const Problem& p, const Plan& plan, int64_t task) {
-    piece = task % plan.pieces;
-    const int64_t part = task / plan.pieces % plan.parts, G = group(p);
-    state = task / plan.pieces / plan.parts, hs = state % p.Hs, b = state / p.Hs;
-    first_head = hs * G + G * part / plan.parts, last_head = hs * G + G * (part + 1) / plan.parts;
+    const bool cut = task >= plan.whole;
+    const int64_t i = cut ? task - plan.whole : 0, parts = cut ? plan.parts : 1, G = group(p);
+    const int64_t part = i / plan.pieces % parts;
+    piece = i % plan.pieces, pieces = cut ? plan.pieces : 1;
+    state = cut ? plan.whole + i / plan.pieces / parts : task, hs = state % p.Hs, b = state / p.Hs;
+    first_head = hs * G + G * part / parts, last_head = hs * G + G * (part + 1) / parts;
     writes_state = p.final_state && part == 0;
   }
 };
@@ -60,10 +64,10 @@ struct State {
   LC_INLINE State(const Problem& problem, T* memory)
       : p(problem), panels(vectors<T>(p.V)), first(0), last(panels.count), data(memory) {}
 
-  LC_INLINE void take(int64_t piece, int64_t pieces) {
+  LC_INLINE void take(const Task& task) {
     panels = Panels(vectors<T>(p.V));
-    panels.count = int(std::max<int64_t>(panels.count, pieces));
-    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
+    panels.count = int(std::max<int64_t>(panels.count, task.pieces));
+    first = int(panels.count * task.piece / task.pieces), last = int(panels.count * (task.piece + 1) / task.pieces);
   }
 
   LC_INLINE int column(int panel) const { return panels.template column<T>(panel); }

@@ -26,6 +26,28 @@ LC_INLINE void run_workers(int wished, F&& body) {
 // As many workers as threads, but not more than tasks, nor than the work pays for: waking one costs some microseconds.
 int workers_for(int64_t tasks, double flop);
 
+// Deals the tasks of one call out to its workers.
+class Tasks {
+ public:
+  // Calls f(task) for the tasks 0 ... count - 1, each by one of the workers that call this: first those of the worker's
+  // own share, which is the same in every call, as its core may have their data in cache; then what others left.
+  template <class F>
+  LC_INLINE void each(int64_t count, int worker, int workers, F&& f) {
+    const int shares = workers < kMost ? workers : kMost;
+    for (int s = 0; s < shares; ++s) {
+      const int share = (worker + s) % shares;
+      for (int64_t i; (i = counters_[share].taken.fetch_add(1, std::memory_order_relaxed) * shares + share) < count;)
+        f(i);
+    }
+  }
+
+ private:
+  static constexpr int kMost = 16;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken{0};
+  } counters_[kMost];
+};
+
 // Whether so many equal tasks keep so many workers busy to the end, or nearly.
 LC_INLINE bool balanced(int64_t tasks, int workers) { return tasks % workers == 0 || tasks >= 4 * workers; }
 

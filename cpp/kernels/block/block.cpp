@@ -32,9 +32,9 @@ struct Worker {
   Worker(const Problem& problem, Arena& arena)
       : p(problem), chunk(arena, p), o_copy(arena.take<T>(C * padded<T>(p.V))) {}
 
-  State<E> state(T* states, const Plan& plan, const Task& task) const {
+  State<E> state(T* states, const Task& task) const {
     State<E> s(p, states + task.state * State<E>::size(p));
-    s.take(task.piece, plan.pieces);
+    s.take(task);
     return s;
   }
 
@@ -51,26 +51,26 @@ struct Worker {
     if (t + C < s.length || task.writes_state) chunk.weigh_keys(p), state.advance(chunk);
   }
 
-  void run(T* states, const Plan& plan, int64_t first, int64_t last) {
+  void run(T* states, const Plan& plan, int64_t first, int64_t step) {
     int64_t longest = 0;
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = first; i < plan.tasks; i += step) {
       const Task task(p, plan, i);
-      State<E> s = state(states, plan, task);
+      State<E> s = state(states, task);
       s.load_initial(task.b, task.hs);
       longest = std::max(longest, sequence(p, task.b).length);
     }
     for (int64_t t = 0; t < longest; t += C)
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < plan.tasks; i += step) {
         const Task task(p, plan, i);
         const Sequence s = sequence(p, task.b);
         if (t >= s.length) continue;
-        State<E> S = state(states, plan, task);
+        State<E> S = state(states, task);
         S.live = t > 0 || p.initial_state;
         block(task, S, s, t);
       }
-    for (int64_t i = first; p.final_state && i < last; ++i) {
+    for (int64_t i = first; p.final_state && i < plan.tasks; i += step) {
       const Task task(p, plan, i);
-      State<E> s = state(states, plan, task);
+      State<E> s = state(states, task);
       s.live = sequence(p, task.b).length > 0 || p.initial_state;
       s.store_final(task.b, task.hs);
     }
@@ -103,7 +103,7 @@ void run(const Problem& p) {
       auto* states = take_states<E>(p, arena);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      worker.run(states, plan, plan.tasks * index / granted, plan.tasks * (index + 1) / granted);
+      worker.run(states, plan, index, granted);
     });
   });
 }

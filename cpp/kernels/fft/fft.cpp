@@ -368,18 +368,18 @@ int workers(const Problem& p) { return workers_for(p.B * p.Hs * column_vectors(p
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  std::atomic<int64_t> next{0};
+  Tasks tasks;
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, sequence(p, b).length);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
-    run_workers(workers(p), [&](int index, int) {
+    run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       make_twiddles(worker.table, points(longest));
       const int64_t parts = column_vectors(p);
-      for (int64_t i; (i = next.fetch_add(1)) < p.B * p.Hs * parts;)
-        worker.forward(i / parts / p.Hs, i / parts % p.Hs, int(i % parts));
+      tasks.each(p.B * p.Hs * parts, index, granted,
+                 [&](int64_t i) { worker.forward(i / parts / p.Hs, i / parts % p.Hs, int(i % parts)); });
     });
   });
 }

@@ -202,17 +202,17 @@ int workers(const Problem& p) { return workers_for(p.B * p.Hs * vectors<float>(p
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  std::atomic<int64_t> next{0};
+  Tasks tasks;
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       const int64_t parts = splits(p, granted), n = vectors<Accumulator<E>>(p.V);
-      for (int64_t i; (i = next.fetch_add(1)) < p.B * p.Hs * parts;) {
+      tasks.each(p.B * p.Hs * parts, index, granted, [&](int64_t i) {
         const int64_t part = i % parts, hs = i / parts % p.Hs, b = i / parts / p.Hs;
         worker.forward(b, hs, int(n * part / parts), int(n * (part + 1) / parts));
-      }
+      });
     });
   });
 }

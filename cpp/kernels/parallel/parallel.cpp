@@ -139,7 +139,7 @@ size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p))
 void run(const Problem& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, blocks(sequence(p, b)));
-  std::atomic<int64_t> next_rows{0}, next_state{0};
+  Tasks rows, final_states;
   Barrier barrier;
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
@@ -147,15 +147,15 @@ void run(const Problem& p) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.rows.clear_scores();
-      for (int64_t i; (i = next_rows.fetch_add(1)) < longest * p.B * p.H;) {
+      rows.each(longest * p.B * p.H, index, granted, [&](int64_t i) {
         const int64_t b = i / p.H % p.B, h = i % p.H, block = longest - 1 - i / p.H / p.B;
         const Sequence s = sequence(p, b);
         if (block < blocks(s)) worker.output_rows(b, s, h, block);
-      }
+      });
       if (!p.final_state) return;
       barrier.wait(granted);
-      for (int64_t i; (i = next_state.fetch_add(1)) < p.B * p.Hs;)
-        worker.final_state(i / p.Hs, sequence(p, i / p.Hs), i % p.Hs);
+      final_states.each(p.B * p.Hs, index, granted,
+                        [&](int64_t i) { worker.final_state(i / p.Hs, sequence(p, i / p.Hs), i % p.Hs); });
     });
   });
 }

@@ -247,7 +247,7 @@ int workers(const Problem& p) {
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  std::atomic<int64_t> next{0};
+  Tasks tasks;
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     using T = Accumulator<E>;
@@ -255,7 +255,7 @@ void run(const Problem& p) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       const int64_t parts = splits(p, granted), n = vectors<T>(p.V);
-      for (int64_t i; (i = next.fetch_add(1)) < p.B * p.Hs * parts;) {
+      tasks.each(p.B * p.Hs * parts, index, granted, [&](int64_t i) {
         const int64_t part = i % parts, hs = i / parts % p.Hs, b = i / parts / p.Hs;
         const int c0 = int(n * part / parts), c1 = int(n * (part + 1) / parts);
         if (p.op != LC_DECODE)
@@ -266,7 +266,7 @@ void run(const Problem& p) {
             if constexpr (std::is_same_v<P, T> || (sizeof(P) == 2 && sizeof(T) == 4))
               worker.template decode<P>(b, hs, c0, c1);
           });
-      }
+      });
     });
   });
 }

@@ -66,10 +66,10 @@ struct Worker {
     return s;
   }
 
-  void run(const Plan& plan, const Task& task) {
+  void run(const Task& task) {
     const Sequence s = sequence(p, task.b);
     State<E> columns(p, stack);
-    columns.take(task.piece, plan.pieces);
+    columns.take(task);
     columns.load_initial(task.b, task.hs);
     top = 0;
     if (columns.live) gap[top] = 0, leaves[top] = 0, ++top;
@@ -123,7 +123,7 @@ int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  std::atomic<int64_t> next{0};
+  Tasks tasks;
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {
@@ -131,8 +131,7 @@ void run(const Problem& p) {
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
-        worker.run(plan, Task(p, plan, task));
+      tasks.each(plan.tasks, index, granted, [&](int64_t i) { worker.run(Task(p, plan, i)); });
     });
   });
 }

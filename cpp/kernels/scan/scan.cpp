@@ -155,7 +155,7 @@ size_t workspace(const Problem& p) {
 }
 
 void run(const Problem& p) {
-  std::atomic<int64_t> next[3] = {};
+  Tasks segment_states, prefixes, segment_outputs;
   Barrier barrier;
   const int64_t most = segments(p.N), states = p.B * p.Hs;
   with_type(p.type, [&](auto e) {
@@ -166,14 +166,15 @@ void run(const Problem& p) {
       const Shared<E> shared(p, arena);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      for (int64_t task; (task = next[0].fetch_add(1)) < states * (most - 1);)
-        worker.summarise(shared, task / states, task % states / p.Hs, task % p.Hs);
+      segment_states.each(states * (most - 1), index, granted,
+                          [&](int64_t i) { worker.summarise(shared, i / states, i % states / p.Hs, i % p.Hs); });
       barrier.wait(granted);
-      for (int64_t task; most > 1 && (task = next[1].fetch_add(1)) < states * panels;)
-        worker.accumulate(shared, task / panels / p.Hs, task / panels % p.Hs, int(task % panels));
+      prefixes.each(most > 1 ? states * panels : 0, index, granted, [&](int64_t i) {
+        worker.accumulate(shared, i / panels / p.Hs, i / panels % p.Hs, int(i % panels));
+      });
       barrier.wait(granted);
-      for (int64_t task; (task = next[2].fetch_add(1)) < states * most;)
-        worker.outputs(shared, task / states, task % states / p.Hs, task % p.Hs);
+      segment_outputs.each(states * most, index, granted,
+                           [&](int64_t i) { worker.outputs(shared, i / states, i % states / p.Hs, i % p.Hs); });
     });
   });
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import rich.progress
 import leetcore
 
 from .. import tuning
+from . import machine
 
 # The grid: what lies between its points is interpolated, in the logarithms.
 LENGTHS = (1, 4, 16, 64, 256, 1024, 8192)
@@ -25,7 +25,8 @@ DIMS = (8, 16, 32, 64, 128, 256)  # sqrt(K V)
 STATES = (1, 4)  # per thread; and a single one
 DTYPES = {2: np.float16, 4: np.float32, 8: np.float64}  # by bytes
 CANDIDATES = 4.0  # methods predicted to take longer than so many times the fastest are not measured
-SAMPLE_S, ROUNDS = 0.002, 5
+LONGEST_US = 4e4  # problems that take longer are left to their neighbours in N
+SAMPLE_S, ROUNDS, PASSES = 0.002, 3, 2
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def candidates(p: Point) -> dict[str, float]:
         if method.device == "cpu":
             predicted[method.name] = leetcore.cost(method.name, H=p.states, N=p.N, K=p.D, dtype=dtype).microseconds
     least = min(predicted.values())
+    if least > LONGEST_US:
+        return {}
     return {name: us for name, us in predicted.items() if us <= CANDIDATES * least}
 
 
 def measure(p: Point, methods: list[str]) -> dict[str, float]:
-    """Microseconds of a call by each method: medians of samples taken in turn."""
+    """Microseconds of a call by each method: the least of samples taken in turn, as others may use the machine too."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, p.states, p.N, p.D)).astype(DTYPES[p.bytes]) for _ in range(3))
     decay = leetcore.decay.alibi(p.states)
@@ -79,29 +82,30 @@ def measure(p: Point, methods: list[str]) -> dict[str, float]:
     for _ in range(ROUNDS):
         for method in methods:
             samples[method].append(call(method, times[method]) * 1e6)
-    return {method: float(np.median(x)) for method, x in samples.items()}
+    return {method: min(x) for method, x in samples.items()}
 
 
 def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
     """Measures the whole grid; the text that leetcore reads (grammar: cpp/tuning.cpp)."""
     tuning.use("")  # predictions as the models make them
-    factors: dict[tuple[str, int], dict[Point, float]] = {}
-    overhead = 0.0
+    best: dict[tuple[str, Point], float] = {}
     try:
-        for p in points(threads):
-            predicted = candidates(p)
-            measured = measure(p, list(predicted))
-            # What a call from Python costs, whatever the method: the grid begins with hardly any work.
-            overhead = overhead or 0.9 * min(measured.values())
-            for method, us in measured.items():
-                factors.setdefault((method, p.bytes), {})[p] = max(us - overhead, 0.05 * us) / predicted[method]
+        predicted = {p: candidates(p) for p in points(threads)}
+        # Passes over the whole grid, so that a machine which is slow for some seconds does no harm.
+        for p in [p for _ in range(PASSES) for p in predicted]:
+            for method, us in measure(p, list(predicted[p])).items():
+                best[method, p] = min(us, best.get((method, p), us))
             progress()
     finally:
         tuning.use(None)
         tuning.load(isa)
+    overhead = 0.9 * min(best.values())  # of a call from Python, whatever the method
+    factors: dict[tuple[str, int], dict[Point, float]] = {}
+    for (method, p), us in best.items():
+        factors.setdefault((method, p.bytes), {})[p] = max(us - overhead, 0.05 * us) / predicted[p][method]
     lines = [
         tuning.header(),
-        f"# {platform.processor() or platform.machine()}, {threads} threads, {time.strftime('%Y-%m-%d')}",
+        f"# {machine.processor()}, {threads} threads, {time.strftime('%Y-%m-%d')}",
         f"isa {isa}",
         f"axis N {' '.join(map(str, LENGTHS))}",
         f"axis D {' '.join(map(str, DIMS))}",
@@ -130,7 +134,7 @@ def tune(output: Path | None, forget: bool) -> None:
     total = sum(1 for _ in points(threads))
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
+        task = bar.add_task("measuring", total=PASSES * total)
         text = table(threads, isa, lambda: bar.advance(task))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
