@@ -1,7 +1,8 @@
 """How far "auto" is from the best method: `python bench/regret.py -o bench/results/NAME.json`.
 
 Over shapes that the tuning grid does not contain, every method that could be the best is timed, in turn; the regret is
-the time of the method that "auto" takes over that of the fastest one, less 1.
+the time of the method that "auto" takes over that of the fastest one, less 1. Times of the same round are compared, and
+the median over the rounds counts, so that a machine that is slow for a while is so for all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import leetcore
 import ml_dtypes
 import numpy as np
 import rich.progress
+from leetcore.bench.timing import Call, clock
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 # B, H, K, V; unlike the grid's: other head counts, unequal and odd dims.
@@ -28,7 +30,7 @@ SAMPLE_S = 0.004
 
 
 def measure(shape: tuple[int, ...], dtype: str, per_token: bool, rounds: int) -> dict[str, Any]:
-    """One row: medians in microseconds by method, and the choice."""
+    """One row: the choice, and by method medians of microseconds and of the time over that of the choice."""
     B, H, N, K, V = shape
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((B, H, N, K)).astype(DTYPES[dtype]) for _ in range(2))
@@ -44,24 +46,24 @@ def measure(shape: tuple[int, ...], dtype: str, per_token: bool, rounds: int) ->
             continue
     methods = [m for m, us in predicted.items() if us <= CANDIDATES * min(predicted.values())]
 
-    def call(method: str, times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            leetcore.linear_attention(q, k, v, log_decay, method=method, out=out)
-        return (time.perf_counter() - start) / times
+    def caller(method: str) -> Call:
+        return lambda: leetcore.linear_attention(q, k, v, log_decay, method=method, out=out)
 
-    times = {}
-    for m in methods:
-        call(m, 1)
-        times[m] = max(1, round(SAMPLE_S / call(m, 1)))
-    samples: dict[str, list[float]] = {m: [] for m in methods}
+    calls = {m: caller(m) for m in methods}
+    reps = {}
+    for m, call in calls.items():
+        clock(call)
+        reps[m] = max(1, round(SAMPLE_S / clock(call)))
+    samples = {m: np.empty(rounds) for m in methods}
     for i in range(rounds):
         for m in methods[i % len(methods) :] + methods[: i % len(methods)]:
-            samples[m].append(call(m, times[m]))
-    us = {m: round(float(np.median(x)) * 1e6, 2) for m, x in samples.items()}
+            samples[m][i] = clock(calls[m], reps[m])
     chosen = leetcore.cost("auto", **asked).method
-    best = min(us, key=lambda m: us[m])
-    return asked | {"chosen": chosen, "best": best, "regret": round(us[chosen] / us[best] - 1, 4), "us": us}
+    us = {m: round(float(np.median(x)) * 1e6, 2) for m, x in samples.items()}
+    ratios = {m: round(float(np.median(x / samples[chosen])), 4) for m, x in samples.items()}
+    best = min(ratios, key=lambda m: ratios[m])
+    regret = round(1 / ratios[best] - 1, 4)
+    return asked | {"chosen": chosen, "best": best, "regret": regret, "us": us, "ratios": ratios}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -76,8 +78,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"**Within 10 % of the best on {near} of {len(rows)} shapes ({near / len(rows):.1%}); "
         f"largest regret {max(r['regret'] for r in rows):.0%}, median {np.median([r['regret'] for r in rows]):.1%}.**",
         "",
-        "Regret: time of the chosen method over that of the fastest, less 1. Times are medians of interleaved samples, "
-        f"calls from Python included; methods predicted to take over {CANDIDATES:g} times the least were not timed.",
+        "Regret: time of the chosen method over that of the fastest, less 1: the median over rounds in which all are timed "
+        f"in turn; calls from Python included; methods predicted to take over {CANDIDATES:g} times the least were not timed.",
         "",
         "| B, H, N, K, V | dtype | decay | chosen | best | us, chosen | us, best | regret |",
         "|---|---|---|---|---|---|---|---|",
@@ -96,7 +98,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=15, show_default=True)
 def main(output: Path, rounds: int) -> None:
     """Times the methods over the grid; writes the JSON and the table beside it."""
     import machine

@@ -20,7 +20,7 @@ from .. import tuning
 from . import machine
 
 # The grid: what lies between its points is interpolated, in the logarithms.
-LENGTHS = (1, 4, 16, 64, 256, 1024, 8192)
+LENGTHS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
 DIMS = (8, 16, 32, 64, 128, 256)  # sqrt(K V)
 STATES = (1, 4)  # per thread; and a single one
 DTYPES = {2: np.float16, 4: np.float32, 8: np.float64}  # by bytes
