@@ -66,20 +66,29 @@ def measure(shape: tuple[int, ...], dtype: str, per_token: bool, rounds: int) ->
     return asked | {"chosen": chosen, "best": best, "regret": regret, "us": us, "ratios": ratios}
 
 
+def summary(results: dict[str, Any]) -> str:
+    """One sentence."""
+    regrets = [r["regret"] for r in results["rows"]]
+    near = sum(r <= 0.1 for r in regrets)
+    return (
+        f"Within 10 % of the best method on {near} of {len(regrets)} shapes ({near / len(regrets):.1%}); "
+        f"largest regret {max(regrets):.0%}, median {np.median(regrets):.1%}."
+    )
+
+
 def markdown(results: dict[str, Any]) -> str:
     rows = results["rows"]
-    near = sum(r["regret"] <= 0.1 for r in rows)
     lines = [
         '# How far "auto" is from the best method',
         "",
         f"{results['device']}; leetcore {results['leetcore']}, {results['isa']}, {results['threads']} threads, "
         f"table: {results['tuning']}; {results['date']}. Written by bench/regret.py.",
         "",
-        f"**Within 10 % of the best on {near} of {len(rows)} shapes ({near / len(rows):.1%}); "
-        f"largest regret {max(r['regret'] for r in rows):.0%}, median {np.median([r['regret'] for r in rows]):.1%}.**",
+        f"**{summary(results)}**",
         "",
-        "Regret: time of the chosen method over that of the fastest, less 1: the median over rounds in which all are timed "
-        f"in turn; calls from Python included; methods predicted to take over {CANDIDATES:g} times the least were not timed.",
+        "Regret: time of the chosen method over that of the fastest, less 1; the median over rounds in which all are "
+        "timed in turn, calls from Python included. Methods predicted to take over "
+        f"{CANDIDATES:g} times the least were not timed.",
         "",
         "| B, H, N, K, V | dtype | decay | chosen | best | us, chosen | us, best | regret |",
         "|---|---|---|---|---|---|---|---|",
@@ -115,7 +124,7 @@ def main(output: Path, rounds: int) -> None:
             cases += [((B, H, N, K, V), "float32", True), ((B, H, N, K, V), "float64", False)]
     info = leetcore.build_info()
     results = {
-        "device": device if isinstance(device, str) else ", ".join(str(x) for x in device.values()),
+        "device": device["cpu"],
         "date": time.strftime("%Y-%m-%d"),
         "commit": machine.commit(),
         "leetcore": info["version"],
@@ -126,7 +135,7 @@ def main(output: Path, rounds: int) -> None:
     }
     output.write_text(json.dumps(results, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results).split("\n")[4])
+    print(summary(results))
 
 
 if __name__ == "__main__":
