@@ -1,34 +1,15 @@
-"""The conditions of a run: malloc, the device, versions, the FMA peak."""
+"""The conditions of a run: the device, versions, the FMA peak."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Keep freed memory instead of handing it back: without this, torch faults its large intermediates in on every call.
-MALLOC = {
-    "MALLOC_TOP_PAD_": str(256 << 20),
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
-}
 FLAGS = ("fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_fp16", "asimd", "sve")
-
-
-def reexec_with_tuned_malloc() -> None:
-    """Starts this program anew under glibc's tuned malloc, unless the variables are set, to whatever value."""
-    missing = {key: value for key, value in MALLOC.items() if key not in os.environ}
-    if missing and sys.platform == "linux":
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
-
-
-def malloc() -> str:
-    settings = ", ".join(f"{key}={os.environ.get(key, 'unset')}" for key in MALLOC)
-    return f"{settings} (set by the benchmark itself, so that the rivals' large intermediates cost no page faults)"
 
 
 def device() -> dict[str, str]:

@@ -162,7 +162,8 @@ def header(results: Results) -> Iterator[str]:
     built = ", ".join(f"{key} {value}" for key, value in results["leetcore"].items())
     yield f"- leetcore: {built}; C = {results['chunk']}"
     yield machine_speed(results)
-    yield f"- malloc: {results['malloc']}"
+    settings = ", ".join(f"{name}={value or 'unset'}" for name, value in results["environment"].items())
+    yield f"- environment, set by the benchmark itself (reasons: leetcore.bench.machine): {settings}"
     yield (
         "- All methods of a table are sampled in turn; ms is per call. 'of matmul' is the rate over that of fp32"
         " torch.mm (1024^3) just before and after each sample, in exact causal flop B H N ((C+1)(K+V) + 4KV), or"

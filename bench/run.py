@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import machine
+from leetcore.bench.machine import ENVIRONMENT, restart_undisturbed
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -46,7 +48,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
         "device": machine.device(),
         "versions": versions,
         "leetcore": {key: leetcore.build_info()[key] for key in ("compiler", "isa", "isas", "openmp")},
-        "malloc": machine.malloc(),
+        "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
         "threads": ours.available_threads(),
         "chunk": session.chunk,
         "fma_peak": peak,
@@ -82,8 +84,8 @@ def main(
     no_report: bool,
 ) -> None:
     """Times leetcore against its rivals on this CPU, in one process, sample by sample in turn."""
-    machine.reexec_with_tuned_malloc()
-    # Only now: torch and leetcore must not be loaded twice, nor before malloc is set.
+    restart_undisturbed()
+    # Only now: torch need not be loaded twice.
     import ours
     import properties
     import report

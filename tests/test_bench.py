@@ -43,7 +43,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(speed, "Ceilings", Quick)
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
     monkeypatch.setattr(timing, "SETTLE_S", 0)
-    monkeypatch.setattr(machine, "keep_freed_memory", lambda: False)  # of this process, for good
+    monkeypatch.setattr(machine, "restart_undisturbed", lambda: None)
 
 
 @pytest.fixture
@@ -349,7 +349,6 @@ def results_of(seconds, **changes):
         "version": 1,
         **machine.conditions(),
         "rounds": 3,
-        "malloc": "",
         "interrupted": False,
         "ceilings": Quick(1).to_json(),
         "rows": rows,

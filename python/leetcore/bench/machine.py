@@ -1,4 +1,4 @@
-"""The conditions of a run: processor, versions, threads, and what malloc does with freed memory."""
+"""The conditions of a run: processor, versions, threads; an environment in which calls do not disturb each other."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ import ctypes
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import leetcore
+
+ENVIRONMENT = {
+    # glibc's malloc keeps freed memory: handed back, large temporaries of torch would be faulted in anew in every call.
+    "MALLOC_TOP_PAD_": str(256 << 20),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+    # Idle threads of numpy's OpenBLAS sleep at once: by default they keep a core busy for some 30 ms after a product.
+    "OPENBLAS_THREAD_TIMEOUT": "4",
+}
+
+
+def restart_undisturbed() -> None:
+    """Starts this program anew in ENVIRONMENT, unless its variables are set, to whatever value. Linux only."""
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    if missing and sys.platform == "linux":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 
 def installed(package: str) -> str | None:
@@ -48,28 +65,14 @@ def conditions() -> dict[str, Any]:
         "isa": build["isa"],
         "threads": leetcore.num_threads(),
         "tuning": "shipped" if leetcore.tuning.source == "shipped" else "of this machine",
+        "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
     }
-
-
-def _libc() -> Any:
-    """glibc, or None."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def keep_freed_memory() -> bool:
-    """Tells malloc to keep what is freed, as large temporaries would cost page faults anew in every call."""
-    libc = _libc()
-    if libc is None:
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of malloc.h
-    options = ((trim_threshold, (1 << 31) - 1), (top_pad, 256 << 20), (mmap_max, 0))
-    return all(libc.mallopt(option, value) for option, value in options)
 
 
 def release_freed_memory() -> None:
     """Gives what is free back to the system, so that memory in use can be told from it."""
-    if libc := _libc():
-        libc.malloc_trim(0)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -175,14 +175,13 @@ class Session:
             row.peak_bytes = machine.extra_memory(row.call)
 
 
-def collect(session: Session, rounds: int, interrupted: bool, kept: bool) -> dict[str, Any]:
+def collect(session: Session, rounds: int, interrupted: bool) -> dict[str, Any]:
     """The file of results; `tables` has its schema's name and version."""
     return {
         "schema": tables.SCHEMA,
         "version": tables.VERSION,
         **machine.conditions(),
         "rounds": rounds,
-        "malloc": "keeps freed memory" if kept else "untouched",
         "interrupted": interrupted,
         "ceilings": session.ceilings.to_json(),
         "rows": [row.to_json() for row in session.rows],
@@ -240,8 +239,10 @@ def bench(
     its inputs: for leetcore's methods the scratch of its model and the output; for registered functions and rivals by
     how much one call raised the peak of resident memory, after freed memory was given back (Linux only).
 
-    malloc is told to keep freed memory while it measures, so that large temporaries cost no page faults.
+    It starts itself anew in an environment (written to --json) in which malloc keeps freed memory, so that large
+    temporaries cost no page faults, and idle threads of OpenBLAS do not keep cores busy while others are timed.
     """
+    machine.restart_undisturbed()
     options.import_first(imported)
     chosen = options.choose_methods(methods, ["auto"])
     kinds = options.choose(dtypes, DTYPES, "--dtypes")
@@ -253,7 +254,6 @@ def bench(
         raise click.ClickException("--rivals: torch is not installed")
     if threads:
         leetcore.set_num_threads(threads)
-    kept = machine.keep_freed_memory()
     opponents = {}
     if rivals:
         from . import rivals as of_torch
@@ -274,7 +274,7 @@ def bench(
             session.run()
         except KeyboardInterrupt:
             interrupted = True
-    results = collect(session, rounds, interrupted, kept)
+    results = collect(session, rounds, interrupted)
     out = options.console()
     tables.show(results, out)
     if json:

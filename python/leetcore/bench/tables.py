@@ -201,7 +201,7 @@ def show_comparison(old: Results, new: Results, out: rich.console.Console) -> No
         style = {"slower": "red", "faster": "green"}.get(c.verdict)
         table.add_row(*map(rich.markup.escape, cells(c.row)[:4]), *times, f"{c.ratio:.2f}", flag, style=style)
     out.print(table)
-    for name in ("device", "isa", "threads", "versions", "malloc"):
+    for name in ("device", "isa", "threads", "versions", "environment"):
         if old[name] != new[name]:
             out.print(rich.markup.escape(f"Not alike: {name} was {old[name]}, is {new[name]}"), soft_wrap=True)
     slower = sum(c.verdict == "slower" for c in changes)

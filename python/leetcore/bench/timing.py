@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 SAMPLE_S = 0.010  # a sample repeats a short call until it lasts this long
-SETTLE_S = 0.004  # pause between a ceiling and a sample, so that no worker thread still spins
+SETTLE_S = 0.008  # pause between a ceiling and a sample: idle OpenMP threads spin so long, on cores that others need
 SLOW_S = 0.2  # a call slower than this is sampled in fewer rounds
 
 Call = Callable[[], Any]
@@ -36,6 +36,12 @@ def clock(call: Call, reps: int = 1) -> float:
     for _ in range(reps):
         call()
     return (time.perf_counter_ns() - start) * 1e-9 / reps
+
+
+def clock_ceiling(call: Call) -> float:
+    """Seconds of a call that shows what the machine can do: undisturbed; the better of two, as one wakes threads."""
+    time.sleep(SETTLE_S)
+    return min(clock(call), clock(call))
 
 
 def stats(values: Iterable[float]) -> dict[str, float] | None:
