@@ -1,11 +1,13 @@
 """Fills docs/methods.md and draws its picture: `python bench/methods_page.py GROWTH.json REGRET.json`.
 
-GROWTH.json comes from `leetcore bench --json` (bench/README.md has the command), REGRET.json from bench/regret.py.
+GROWTH.json is what `leetcore bench --json` measured on SHAPES; --measure runs it first. REGRET.json: bench/regret.py.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from leetcore.bench.measurements import Measurements, Timing, fitted_power, read
 from matplotlib import rc_context
 
 PAGE = "methods.md"
+HEADS = ("1,1,{},64,64", "1,8,{},16,16", "1,8,{},32,32", "1,8,{},64,64", "1,8,{},128,128", "1,8,{},256,256")
+SHAPES = " ".join(heads.format(4**i) for heads in HEADS for i in range(8))
 PICTURED = (1, 8, 64, 64)  # B, H, K, V
 ORDER = {"parallel": "N^2", "recursive": "N log N", "fft": "N log N"}
 TIE = 1.03  # times the fastest: as fast
@@ -73,10 +77,14 @@ def draw(found: Measurements) -> None:
 
 
 @click.command()
-@click.argument("growth_file", type=click.Path(exists=True, path_type=Path))
+@click.option("--measure", is_flag=True, help="Write GROWTH_FILE first: five minutes on a quiet machine.")
+@click.argument("growth_file", type=click.Path(path_type=Path))
 @click.argument("regret_file", type=click.Path(exists=True, path_type=Path))
-def main(growth_file: Path, regret_file: Path) -> None:
+def main(measure: bool, growth_file: Path, regret_file: Path) -> None:
     """Fills the page from measured files."""
+    if measure:
+        bench = [sys.executable, "-m", "leetcore", "bench", "--shapes", SHAPES, "--rounds", "9"]
+        subprocess.run([*bench, "--json", str(growth_file)], check=True)
     found = read([growth_file])
     pages.fill(PAGE, "growth conditions", conditions(json.loads(growth_file.read_text())))
     pages.fill(PAGE, "growth", growth(found))
