@@ -285,3 +285,13 @@ def test_registrations_that_make_no_sense():
         leetcore.register_method("bad", plain, library="jax")
     with pytest.raises(ValueError, match="name: no function 'bad' is registered"):
         leetcore.unregister_method("bad")
+
+
+def test_unknown_methods_are_told_the_registered_ones():
+    leetcore.register_method("mine", lambda q, k, v, log_decay, scale: v)
+    try:
+        q = np.ones((1, 1, 3, 4), np.float32)
+        with pytest.raises(ValueError, match="unknown method 'nope'; known are auto, chunk, .*fft, mine$"):
+            leetcore.linear_attention(q, q, q, method="nope")
+    finally:
+        leetcore.unregister_method("mine")

@@ -84,22 +84,27 @@ def linear_attention(
             _bnhd(layout),
             out,
         )
-    return _core.forward(
-        lib,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        out,
-        _real("scale", scale),
-        _name(method),
-        _bnhd(layout),
-        _tf32(precision),
-        stream or 0,
-        return_state,
-    )
+    try:
+        return _core.forward(
+            lib,
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            out,
+            _real("scale", scale),
+            _name(method),
+            _bnhd(layout),
+            _tf32(precision),
+            stream or 0,
+            return_state,
+        )
+    except ValueError as error:
+        if registered and "unknown method" in str(error):
+            raise ValueError(f"{error}, {', '.join(registered)}") from None
+        raise
 
 
 def decode_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -51,6 +52,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "leetcore",  # the same file of the same numbers
 }
 WIDTH, HEIGHT, PAGE = 6.5, 3.6, 9.0  # inches: the text of a page is 6.5 x 9
+BAR, FRAME = 0.14, 0.8  # height of a bar; of what is above and below the bars
 
 Figures = Iterator[tuple[str, Figure]]  # names without ending
 
@@ -158,46 +160,70 @@ def baseline(group: list[Timing]) -> Timing | None:
     return min(rivals, key=lambda t: t.seconds, default=None)
 
 
+Problem = tuple[Timing, list[Timing]]  # a baseline, and all timings of the same problem
+
+
+def _pages(problems: list[Problem]) -> list[list[Problem]]:
+    """As many to a page as leave room for every bar."""
+    pages: list[list[Problem]] = [[]]
+    for problem in problems:
+        if pages[-1] and sum(len(same) for _, same in [*pages[-1], problem]) > (PAGE - FRAME) / BAR:
+            pages.append([])
+        pages[-1].append(problem)
+    return pages
+
+
 def speedup(found: Measurements, styles: Styles) -> Figures:
     """Bars: how many times faster than the baseline of the same problem."""
+
+    def key(t: Timing) -> Any:
+        return t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.shape.N
+
     for (dtype, decay), group in _groups(found.timings, lambda t: (t.dtype, t.decay)):
-        problems = {
-            shape: (base, same)
-            for shape, same in _groups(group, lambda t: tuple(vars(t.shape).values()))
+        problems = [
+            (base, same)
+            for _, same in _groups(group, key)
             if (base := baseline(same)) and len({t.method for t in same}) > 1
-        }
-        if not problems:
-            continue
-        methods = styles.sorted(t.method for base, same in problems.values() for t in same if t is not base)
-        bars = sum(len(same) for _, same in problems.values())
-        figure = Figure((WIDTH, min(PAGE, max(HEIGHT, 0.8 + 0.14 * bars))), layout="constrained")
-        axes = figure.add_subplot()
-        place, ticks = 0, []
-        for base, same in problems.values():
-            first = place
-            for t in sorted(same, key=lambda t: styles.order.index(t.method)):
-                if t.method != base.method:
-                    _bar(axes, place, base, t, styles.of(t.method)["color"])
-                    place += 1
-            s = base.shape
-            ticks.append(((first + place - 1) / 2, f"N = {s.N}\n{s.B},{s.H},{s.K},{s.V}\nvs. {base.method}"))
-            place += 1
-        for method in methods:
-            axes.barh(0, 0, left=1, color=styles.of(method)["color"], label=method)
-        axes.axvline(1, color="#333333", linewidth=0.8)
-        axes.set(xscale="log", xlabel="speed-up: time of the baseline / time of the method")
-        axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks])
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0, labelsize=7)
-        axes.invert_yaxis()
-        axes.use_sticky_edges = False
-        axes.margins(x=0.1, y=0.02)
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axes.set_title(_title(dtype, _decay(decay), "B,H,K,V below N"), loc="left")
-        _beside(figure, axes, "upper")
-        yield _name("speedup", dtype, decay), figure
+        ]
+        pages = _pages(problems) if problems else []
+        for number, page in enumerate(pages, 1):
+            yield (
+                _name("speedup", dtype, decay, number if len(pages) > 1 else ""),
+                _bars(page, styles, _title(dtype, _decay(decay), "B,H,K,V below N")),
+            )
+
+
+def _bars(problems: list[Problem], styles: Styles, title: str) -> Figure:
+    methods = styles.sorted(t.method for base, same in problems for t in same if t is not base)
+    bars = sum(len(same) for _, same in problems)
+    figure = Figure((WIDTH, max(HEIGHT, FRAME + BAR * bars)), layout="constrained")
+    axes = figure.add_subplot()
+    place, ticks = 0, []
+    for base, same in problems:
+        first = place
+        for t in sorted(same, key=lambda t: styles.order.index(t.method)):
+            if t.method != base.method:
+                _bar(axes, place, base, t, styles.of(t.method)["color"])
+                place += 1
+        s = base.shape
+        ticks.append(((first + place - 1) / 2, f"N = {s.N}\n{s.B},{s.H},{s.K},{s.V}\nvs. {base.method}"))
+        place += 1
+    for method in methods:
+        axes.barh(0, 0, left=1, color=styles.of(method)["color"], label=method)
+    axes.axvline(1, color="#333333", linewidth=0.8)
+    axes.set(xscale="log", xlabel="speed-up: time of the baseline / time of the method")
+    axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks])
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, labelsize=7)
+    axes.invert_yaxis()
+    axes.use_sticky_edges = False
+    axes.margins(x=0.1, y=0.02)
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_title(title, loc="left")
+    _beside(figure, axes, "upper")
+    return figure
 
 
 def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
@@ -240,12 +266,13 @@ def roofline(found: Measurements, styles: Styles) -> Figures:
                 ha="right",
                 fontsize=7,
             )
+            middle = math.sqrt(low * ridge[1])
             axes.annotate(
                 f"copy, {copy / 1e9:.3g} GB/s",
-                (low, copy * low / 1e9),
-                (6, 0),
+                (middle, copy * middle / 1e9),
+                (-4, 2),
                 textcoords="offset points",
-                va="top",
+                ha="right",
                 fontsize=7,
             )
         for method in styles.sorted(t.method for t in group):
