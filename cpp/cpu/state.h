@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 
+#include "scratch.h"
 #include "threads.h"
 #include "tokens.h"
 
@@ -173,4 +174,23 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
   });
 }
 
+namespace {
+
+// Runs worker.run(task) for all tasks, each Worker<E> with scratch of its own.
+template <template <class> class Worker>
+void run_tasks(const Problem& p, int workers) {
+  Tasks tasks;
+  with_type(p.type, [&](auto e) {
+    using E = decltype(e);
+    run_workers(workers, [&](int index, int granted) {
+      const Plan plan = make_plan(p, granted);
+      Arena arena(p.workspace);
+      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      worker.chunk.clear_scores();
+      tasks.each(plan.tasks, index, granted, [&](int64_t i) { worker.run(Task(p, plan, i)); });
+    });
+  });
+}
+
+}  // namespace
 }  // namespace lc::LC_ISA

@@ -20,6 +20,11 @@ LC_INLINE ChunkWork chunk_work(double n, bool reads_first, bool writes_last) {
   return {whole * C * (C + 1) / 2 + rest * (rest + 1) / 2, n - (reads_first ? 0 : std::min<double>(n, C)),
           n - (writes_last ? 0 : last)};
 }
+// flop of it over all heads of one sequence.
+LC_INLINE double flop(const Problem& p, const ChunkWork& w) {
+  const double KV = 2 * double(p.K * p.V);
+  return double(p.H) * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + double(p.Hs) * w.writes * KV;
+}
 
 template <class E, class T = Accumulator<E>>
 struct Tokens {

@@ -17,9 +17,7 @@ namespace lc::LC_ISA {
 namespace {
 
 double flop(const Problem& p) {
-  const ChunkWork w = chunk_work(mean_length(p), bool(p.initial_state), bool(p.final_state));
-  const double KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
-  return double(p.B) * (H * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + Hs * w.writes * KV);
+  return double(p.B) * flop(p, chunk_work(mean_length(p), bool(p.initial_state), bool(p.final_state)));
 }
 
 template <class E>
@@ -80,19 +78,12 @@ struct Worker {
 int workers(const Problem& p) { return workers_for(p.B * p.Hs * vectors<float>(p.V), flop(p)); }
 
 template <class E>
-auto take_states(const Problem& p, Arena& arena) {
-  return arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p));
-}
+struct Shared {
+  Accumulator<E>* states;
+  Shared(const Problem& p, Arena& arena) : states(arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p))) {}
+};
 
-size_t workspace(const Problem& p) {
-  size_t bytes = 0;
-  with_type(p.type, [&](auto e) {
-    Arena arena(nullptr);
-    take_states<decltype(e)>(p, arena);
-    bytes = arena.used();
-  });
-  return bytes + scratch_bytes<Worker>(p, workers(p));
-}
+size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
   with_type(p.type, [&](auto e) {
@@ -100,10 +91,10 @@ void run(const Problem& p) {
     run_workers(workers(p), [&](int index, int granted) {
       const Plan plan = make_plan(p, granted, /*split_heads=*/false);
       Arena arena(p.workspace);
-      auto* states = take_states<E>(p, arena);
+      const Shared<E> shared(p, arena);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      worker.run(states, plan, index, granted);
+      worker.run(shared.states, plan, index, granted);
     });
   });
 }

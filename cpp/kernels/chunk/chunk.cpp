@@ -16,9 +16,7 @@ namespace lc::LC_ISA {
 namespace {
 
 double flop(const Problem& p) {
-  const ChunkWork w = chunk_work(mean_length(p), bool(p.initial_state), bool(p.final_state));
-  const double KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
-  return double(p.B) * (H * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + Hs * w.writes * KV);
+  return double(p.B) * flop(p, chunk_work(mean_length(p), bool(p.initial_state), bool(p.final_state)));
 }
 
 template <class E>
@@ -59,19 +57,7 @@ int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
-void run(const Problem& p) {
-  Tasks tasks;
-  with_type(p.type, [&](auto e) {
-    using E = decltype(e);
-    run_workers(workers(p), [&](int index, int granted) {
-      const Plan plan = make_plan(p, granted);
-      Arena arena(p.workspace);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
-      worker.chunk.clear_scores();
-      tasks.each(plan.tasks, index, granted, [&](int64_t i) { worker.run(Task(p, plan, i)); });
-    });
-  });
-}
+void run(const Problem& p) { run_tasks<Worker>(p, workers(p)); }
 
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 

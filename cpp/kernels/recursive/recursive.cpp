@@ -37,10 +37,10 @@ double reads(double n) {
 }
 
 double flop(const Problem& p) {
-  const double n = mean_length(p), KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
-  const ChunkWork w = chunk_work(n, true, bool(p.final_state));
-  const double states = reads(n) + (p.initial_state ? n : 0);
-  return double(p.B) * (H * (2 * w.pairs * double(p.K + p.V) + states * KV) + Hs * w.writes * KV);
+  const double n = mean_length(p);
+  ChunkWork w = chunk_work(n, true, bool(p.final_state));
+  w.reads = reads(n) + (p.initial_state ? n : 0);
+  return double(p.B) * flop(p, w);
 }
 
 template <class E>
@@ -122,19 +122,7 @@ int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
-void run(const Problem& p) {
-  Tasks tasks;
-  with_type(p.type, [&](auto e) {
-    using E = decltype(e);
-    run_workers(workers(p), [&](int index, int granted) {
-      const Plan plan = make_plan(p, granted);
-      Arena arena(p.workspace);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
-      worker.chunk.clear_scores();
-      tasks.each(plan.tasks, index, granted, [&](int64_t i) { worker.run(Task(p, plan, i)); });
-    });
-  });
-}
+void run(const Problem& p) { run_tasks<Worker>(p, workers(p)); }
 
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 

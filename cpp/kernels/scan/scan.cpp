@@ -39,7 +39,6 @@ int64_t base(const Problem& p, int64_t b) {
 }
 
 double flop(const Problem& p) {
-  const double KV = 2 * double(p.K * p.V), H = double(p.H), Hs = double(p.Hs);
   const int64_t length = int64_t(mean_length(p)), n = segments(length);
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -47,7 +46,7 @@ double flop(const Problem& p) {
     const bool last = i + 1 == n;
     const ChunkWork w = chunk_work(double(part.end - part.begin), i || p.initial_state, last && p.final_state);
     const double alone = last ? 0 : double(part.end - part.begin);
-    sum += H * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + Hs * (w.writes + alone) * KV;
+    sum += flop(p, ChunkWork{w.pairs, w.reads, w.writes + alone});
   }
   return double(p.B) * sum;
 }
@@ -144,15 +143,7 @@ struct Worker {
 
 int workers(const Problem& p) { return workers_for(base(p, p.B) * p.Hs, flop(p)); }
 
-size_t workspace(const Problem& p) {
-  size_t bytes = 0;
-  with_type(p.type, [&](auto e) {
-    Arena arena(nullptr);
-    Shared<decltype(e)>(p, arena);
-    bytes = arena.used();
-  });
-  return bytes + scratch_bytes<Worker>(p, workers(p));
-}
+size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
   Tasks segment_states, prefixes, segment_outputs;
