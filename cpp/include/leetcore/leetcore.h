@@ -154,7 +154,7 @@ LC_API int lc_version(void);                       /* LC_VERSION of the library 
 LC_API const char* lc_build_info(void);
 
 /* Threads of the CPU methods, for the whole process: LEETCORE_NUM_THREADS, else one per available core. n < 1 restores
- * that default. Answers do not depend on the number of threads. */
+ * that default. The answers of a method do not depend on the number of threads. */
 LC_API void lc_set_num_threads(int n);
 LC_API int lc_num_threads(void);
 
