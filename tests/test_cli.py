@@ -64,10 +64,23 @@ def test_run_with_everything(tmp_path):
     given["initial_state"] = rng.standard_normal((2, 2, 8, 8)).astype(np.float32)
     given["cu_seqlens"] = np.array([0, 4, 9])
     files.save(tmp_path / "in.safetensors", given)
-    ran = leet("run", tmp_path / "in.safetensors", "-o", tmp_path / "out.npz", "--layout", "bnhd", "--threads", 1)
+    ran = leet(
+        "run",
+        tmp_path / "in.safetensors",
+        "-o",
+        tmp_path / "out.npz",
+        "--layout",
+        "bnhd",
+        "--threads",
+        1,
+        "--method",
+        "chunk",
+    )
     assert ran.returncode == 0, ran.stderr
     assert set(np.load(tmp_path / "out.npz")) == {"o"}
-    assert np.array_equal(np.load(tmp_path / "out.npz")["o"], leetcore.linear_attention(**given, layout="bnhd"))
+    assert np.array_equal(
+        np.load(tmp_path / "out.npz")["o"], leetcore.linear_attention(**given, layout="bnhd", method="chunk")
+    )
 
 
 def test_a_number_as_decay(tmp_path):

@@ -96,10 +96,8 @@ def run(
             raise ValueError(f"{source}: no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
         if threads:
             leetcore.set_num_threads(threads)
-        o, final_state = leetcore.linear_attention(
-            **arrays, scale=scale, layout=layout, method=method, return_state=True
-        )
-        files.save(output, {"o": o, "final_state": final_state} if state else {"o": o})
+        result = leetcore.linear_attention(**arrays, scale=scale, layout=layout, method=method, return_state=state)
+        files.save(output, dict(zip(("o", "final_state"), result, strict=True)) if state else {"o": result})
     except OSError as error:
         raise click.ClickException(f"{error.filename or source}: {error.strerror or error}") from None
     except (MemoryError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
