@@ -49,6 +49,9 @@ struct Problem {
   View q, k, v, o;                  // [B, H?, N, K|V]
   View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
   View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
+  // LC_BACKWARD: given are d_o and d_final_state, the others are written; each like its forward twin, none required.
+  // Stride 0 of d_log_decay: summed.
+  View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   const void* cu_seqlens;           // [B + 1]
   const int32_t* state_indices;     // [B], stride 1, or nullptr: sequence b is slot b
   void* workspace;
