@@ -460,7 +460,8 @@ Checker structure(const lc_args& a) {
       like.at[like.rank] = {"", a.log_decay->shape[like.rank]};
     c.shape("d_log_decay", *t, like);
     type_among("d_log_decay", *t, {p.decay_type}, " like log_decay");
-    p.d_log_decay = c.decay_view("d_log_decay", *t);
+    const View w = c.decay_view("d_log_decay", *t);
+    if (!empty(*t)) p.d_log_decay = w;  // of no sequences: nothing to write
   }
   if (backward) {
     c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
