@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "../cost.h"
 #include "../methods.h"
 #include "simd.h"
 
@@ -10,21 +11,6 @@ namespace lc::LC_ISA {
 // What one core of these instructions computes and moves in a microsecond, at the most.
 constexpr double kFlopPerUs = kVectorBytes == 64 ? 110e3 : kVectorBytes == 32 ? 70e3 : 15e3;
 constexpr double kBytesPerUs = 20e3;
-
-LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
-
-// Every operand read or written once.
-LC_INLINE double least_bytes(const Problem& p) {
-  const double n = double(tokens(p)), states = double(p.B * p.Hs) * double(p.K * p.V) * type_bytes(p.state_type);
-  return n * type_bytes(p.type) * double((p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V) +
-         states * (p.op == LC_DECODE ? 2 : int(bool(p.initial_state)) + int(bool(p.final_state)));
-}
-
-// Of one state.
-LC_INLINE double state_bytes(const Problem& p) { return double(p.K * p.V) * (p.type == Type::f64 ? 8 : 4); }
-
-// Tokens of one sequence; of packed ones on average, as their lengths may lie on a device.
-LC_INLINE double mean_length(const Problem& p) { return double(tokens(p)) / double(std::max<int64_t>(p.B, 1)); }
 
 // What a method does, see methods.h; tasks: pieces of work that cost something each, besides.
 struct Work {

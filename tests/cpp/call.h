@@ -251,6 +251,7 @@ constexpr double kMixed = -1;                           // gamma: another one fo
 
 struct Spec {
   lc_op op = LC_FORWARD;
+  lc_device device = {LC_CPU, 0};  // of every tensor but a scalar
   int64_t B = 2, Hq = 2, Hk = 2, Hv = 2, N = 5, K = 3, V = 4;
   lc_dtype dtype = kF32;
   Decay decay = Decay::head;
@@ -346,6 +347,9 @@ struct Call {
       if (s.initial || s.in_place) state_tensor(initial_state, wide, states);
       if (s.final) state_tensor(final_state, wide, states);
     }
+
+    for (Tensor* t : tensors())
+      if (t->ndim) t->device = s.device;
 
     args.struct_size = sizeof args;
     args.op = s.op;
