@@ -348,6 +348,7 @@ constexpr double kMixed = -1;                           // gamma: another one fo
 
 struct Spec {
   lc_op op = LC_FORWARD;
+  lc_device device = {LC_CPU, 0};  // of every tensor but a scalar
   int64_t B = 2, Hq = 2, Hk = 2, Hv = 2, N = 5, K = 3, V = 4;
   lc_dtype dtype = kF32;
   Decay decay = Decay::head;
@@ -459,6 +460,9 @@ struct Call {
     } else {
       token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
     }
+
+    for (Tensor* t : tensors())
+      if (t->ndim) t->device = s.device;
 
     args.struct_size = sizeof args;
     args.op = s.op;
