@@ -239,10 +239,12 @@ const char* launch(dim3 grid, int block, int smem, Stream stream, const typename
   cudaError_t error = cudaSuccess;
   if (smem > 48 * 1024) error = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
   if (error == cudaSuccess) {
-    entry<K><<<grid, block, size_t(smem), stream>>>(p);
-    error = cudaGetLastError();
+    void* arguments[] = {const_cast<typename K::Params*>(&p)};
+    error = cudaLaunchKernel(entry<K>, grid, dim3(unsigned(block)), arguments, size_t(smem), stream);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // not for the next call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace simt

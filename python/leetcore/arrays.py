@@ -10,11 +10,18 @@ A library here is an object with
 - ``contiguous(array)``: a copy whose last dimension is contiguous;
 - ``empty(shape, like, float_bits)``: a new array beside `like`, of its dtype (0) or of float32 / float64;
 - ``result(array)``: a finished array of ``empty`` as the caller's kind of array;
-- ``numpy(array)``, ``from_numpy(array)``: as numpy's array, sharing memory where both can, and back.
+- ``numpy(array)``, ``from_numpy(array)``: as numpy's array, sharing memory where both can, and back;
+- ``assign(array, values)``: writes numpy's values into an array;
+- ``at(array, stream)``: the library where that array is, and the stream of the call as a number. On a GPU it is an object
+  of that call alone, a subclass of ``OnGpu``: arrays are exported for that stream, made and copied on it.
+
+On a GPU the host waits for nothing. The stream is the caller's, else the library's current one; the library makes it
+wait for what it is still writing (``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -23,6 +30,10 @@ import numpy as np
 from . import _core
 
 Array = Any
+Stream = Any  # a number, or an object that has one
+
+_CUDA = 2  # DLPack's name of the device, ...
+_LEGACY = 1  # ... and of the stream that CUDA calls 0
 
 
 class NumPy:
@@ -31,6 +42,9 @@ class NumPy:
 
     def owns(self, array: Array) -> bool:
         return isinstance(array, np.ndarray)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+        return self, _number(stream)
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         return array
@@ -57,6 +71,9 @@ class NumPy:
     def from_numpy(self, array: Array) -> Array:
         return array
 
+    def assign(self, array: Array, values: Array) -> None:
+        self.numpy(array)[...] = values
+
 
 class Torch:
     name = "torch"
@@ -65,6 +82,12 @@ class Torch:
     def owns(self, array: Array) -> bool:
         torch = sys.modules.get("torch")
         return torch is not None and isinstance(array, torch.Tensor)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+        if not array.is_cuda:
+            return self, _number(stream)
+        library = TorchOnGpu(array, stream)
+        return library, library.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         import torch
@@ -117,11 +140,171 @@ class Torch:
             return torch.from_numpy(array)
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
+    def assign(self, array: Array, values: Array) -> None:
+        array.copy_(self.from_numpy(values))
+
+
+class TorchOnGpu(Torch):
+    """What torch does under ``with torch.cuda.stream(stream)``, with inputs that other streams may still be writing."""
+
+    def __init__(self, array: Array, stream: Stream) -> None:
+        import torch
+
+        self._device = array.device
+        current = torch.cuda.current_stream(self._device)
+        self.stream = current.cuda_stream if stream is None else _number(stream)
+        self._other = None
+        if self.stream != current.cuda_stream:
+            self._other = (  # ExternalStream(0) would be a new stream
+                torch.cuda.ExternalStream(self.stream, device=self._device)
+                if self.stream
+                else torch.cuda.default_stream(self._device)
+            )
+            self._other.wait_stream(current)
+
+    def _on_stream(self) -> Any:
+        import torch
+
+        return contextlib.nullcontext() if self._other is None else torch.cuda.stream(self._other)
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        exported = super().export(name, array, writable)
+        if self._other is not None and array.is_cuda:
+            array.record_stream(self._other)  # its memory is not used anew before that stream is done with it
+        return exported
+
+    def contiguous(self, array: Array) -> Array:
+        with self._on_stream():
+            return super().contiguous(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        with self._on_stream():
+            return super().empty(shape, like, float_bits)
+
+    def from_numpy(self, array: Array) -> Array:
+        return super().from_numpy(array).to(self._device)
+
+
+class OnGpu:
+    """Arrays of any library with the functions of the array API standard, on a GPU, during one call.
+
+    Without a stream of the caller's the work goes to the legacy default stream: of such a library nothing more is known.
+    """
+
+    plain = False
+
+    def __init__(self, library: Immutable | CuPy, array: Array, stream: Stream) -> None:
+        self.name = library.name
+        self.stream = _number(stream)
+        self._device = array.device
+        self._functions = getattr(array, "__array_namespace__", lambda: None)()
+        if self._functions is None:
+            raise TypeError(
+                f"q: expected an array of torch, cupy, jax or a library with __array_namespace__, got one of {self.name}"
+            )
+
+    def owns(self, array: Array) -> bool:
+        return _package(array) == self.name
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        stream = (self.stream or _LEGACY) if _is_on_gpu(array) else None
+        try:
+            try:
+                return array.__dlpack__(stream=stream, max_version=(1, 0))
+            except TypeError:  # of a library before DLPack 1
+                return array.__dlpack__(stream=stream)
+        except BufferError as error:
+            raise BufferError(f"{name}: {error}") from None
+
+    def repair(self, name: str, array: Array, writable: bool) -> Any:
+        if writable:
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
+        raise TypeError(f"{name}: expected an array that exports a float dtype, got {type(array).__name__}")
+
+    def contiguous(self, array: Array) -> Array:
+        return self._functions.asarray(array, copy=True)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        dtype = getattr(self._functions, f"float{float_bits}") if float_bits else like.dtype
+        return self._functions.empty(shape, dtype=dtype, device=self._device)
+
+    def result(self, array: Array) -> Array:
+        return array
+
+    def numpy(self, array: Array) -> Array:
+        return np.from_dlpack(array, device="cpu")
+
+    def from_numpy(self, array: Array) -> Array:
+        return self._functions.asarray(array, device=self._device)
+
+    def assign(self, array: Array, values: Array) -> None:
+        array[...] = self.from_numpy(values)
+
+
+class CuPy:
+    name = "cupy"
+    plain = False
+
+    def owns(self, array: Array) -> bool:
+        cupy = sys.modules.get("cupy")
+        return cupy is not None and isinstance(array, cupy.ndarray)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+        library = CuPyOnGpu(self, array, stream)
+        return library, library.stream
+
+    def numpy(self, array: Array) -> Array:
+        return array.get()
+
+
+class CuPyOnGpu(OnGpu):
+    """Memory is of the pool of the call's stream, which gives it out anew in that stream's order.
+
+    The inputs are of the pools of other streams: with a stream of their own callers keep them until it is done.
+    """
+
+    def __init__(self, library: CuPy, array: Array, stream: Stream) -> None:
+        import cupy
+
+        self.name = library.name
+        self._device = array.device
+        with self._device:
+            self._queue = (
+                cupy.cuda.get_current_stream() if stream is None else cupy.cuda.ExternalStream(_number(stream))
+            )
+        self.stream = self._queue.ptr
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        with self._device:  # on the stream that is current there: it is what the call's stream has to wait for
+            return super().export(name, array, writable)
+
+    def contiguous(self, array: Array) -> Array:
+        import cupy
+
+        with self._device, self._queue:
+            return cupy.ascontiguousarray(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        import cupy
+
+        with self._device, self._queue:
+            return cupy.empty(shape, f"float{float_bits}" if float_bits else like.dtype)
+
+    def numpy(self, array: Array) -> Array:
+        return array.get()
+
+    def from_numpy(self, array: Array) -> Array:
+        import cupy
+
+        with self._device:
+            return cupy.asarray(array)
+
 
 class Immutable(NumPy):
     """Libraries whose arrays are never written: results are made by numpy and handed over."""
 
     plain = False
+    _on_gpu: type[OnGpu] = OnGpu
 
     def __init__(self, name: str, convert: Any) -> None:
         self.name = name
@@ -129,6 +312,12 @@ class Immutable(NumPy):
 
     def owns(self, array: Array) -> bool:
         return _package(array) == self.name
+
+    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+        if not _is_on_gpu(array):
+            return self, _number(stream)
+        library = self._on_gpu(self, array, stream)
+        return library, library.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not isinstance(array, np.ndarray):
@@ -159,7 +348,58 @@ class Immutable(NumPy):
         return self.result(array)
 
 
+class JaxOnGpu(OnGpu):
+    """New arrays share the memory of arrays that jax made (zeros: XLA knows no empty ones) and nobody else has seen.
+
+    The work goes to the stream on which jax waits for memory that comes from outside, so that jax.dlpack.from_dlpack
+    orders everything that jax does with a result behind it. jax does not learn when that stream has read an input: the
+    results keep the inputs, and the scratch, alive.
+    """
+
+    def __init__(self, library: Immutable, array: Array, stream: Stream) -> None:
+        if stream is not None:
+            raise ValueError("stream: expected None with jax arrays, as jax orders its work by streams of its own")
+        self.name = library.name
+        (self._device,) = array.devices()
+        self.stream = self._device.get_stream_for_external_ready_events()
+        self._made: list[Array] = []
+        self._held: list[Array] = []
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        if writable and not any(array is made for made in self._made):
+            raise TypeError(f"{name}: expected an array that can be written, got one of jax, which are immutable")
+        self._held.append(array)
+        return super().export(name, array, writable)
+
+    def contiguous(self, array: Array) -> Array:
+        import jax.numpy as jnp
+
+        return jnp.array(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        import jax.numpy as jnp
+
+        array = jnp.empty(shape, f"float{float_bits}" if float_bits else like.dtype, device=self._device)
+        self._made.append(array)
+        return array
+
+    def result(self, array: Array) -> Array:
+        import jax
+
+        return jax.dlpack.from_dlpack(_core.owned(array.__dlpack__(stream=self.stream), tuple(self._held)))
+
+    def numpy(self, array: Array) -> Array:
+        return np.asarray(array)
+
+    def from_numpy(self, array: Array) -> Array:
+        import jax
+
+        return jax.device_put(array, self._device)
+
+
 class Jax(Immutable):
+    _on_gpu = JaxOnGpu
+
     def __init__(self) -> None:
         super().__init__("jax", None)
 
@@ -185,6 +425,28 @@ class Jax(Immutable):
 
     def numpy(self, array: Array) -> Array:
         return np.asarray(array)
+
+
+def _number(stream: Stream) -> int:
+    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba. None: 0."""
+    if stream is None:
+        return 0
+    if hasattr(stream, "__cuda_stream__"):
+        _, number = stream.__cuda_stream__()
+    else:
+        number = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise TypeError(
+            f"stream: expected None, a cudaStream_t as a number, or a stream of torch, cupy or cuda.core, got {stream!r}"
+        )
+    return 0 if number == _LEGACY else number
+
+
+def _is_on_gpu(array: Array) -> bool:
+    try:
+        return bool(array.__dlpack_device__()[0] == _CUDA)
+    except (AttributeError, BufferError):  # export and repair say what is wrong with it
+        return False
 
 
 def _package(array: Array) -> str:
@@ -220,10 +482,10 @@ def _other_library(array: Array) -> Immutable:
     return Immutable(_package(array), getattr(namespace, "from_dlpack", lambda x: x))
 
 
-Library = NumPy | Torch
+Library = NumPy | Torch | CuPy | OnGpu
 
 _NUMPY, TORCH = NumPy(), Torch()
-_SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax())
+_SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax(), CuPy())
 _of_type: dict[type, Library] = {np.ndarray: _NUMPY}
 
 

@@ -17,6 +17,10 @@ const Limits& limits(int device) {
   return simt::device();
 }
 
+void launch_failed(const Problem& p, const char* kernel, const char* why) {
+  fail(LC_DEVICE, "kernel %s on CUDA device %d: %s", kernel, p.device.id, why);
+}
+
 DeviceGuard::DeviceGuard(int) : before_(-1) {}
 DeviceGuard::~DeviceGuard() = default;
 
