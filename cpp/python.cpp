@@ -315,7 +315,7 @@ nb::object as_bfloat16(nb::handle array) {
   return view(nb::cast<nb::ndarray<nb::ro>>(array, false), bfloat16, array);
 }
 
-// The same array, freed together with `owner`.
+// The same array, freed together with `owner`; as a capsule.
 nb::object owned(const nb::ndarray<>& array, nb::handle owner) { return view(array, array.dtype(), owner); }
 
 nb::list methods() {

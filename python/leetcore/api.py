@@ -55,8 +55,8 @@ def linear_attention(
         method: "auto", or a name of `leetcore.methods()` (a registered function's too), or "lightning" for "chunk".
         precision: "ieee" (default) or "tf32", which lets GPUs round float32 products; the CPU never does.
         out: receives o; writable, its own memory.
-        stream: for GPU arrays, where the work is put: a cudaStream_t as a number, or a stream of torch, cupy or cuda.core.
-            None: the current stream of torch or cupy, jax's own order, else the legacy default stream.
+        stream: for GPU arrays, where the work is put: a cudaStream_t as a number, or a stream of torch, cupy or
+            cuda.core. None: the current stream of torch or cupy, jax's own order, else the legacy default stream.
 
     All arrays are on one device, and a call on a GPU returns before its work is done: o is ready for what is put on the
     same stream. The stream waits for what the library is still writing to the inputs. Values on a GPU are not checked.

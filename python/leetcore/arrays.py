@@ -1,29 +1,15 @@
 """The only module that knows which array libraries exist: how each exports, allocates and takes back arrays.
 
-A library here is an object with
-
-- ``plain``: whether ``export`` and ``result`` return what they are given, so that they need not be called;
-- ``owns(array)``: whether the array is of this library;
-- ``export(name, array, writable)``: what the extension module imports through DLPack or the buffer protocol, usually
-  the array itself; raises for an array that must not be used as it is;
-- ``repair(name, array, writable)``: a second try where that import failed, or an error that says why;
-- ``contiguous(array)``: a copy whose last dimension is contiguous;
-- ``empty(shape, like, float_bits)``: a new array beside `like`, of its dtype (0) or of float32 / float64;
-- ``result(array)``: a finished array of ``empty`` as the caller's kind of array;
-- ``numpy(array)``, ``from_numpy(array)``: as numpy's array, sharing memory where both can, and back;
-- ``assign(array, values)``: writes numpy's values into an array;
-- ``at(array, stream)``: the library where that array is, and the stream of the call as a number. On a GPU it is an object
-  of that call alone, a subclass of ``OnGpu``: arrays are exported for that stream, made and copied on it.
-
-On a GPU the host waits for nothing. The stream is the caller's, else the library's current one; the library makes it
-wait for what it is still writing (``__dlpack__(stream=...)``).
+A library (`Library`) finds its arrays of one call where they are (`Place`): on the host, or on a GPU and its stream. On
+a GPU the host waits for nothing. The stream is the caller's, else the library's current one; the library makes it wait
+for what it is still writing to the inputs (DLPack's ``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,6 +22,54 @@ _CUDA = 2  # DLPack's name of the device, ...
 _LEGACY = 1  # ... and of the stream that CUDA calls 0
 
 
+class Library(Protocol):
+    """A kind of arrays."""
+
+    name: str
+
+    def owns(self, array: Array) -> bool:
+        """Whether the array is of this library."""
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        """Where the arrays of a call lie, by one of them, and the call's stream as a number."""
+
+    def numpy(self, array: Array) -> Array:
+        """As numpy's array, sharing memory where both can."""
+
+
+class Place(Protocol):
+    """The arrays of a library in one place; on a GPU, an object for one call."""
+
+    plain: bool  # whether export and result return what they are given, so that they need not be called
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        """What the extension module imports through DLPack or the buffer protocol, usually the array itself.
+
+        Raises for an array that must not be used as it is.
+        """
+
+    def repair(self, name: str, array: Array, writable: bool) -> Any:
+        """A second try where that import failed, or an error that says why."""
+
+    def contiguous(self, array: Array) -> Array:
+        """A copy whose last dimension is contiguous."""
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        """A new array beside `like`, of its dtype (0) or of float32 / float64."""
+
+    def result(self, array: Array) -> Array:
+        """A finished array of `empty` as the caller's kind of array."""
+
+    def numpy(self, array: Array) -> Array:
+        """As numpy's array, sharing memory where both can."""
+
+    def from_numpy(self, array: Array) -> Array:
+        """numpy's array as one of the caller's kind, in this place."""
+
+    def assign(self, array: Array, values: Array) -> None:
+        """Writes numpy's values into an array."""
+
+
 class NumPy:
     name = "numpy"
     plain = True
@@ -43,7 +77,7 @@ class NumPy:
     def owns(self, array: Array) -> bool:
         return isinstance(array, np.ndarray)
 
-    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
         return self, _number(stream)
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
@@ -83,11 +117,11 @@ class Torch:
         torch = sys.modules.get("torch")
         return torch is not None and isinstance(array, torch.Tensor)
 
-    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
         if not array.is_cuda:
             return self, _number(stream)
-        library = TorchOnGpu(array, stream)
-        return library, library.stream
+        place = TorchOnGpu(array, stream)
+        return place, place.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         import torch
@@ -152,11 +186,11 @@ class TorchOnGpu(Torch):
 
         self._device = array.device
         current = torch.cuda.current_stream(self._device)
-        self.stream = current.cuda_stream if stream is None else _number(stream)
+        self.stream = current.cuda_stream if stream is None else _gpu_number(stream)
         self._other = None
         if self.stream != current.cuda_stream:
             self._other = (  # ExternalStream(0) would be a new stream
-                torch.cuda.ExternalStream(self.stream, device=self._device)
+                torch.cuda.ExternalStream(self.stream, device=self._device)  # type: ignore[no-untyped-call]
                 if self.stream
                 else torch.cuda.default_stream(self._device)
             )
@@ -188,23 +222,19 @@ class TorchOnGpu(Torch):
 class OnGpu:
     """Arrays of any library with the functions of the array API standard, on a GPU, during one call.
 
-    Without a stream of the caller's the work goes to the legacy default stream: of such a library nothing more is known.
+    Without a stream of the caller's the work goes to the legacy default stream: nothing more is known of the library.
     """
 
     plain = False
 
-    def __init__(self, library: Immutable | CuPy, array: Array, stream: Stream) -> None:
-        self.name = library.name
-        self.stream = _number(stream)
-        self._device = array.device
-        self._functions = getattr(array, "__array_namespace__", lambda: None)()
-        if self._functions is None:
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
+        self.stream = _gpu_number(stream)
+        if not hasattr(array, "__array_namespace__"):
             raise TypeError(
-                f"q: expected an array of torch, cupy, jax or a library with __array_namespace__, got one of {self.name}"
+                f"q: expected an array of torch, cupy, jax or a library with __array_namespace__, got one of {library}"
             )
-
-    def owns(self, array: Array) -> bool:
-        return _package(array) == self.name
+        self._functions = array.__array_namespace__()
+        self._device = array.device
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         stream = (self.stream or _LEGACY) if _is_on_gpu(array) else None
@@ -249,9 +279,9 @@ class CuPy:
         cupy = sys.modules.get("cupy")
         return cupy is not None and isinstance(array, cupy.ndarray)
 
-    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
-        library = CuPyOnGpu(self, array, stream)
-        return library, library.stream
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        place = CuPyOnGpu(self.name, array, stream)
+        return place, place.stream
 
     def numpy(self, array: Array) -> Array:
         return array.get()
@@ -263,14 +293,12 @@ class CuPyOnGpu(OnGpu):
     The inputs are of the pools of other streams: with a stream of their own callers keep them until it is done.
     """
 
-    def __init__(self, library: CuPy, array: Array, stream: Stream) -> None:
-        import cupy
-
-        self.name = library.name
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
+        self._cupy = cupy = sys.modules["cupy"]
         self._device = array.device
         with self._device:
             self._queue = (
-                cupy.cuda.get_current_stream() if stream is None else cupy.cuda.ExternalStream(_number(stream))
+                cupy.cuda.get_current_stream() if stream is None else cupy.cuda.ExternalStream(_gpu_number(stream))
             )
         self.stream = self._queue.ptr
 
@@ -279,25 +307,19 @@ class CuPyOnGpu(OnGpu):
             return super().export(name, array, writable)
 
     def contiguous(self, array: Array) -> Array:
-        import cupy
-
         with self._device, self._queue:
-            return cupy.ascontiguousarray(array)
+            return self._cupy.ascontiguousarray(array)
 
     def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
-        import cupy
-
         with self._device, self._queue:
-            return cupy.empty(shape, f"float{float_bits}" if float_bits else like.dtype)
+            return self._cupy.empty(shape, f"float{float_bits}" if float_bits else like.dtype)
 
     def numpy(self, array: Array) -> Array:
         return array.get()
 
     def from_numpy(self, array: Array) -> Array:
-        import cupy
-
         with self._device:
-            return cupy.asarray(array)
+            return self._cupy.asarray(array)
 
 
 class Immutable(NumPy):
@@ -313,11 +335,11 @@ class Immutable(NumPy):
     def owns(self, array: Array) -> bool:
         return _package(array) == self.name
 
-    def at(self, array: Array, stream: Stream) -> tuple[Library, int]:
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
         if not _is_on_gpu(array):
             return self, _number(stream)
-        library = self._on_gpu(self, array, stream)
-        return library, library.stream
+        place = self._on_gpu(self.name, array, stream)
+        return place, place.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not isinstance(array, np.ndarray):
@@ -356,10 +378,9 @@ class JaxOnGpu(OnGpu):
     results keep the inputs, and the scratch, alive.
     """
 
-    def __init__(self, library: Immutable, array: Array, stream: Stream) -> None:
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
         if stream is not None:
             raise ValueError("stream: expected None with jax arrays, as jax orders its work by streams of its own")
-        self.name = library.name
         (self._device,) = array.devices()
         self.stream = self._device.get_stream_for_external_ready_events()
         self._made: list[Array] = []
@@ -386,7 +407,8 @@ class JaxOnGpu(OnGpu):
     def result(self, array: Array) -> Array:
         import jax
 
-        return jax.dlpack.from_dlpack(_core.owned(array.__dlpack__(stream=self.stream), tuple(self._held)))
+        capsule = _core.owned(array.__dlpack__(stream=self.stream), tuple(self._held))
+        return jax.dlpack.from_dlpack(_Producer(capsule, array.__dlpack_device__()))
 
     def numpy(self, array: Array) -> Array:
         return np.asarray(array)
@@ -395,6 +417,19 @@ class JaxOnGpu(OnGpu):
         import jax
 
         return jax.device_put(array, self._device)
+
+
+class _Producer:
+    """What jax.dlpack.from_dlpack wants around a capsule whose stream it waits on anyway."""
+
+    def __init__(self, capsule: Any, device: tuple[int, int]) -> None:
+        self._capsule, self._device = capsule, device
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
 
 
 class Jax(Immutable):
@@ -436,9 +471,14 @@ def _number(stream: Stream) -> int:
     else:
         number = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise TypeError(
-            f"stream: expected None, a cudaStream_t as a number, or a stream of torch, cupy or cuda.core, got {stream!r}"
-        )
+        expected = "None, a cudaStream_t as a number, or a stream of torch, cupy or cuda.core"
+        raise TypeError(f"stream: expected {expected}, got {stream!r}")
+    return number
+
+
+def _gpu_number(stream: Stream) -> int:
+    """The same, with one name for the legacy default stream: CUDA's."""
+    number = _number(stream)
     return 0 if number == _LEGACY else number
 
 
@@ -481,8 +521,6 @@ def _other_library(array: Array) -> Immutable:
     namespace = getattr(array, "__array_namespace__", lambda: None)() or sys.modules.get(_package(array))
     return Immutable(_package(array), getattr(namespace, "from_dlpack", lambda x: x))
 
-
-Library = NumPy | Torch | CuPy | OnGpu
 
 _NUMPY, TORCH = NumPy(), Torch()
 _SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax(), CuPy())
