@@ -38,6 +38,16 @@ class _Managed(ctypes.Structure):
     _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),  # 1: read only
+        ("tensor", _DLTensor),
+    )
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _delete(address):
     del _alive[address]
@@ -47,12 +57,12 @@ _new = ctypes.pythonapi.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-_NAME = b"dltensor"
+_NAME, _VERSIONED = b"dltensor", b"dltensor_versioned"
 _CODES = {"i": 0, "u": 1, "f": 2}
 
 
-def capsule(host, device=0, owner=None):
-    """numpy's memory as an unversioned DLPack capsule of a CUDA device; kernels may touch it from now on."""
+def capsule(host, device=0, owner=None, read_only=False):
+    """numpy's memory as a DLPack capsule of a CUDA device; kernels may touch it from now on."""
     emulator.allow(host)
     sizes = (ctypes.c_int64 * host.ndim)(*host.shape)
     steps = (ctypes.c_int64 * host.ndim)(*(s // host.itemsize for s in host.strides))
@@ -67,9 +77,10 @@ def capsule(host, device=0, owner=None):
         shape=sizes,
         strides=steps,
     )
-    managed = _Managed(tensor, None, ctypes.cast(_delete, ctypes.c_void_p))
+    delete = ctypes.cast(_delete, ctypes.c_void_p)
+    managed = _Versioned((1, 0), None, delete, 1, tensor) if read_only else _Managed(tensor, None, delete)
     _alive[ctypes.addressof(managed)] = managed, sizes, steps, host, owner
-    return _new(ctypes.addressof(managed), _NAME, None)
+    return _new(ctypes.addressof(managed), _VERSIONED if read_only else _NAME, None)
 
 
 def memory_of(capsule):
@@ -181,8 +192,22 @@ class OtherArray(Array):
 class OldArray(OtherArray):
     """Of a library that knows no versions of DLPack."""
 
+    __module__ = "fakelib"
+
     def __dlpack__(self, *, stream=None):
         return super().__dlpack__(stream=stream)
+
+
+class ReadOnlyArray(OtherArray):
+    """DLPack can say so since version 1."""
+
+    __module__ = "fakelib"
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        if not max_version:
+            raise BufferError("read-only memory needs DLPack 1")
+        exports.append(stream)
+        return capsule(self.host, self.number, self, read_only=True)
 
 
 # ---- cupy -----------------------------------------------------------------------------------------------------------

@@ -358,6 +358,14 @@ def test_an_export_that_fails_names_the_argument():
         leetcore.linear_attention(OtherArray(q), Stubborn(k), OtherArray(v))
 
 
+def test_read_only_inputs_are_welcome_and_outputs_refused():
+    q, k, v = inputs()
+    o = leetcore.linear_attention(*map(fake_gpu.ReadOnlyArray, (q, k, v)), -0.1)
+    assert error(o, reference.linear_attention(q, k, v, np.float64(-0.1))[0]) < TOLERANCE["f32"][0]
+    with pytest.raises(ValueError, match=r"^out: expected a writable array, got a read-only one"):
+        leetcore.linear_attention(*map(OtherArray, (q, k, v)), -0.1, out=fake_gpu.ReadOnlyArray(np.zeros_like(q)))
+
+
 def test_a_library_that_cannot_make_arrays_is_refused():
     class Bare(fake_gpu.Array):
         __module__ = "barelib"

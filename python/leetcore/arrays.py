@@ -239,11 +239,10 @@ class OnGpu:
     def export(self, name: str, array: Array, writable: bool) -> Any:
         stream = (self.stream or _LEGACY) if _is_on_gpu(array) else None
         try:
-            try:
-                return array.__dlpack__(stream=stream, max_version=(1, 0))
-            except TypeError:  # of a library before DLPack 1
+            with contextlib.suppress(BufferError):
                 return array.__dlpack__(stream=stream)
-        except BufferError as error:
+            return array.__dlpack__(stream=stream, max_version=(1, 0))  # read-only memory may be exported by no other
+        except (BufferError, TypeError) as error:
             raise BufferError(f"{name}: {error}") from None
 
     def repair(self, name: str, array: Array, writable: bool) -> Any:
