@@ -131,6 +131,20 @@ TEST_F(Emulated, LargeHeadDims) {
   }
 }
 
+// Less shared memory, and so few processors that blocks need not be small.
+TEST_F(Emulated, Devices) {
+  for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kInputs)
+      for (int64_t K : {40, 256}) {
+        device.processors = 1;
+        simt::device() = device;
+        Spec spec;
+        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 70, spec.K = K, spec.V = 72;
+        spec.decay = Decay::token, spec.in_place = true;
+        check(spec);
+      }
+}
+
 TEST_F(Emulated, Decays) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
