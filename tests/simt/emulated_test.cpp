@@ -160,6 +160,16 @@ TEST_F(Emulated, SmallCaches) {
     }
 }
 
+// More than 128 chunks: a third round of merges in the tree of recursive.
+TEST_F(Emulated, LongSequences) {
+  for (Decay decay : {Decay::head, Decay::token}) {
+    Spec spec;
+    spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
+    spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
+    check(spec);
+  }
+}
+
 TEST_F(Emulated, Decays) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
