@@ -167,6 +167,8 @@ TEST_F(Emulated, LongSequences) {
     spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
     spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
     check(spec);
+    spec.N = 1500, spec.cu = {0, 590, 590, 600, 1500}, spec.gamma = kMixed;
+    check(spec);
   }
 }
 
