@@ -5,7 +5,7 @@
 //
 // Outputs and workspace are full of NaN before each call and have guard bytes around them. Each call is made twice, on
 // different streams: the answers must agree bit for bit. Exits with 1 if anything was wrong, with 2 if the device
-// broke. g++ builds the same program on the emulator.
+// broke, with 77 if there is none. g++ builds the same program on the emulator.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -49,6 +49,10 @@ class Memory {
   size_t bytes_;
 };
 
+bool there_is_a_device() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices;
+}
 void* stream(int n) {
   static cudaStream_t streams[2] = {};
   if (!streams[n]) require(cudaStreamCreateWithFlags(&streams[n], cudaStreamNonBlocking), "cudaStreamCreate");
@@ -77,6 +81,7 @@ class Memory {
   unsigned char* p_;
 };
 
+bool there_is_a_device() { return true; }
 void* stream(int) { return nullptr; }
 void wait(int) { simt::forget(); }
 const char* complaint() { return simt::report().errors() ? simt::report().messages[0].c_str() : nullptr; }
@@ -127,6 +132,13 @@ bool run_there(Call& call, int n, lc_status* status) {
   return true;
 }
 
+// Of a text that says for every row whether it serves: the method's own line, the last one, as CPU rows come first.
+std::string reason(const std::string& text, const std::string& method) {
+  const size_t line = text.rfind("\n  " + method + ": ");
+  if (line == std::string::npos) return text;
+  return text.substr(line + 3, text.find('\n', line + 1) - line - 3);
+}
+
 struct Count {
   int served = 0, failed = 0;
   std::set<std::string> refusals;
@@ -145,7 +157,7 @@ std::string examine(const Spec& spec, const char* method, const Answer& answer, 
     lc_status status;
     const bool inside = run_there(call, n, &status);
     if (status == LC_UNSUPPORTED && !n) {
-      *refusal = lc_last_error();
+      *refusal = reason(lc_last_error(), method);
       return before == call.memory() ? "" : "wrote although it refused";
     }
     if (status != LC_OK) return lc_last_error();
@@ -248,6 +260,7 @@ int main(int argc, char** argv) {
       small = true;
     else
       counts[argv[i]];
+  if (!there_is_a_device()) return std::printf("there is no CUDA device\n"), 77;
   const bool all = counts.empty();
   std::set<std::string> known;
   for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
@@ -266,7 +279,7 @@ int main(int argc, char** argv) {
         std::string refusal;
         const std::string wrong = examine(spec, name.c_str(), answer, &served, &refusal);
         count.served += served, count.failed += !wrong.empty();
-        if (!refusal.empty()) count.refusals.insert(refusal.substr(0, refusal.find('\n')));
+        if (!refusal.empty()) count.refusals.insert(refusal);
         if (!wrong.empty()) std::printf("WRONG %s: %s: %s\n", name.c_str(), describe(spec).c_str(), wrong.c_str());
         std::fflush(stdout);
       }
