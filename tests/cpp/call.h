@@ -537,9 +537,10 @@ struct Call {
     args.workspace = nullptr;
     const lc_status status = lc_workspace(&args, &args.workspace_bytes);
     if (status != LC_OK) return status;
-    scratch.assign(args.workspace_bytes + 64 + 2 * Tensor::kGuard, Tensor::kUntouched);
+    const size_t alignment = spec.device.type == LC_CUDA ? 256 : 64;
+    scratch.assign(args.workspace_bytes + alignment + 2 * Tensor::kGuard, Tensor::kUntouched);
     const auto start = reinterpret_cast<uintptr_t>(scratch.data()) + Tensor::kGuard;
-    args.workspace = scratch.data() + Tensor::kGuard + (64 - start % 64) % 64;
+    args.workspace = scratch.data() + Tensor::kGuard + (alignment - start % alignment) % alignment;
     std::memset(args.workspace, 0xFF, args.workspace_bytes);
     return LC_OK;
   }

@@ -7,6 +7,11 @@
  * One validated call by one method: fill an lc_args, ask lc_workspace how much scratch it needs, call lc_run.
  * The library keeps no state between calls, allocates no tensors, never prints, never aborts and throws nothing.
  * Every function may be called from any number of threads at once.
+ *
+ * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns: it allocates nothing,
+ * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph. The device that is current does
+ * not matter and does not change. All tensors are on one device; a rank-0 log_decay alone is on the host and read at
+ * once. Memory, the workspace too, stays valid until the stream has done the work.
  */
 #ifndef LEETCORE_H
 #define LEETCORE_H
@@ -32,7 +37,7 @@ typedef enum lc_status {
   LC_OK = 0,
   LC_INVALID = 1,     /* the arguments contradict the contract; nothing was written           */
   LC_UNSUPPORTED = 2, /* valid, but no method (or not the named one) serves it; nothing written */
-  LC_DEVICE = 3,      /* the device reported an error, or this build has no such device        */
+  LC_DEVICE = 3,      /* no such device, too old, not in this build, a kernel did not start: the output is undefined */
   LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
   LC_INTERNAL = 5,    /* a bug in leetcore                                                     */
   LC_DTYPE = 6        /* a tensor of a dtype that is not allowed; nothing was written           */
@@ -112,12 +117,19 @@ typedef struct lc_args {
   const lc_tensor* d_v;             /* [B, Hv, N, V] */
   const lc_tensor* d_log_decay;     /* shaped like log_decay, which must be there */
   const lc_tensor* d_initial_state; /* [B, Hs, K, V]; initial_state need not be there */
-  void* workspace;                  /* scratch for this call alone, aligned to 64 bytes */
-  size_t workspace_bytes;           /* at least what lc_workspace says */
-  void* stream;                     /* cudaStream_t; must be NULL on the CPU */
+  void* workspace;        /* scratch for this call alone, where the tensors are; aligned to 64 bytes, 256 on a GPU */
+  size_t workspace_bytes; /* at least what lc_workspace says */
+  void* stream;           /* cudaStream_t of the tensors' device; must be NULL on the CPU */
 } lc_args;
 
-/* Runs the problem. Everything is validated before anything is written. */
+/* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there, which the
+ * caller answers for:
+ *   log_decay > 0 or NaN   what is computed for that head from that token on, in that sequence, is undefined
+ *   cu_seqlens             bounds are brought into [0, N], an end before its begin is an empty sequence; rows of o in no
+ *                          sequence are not written, rows in several are undefined
+ *   state_indices          a slot outside of the pool skips its sequence, as -1 does; what sequences with the same slot
+ *                          compute is undefined
+ * No value makes a kernel touch memory outside of the tensors. */
 LC_API lc_status lc_run(const lc_args* args);
 
 /* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no
