@@ -22,7 +22,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh pages cost as much as the work on them.
+// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh
+// pages cost as much as the work on them.
 void* host_scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
