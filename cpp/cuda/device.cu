@@ -54,6 +54,7 @@ Limits read(int device) {
   l.processors = attribute(cudaDevAttrMultiProcessorCount, device);
   l.shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   l.shared_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  l.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
   // kHz; two transfers a clock, 128 (or 64) fused multiply-adds a processor and clock.
   const double memory_mhz = attribute(cudaDevAttrMemoryClockRate, device) / 1e3;
   const double core_mhz = attribute(cudaDevAttrClockRate, device) / 1e3;

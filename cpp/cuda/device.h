@@ -10,6 +10,7 @@ struct Limits {
   int processors;                    // streaming multiprocessors
   int shared_block;                  // bytes of shared memory that one block may have
   int shared_processor;              // bytes that the blocks of one processor share
+  int64_t l2_bytes;                  // of the cache that all processors share
   double bytes_per_us, flop_per_us;  // of memory; of fused multiply-adds in float32: rough, for predictions
 };
 
