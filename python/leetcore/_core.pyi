@@ -20,6 +20,22 @@ def forward(
     stream: int,
     return_state: bool,
 ) -> Any: ...
+def backward(
+    lib: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    d_o: Any,
+    d_final_state: Any,
+    scale: float,
+    bnhd: bool,
+    tf32: bool,
+    stream: int,
+    wants: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def decode(
     lib: Any,
     q: Any,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,19 @@ from .methods import registered, run_registered
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["ieee", "tf32"]
 
+
+class Gradients(NamedTuple):
+    """What linear_attention_backward returns: like the arguments they are named after, None where not wanted."""
+
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_log_decay: Any
+    d_initial_state: Any
+
+
 _FORWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "out")
+_BACKWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "d_o", "d_final_state")
 _DECODE = ("q", "k", "v", "state", "log_decay", "state_indices", "out")
 
 
@@ -110,6 +123,68 @@ def linear_attention(
         if registered and "unknown method" in str(error):
             raise ValueError(f"{error}, {', '.join(registered)}") from None
         raise
+
+
+def linear_attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | float | None = None,
+    *,
+    d_o: Array | None = None,
+    d_final_state: Array | None = None,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    layout: Layout = "bhnd",
+    precision: Precision | None = None,
+    wants: Collection[str] | None = None,
+    stream: Stream | None = None,
+) -> Gradients:
+    """The gradients of `linear_attention`, whichever method computed it: of a loss whose gradients by its results are
+    d_o and d_final_state.
+
+    Args:
+        q, k, v, log_decay, scale, initial_state, cu_seqlens, layout, precision, stream: as `linear_attention` had them.
+        d_o: [B, H, N, V], the dtype of q. None: zeros.
+        d_final_state: shaped like the state that return_state=True returns, of its dtype. None: zeros; not both.
+        wants: names of the gradients to compute. Default: all whose argument was given.
+
+    Returns:
+        Gradients(d_q, d_k, d_v, d_log_decay, d_initial_state), each of the shape and dtype of what it is named after
+        (d_initial_state may be asked for without one) and in the caller's array library. A decay that tokens, sequences
+        or heads share has the sum over them. The gradient of log_decay = -inf is 0.
+
+    Raises:
+        ValueError, TypeError: as `linear_attention`.
+    """
+    log_decay = _scalar(log_decay)
+    lib, queue = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state).at(q, stream)
+    if wants is None:
+        given = (True, True, True, log_decay is not None, initial_state is not None)
+    else:
+        if isinstance(wants, str) or not set(wants) <= set(Gradients._fields):
+            raise ValueError(f"wants: expected names among {', '.join(Gradients._fields)}, got {wants!r}")
+        d_q, d_k, d_v, d_log_decay, d_initial_state = (name in wants for name in Gradients._fields)
+        given = (d_q, d_k, d_v, d_log_decay, d_initial_state)
+    return Gradients(
+        *_core.backward(
+            lib,
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            d_o,
+            d_final_state,
+            _real("scale", scale),
+            _bnhd(layout),
+            _tf32(precision),
+            queue,
+            given,
+        )
+    )
 
 
 def decode_step(
