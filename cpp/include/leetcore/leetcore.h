@@ -9,9 +9,10 @@
  * Every function may be called from any number of threads at once.
  *
  * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns: it allocates nothing,
- * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph. The device that is current
- * does not matter and does not change. All tensors are on one device; a rank-0 log_decay alone is on the host and read
- * at once. Memory, the workspace too, stays valid until the stream has done the work.
+ * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph (the method fft once it has run
+ * with these shapes: it keeps cuFFT's plans). The device that is current does not matter and does not change. All
+ * tensors are on one device; a rank-0 log_decay alone is on the host and read at once. Memory, the workspace too, stays
+ * valid until the stream has done the work.
  */
 #ifndef LEETCORE_H
 #define LEETCORE_H
