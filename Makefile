@@ -50,8 +50,9 @@ sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -LE slow
 
-build/ctest/build.ninja: | system
-	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON
+build/ctest/build.ninja: | system .venv/test
+	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON \
+	  -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python
 
 build/sanitize/build.ninja: | system
 	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
