@@ -50,7 +50,8 @@ def short_names(kernels):
     """{mangled: "lc::cuda::RecurrentForward<float>"}."""
     mangled = sorted(kernels)
     done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    return {m: re.sub(r"^void simt::entry<(.*)>\(.*", r"\1", d) for m, d in zip(mangled, done.stdout.splitlines())}
+    names = [re.sub(r"^void simt::entry<(.*)>\(.*", r"\1", line) for line in done.stdout.splitlines()]
+    return dict(zip(mangled, names, strict=True))
 
 
 def resources(text):
@@ -97,8 +98,8 @@ def problems(used, bounds, code):
         names = code.get((architecture, kernel), set())
         if r["STACK"] or r["LOCAL"] or names & {"LDL", "STL"}:
             yield f"{at} spills: a stack frame of {r['STACK']} bytes, {r['LOCAL']} bytes of local memory"
-        if r["SHARED"] > RESERVED[architecture]:
-            yield f"{at} {r['SHARED'] - RESERVED[architecture]} bytes of static shared memory: kernels have the launch's alone"
+        if own := r["SHARED"] - RESERVED[architecture]:
+            yield f"{at} {own} bytes of static shared memory: kernels have the launch's alone"
         threads, blocks = bounds.get(kernel, (None, 1))
         if not threads:
             yield f"{at} no launch bounds in the PTX: no virtual architecture was built, or the kernel has none"
