@@ -22,6 +22,9 @@ constexpr Schedule kSchedules[] = {{simt::Policy::lockstep, 1},
                                    {simt::Policy::warp_priority, 1},
                                    {simt::Policy::warp_priority, 2}};
 
+// Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
+const int kCufftIsChosen = setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
+
 class Emulated : public ::testing::Test {
  protected:
   void TearDown() override {
@@ -124,12 +127,13 @@ TEST_F(Emulated, EveryRowServes) {
 
 // At least three chunks of 64, ragged, unequal head dims, every schedule.
 TEST_F(Emulated, Schedules) {
-  for (lc_dtype dtype : kInputs) {
-    Spec spec;
-    spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = Decay::token;
-    spec.initial = spec.final = true;
-    check(spec, std::size(kSchedules));
-  }
+  for (lc_dtype dtype : kInputs)
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = decay;
+      spec.initial = spec.final = true;
+      check(spec, std::size(kSchedules));
+    }
 }
 
 TEST_F(Emulated, TokensAndHeadDims) {
@@ -153,6 +157,43 @@ TEST_F(Emulated, LargeHeadDims) {
   }
 }
 
+// Less shared memory, and so few processors that blocks need not be small.
+TEST_F(Emulated, Devices) {
+  for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kInputs)
+      for (int64_t K : {40, 256}) {
+        device.processors = 1;
+        simt::device() = device;
+        Spec spec;
+        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 35, spec.K = K, spec.V = 72;
+        spec.decay = Decay::token, spec.in_place = true;
+        check(spec);
+      }
+}
+
+// A cache so small that fft takes several passes, over units and over pairs of ranks.
+TEST_F(Emulated, SmallCaches) {
+  for (lc_dtype dtype : kInputs)
+    for (int kilobytes : {1, 40, 200}) {
+      simt::device().l2_bytes = kilobytes * 1024;
+      Spec spec;
+      spec.dtype = dtype, spec.Hq = 4, spec.N = 70, spec.K = 7, spec.V = 19, spec.initial = spec.final = true;
+      check(spec);
+    }
+}
+
+// More than 128 chunks: a third round of merges in the tree of recursive.
+TEST_F(Emulated, LongSequences) {
+  for (Decay decay : {Decay::head, Decay::token}) {
+    Spec spec;
+    spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
+    spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
+    check(spec);
+    spec.N = 1500, spec.cu = {0, 590, 590, 600, 1500}, spec.gamma = kMixed;
+    check(spec);
+  }
+}
+
 TEST_F(Emulated, Decays) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
@@ -168,12 +209,13 @@ TEST_F(Emulated, Decays) {
 TEST_F(Emulated, GroupedHeads) {
   constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
   for (const auto& h : heads)
-    for (bool in_place : {false, true}) {
-      Spec spec;
-      spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
-      spec.decay = Decay::token, spec.final = !in_place, spec.in_place = in_place;
-      check(spec);
-    }
+    for (Decay decay : {Decay::batch, Decay::token})
+      for (bool in_place : {false, true}) {
+        Spec spec;
+        spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
+        spec.decay = decay, spec.final = !in_place, spec.in_place = in_place;
+        check(spec);
+      }
 }
 
 TEST_F(Emulated, Layouts) {
@@ -182,7 +224,7 @@ TEST_F(Emulated, Layouts) {
       for (bool strided : {false, true}) {
         Spec spec;
         spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
-        spec.decay = Decay::token, spec.initial = spec.final = true;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
         check(spec);
       }
 }
@@ -204,6 +246,21 @@ TEST_F(Emulated, NothingToDo) {
     spec.B = B, spec.N = 0, spec.initial = spec.final = true;
     check(spec);
   }
+}
+
+// Of a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
+TEST(WithoutCufft, IsRefusedWithWhatToDo) {
+  const std::string chosen = std::getenv("LEETCORE_CUFFT");
+  if (chosen == CUFFT_DOUBLE) GTEST_SKIP() << "there is one";
+  Spec spec;
+  spec.device = {LC_CUDA, 0};
+  Call call(spec);
+  char text[4096];
+  ASSERT_EQ(LC_OK, lc_explain(&call.args, text, sizeof text)) << lc_last_error();
+  EXPECT_NE(nullptr, std::strstr(text, "cannot: needs cuFFT, which was not found: pip install nvidia-cufft"));
+  call.args.method = "fft";
+  EXPECT_EQ(LC_UNSUPPORTED, call.run());
+  EXPECT_NE(nullptr, std::strstr(lc_last_error(), "fft: needs cuFFT"));
 }
 
 }  // namespace
