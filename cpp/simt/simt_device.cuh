@@ -241,10 +241,9 @@ template <class K>
 const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
   cudaError_t error = cudaSuccess;
   if (smem > 48 * 1024) error = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error == cudaSuccess) {
-    entry<K><<<grid, block, size_t(smem), stream>>>(p);
-    error = cudaGetLastError();
-  }
+  if (error == cudaSuccess) entry<K><<<grid, block, size_t(smem), stream>>>(p);
+  const cudaError_t last = cudaGetLastError();  // in any case: it is not for the caller's next call
+  if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,12 +1,16 @@
 // device_host.cpp - device.h for the emulator: one device, number 0, whose limits tests set.
 #include "device_host.h"
 
+#include "../../cpp/simt/simt.h"
+
 namespace simt {
 
 lc::cuda::Limits& device() {
   static lc::cuda::Limits l = kHopper;
   return l;
 }
+
+int most_shared() { return device().shared_block; }
 
 }  // namespace simt
 

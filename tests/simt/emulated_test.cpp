@@ -51,6 +51,7 @@ class Emulated : public ::testing::Test {
         poison(call.o);
         if (spec.op == LC_FORWARD) poison(call.final_state);
         const auto before = call.memory();
+        const long launches = simt::report().launches;
         const lc_status status = run(call, kSchedules[n]);
         if (status == LC_UNSUPPORTED) {
           EXPECT_EQ(0, n) << "served under another schedule";
@@ -60,6 +61,9 @@ class Emulated : public ::testing::Test {
         }
         ASSERT_EQ(LC_OK, status) << lc_last_error();
         ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+        if (!answer.o.empty()) {
+          EXPECT_GT(simt::report().launches, launches);
+        }
         EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
         Tensor& state = spec.in_place ? call.initial_state : call.final_state;
         if (!n) {
@@ -89,10 +93,12 @@ class Emulated : public ::testing::Test {
     simt::forget();
     for (const Tensor* t : call.tensors()) {
       const bool written = call.args.o == t || call.args.final_state == t;
+      const bool filled =
+          call.args.o != t && (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
       if (t->ndim && !t->memory.empty())
-        simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written);
+        simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
     }
-    simt::allow(call.args.workspace, call.args.workspace_bytes, true);
+    simt::allow(call.args.workspace, call.args.workspace_bytes, true, false);
     return lc_run(&call.args);
   }
   static void poison(Tensor& t) {
@@ -102,6 +108,22 @@ class Emulated : public ::testing::Test {
 };
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
+
+// Every row serves every dtype that it is there for; the smallest call with a second chunk in it.
+TEST_F(Emulated, EveryRowServes) {
+  const std::set<std::string> wide = {"recurrent", "parallel"};
+  for (lc_dtype dtype : kInputs) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 65, spec.K = spec.V = 16;
+    spec.initial = spec.final = true;
+    served_.clear();
+    check(spec);
+    for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
+      if (!std::strcmp(method->device, "cuda") && (dtype != kF64 || wide.count(method->name))) {
+        EXPECT_EQ(1, served_[method->name]) << method->name << " " << name(dtype);
+      }
+  }
+}
 
 // At least three chunks of 64, ragged, unequal head dims, every schedule.
 TEST_F(Emulated, Schedules) {
