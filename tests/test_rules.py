@@ -52,6 +52,14 @@ def test_ptx_stays_in_one_file_and_every_primitive_has_a_contract():
     assert not [p for p in primitives - {"address"} if not re.search(rf"\b{p}\b", contracts)]
 
 
+def test_device_calls_are_launches():
+    """What allocates, waits or copies through the host could not be captured in a CUDA graph."""
+    calls = {x for p in LIBRARY for x in re.findall(r"\bcuda[A-Z]\w+(?=\()", code(p))}
+    assert "cudaLaunchKernel" in calls
+    assert not [x for x in calls if re.search(r"Malloc|Free|Memcpy|Memset|Synchronize|Query|Event|Host", x)]
+    assert found(r"\bcuda[A-Z]\w+\(", LIBRARY) == ["cpp/cuda/device.cu", "cpp/simt/simt_device.cuh"]
+
+
 def test_the_extension_uses_the_c_abi_only():
     includes = re.findall(r'#include\s+["<]([^">]+)[">]', (CPP / "python.cpp").read_text())
     assert [i for i in includes if "leetcore" in i or i.startswith(".") or (CPP / i).exists()] == [

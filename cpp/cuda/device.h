@@ -17,6 +17,10 @@ struct Limits {
 // Throws Error(LC_DEVICE): no such device, no driver, too old for this build.
 const Limits& limits(int device);
 
+// Throws Error(LC_DEVICE) for a kernel that did not start: with its name, or, where the device had failed before, with
+// what is known of that.
+[[noreturn]] void launch_failed(const Problem& p, const char* kernel, const char* why);
+
 // Makes a device the current one, and the one before it again.
 class DeviceGuard {
  public:

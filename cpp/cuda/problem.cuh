@@ -13,15 +13,20 @@ SIMT_DEV gptr<T> row(const View& w, int64_t b, int64_t h, int64_t n) {
   return {w.at<T>(b, h, n)};
 }
 
-// sequence() of problem.h.
+// sequence() of problem.h. The host cannot check bounds that are on the device: here they are brought into [0, N].
+SIMT_DEV Sequence sequence_between(const Problem& p, int64_t begin, int64_t end) {
+  begin = begin < 0 ? 0 : begin > p.N ? p.N : begin;
+  end = end < begin ? begin : end > p.N ? p.N : end;
+  return {0, begin, end - begin};
+}
 SIMT_DEV Sequence sequence_at(const Problem& p, int64_t b) {
   if (!p.cu_bits) return {b, 0, p.N};
   if (p.cu_bits == 64) {
     const gptr<const int64_t> bounds{static_cast<const int64_t*>(p.cu_seqlens)};
-    return {0, bounds.ld(b), bounds.ld(b + 1) - bounds.ld(b)};
+    return sequence_between(p, bounds.ld(b), bounds.ld(b + 1));
   }
   const gptr<const int32_t> bounds{static_cast<const int32_t*>(p.cu_seqlens)};
-  return {0, bounds.ld(b), bounds.ld(b + 1) - bounds.ld(b)};
+  return sequence_between(p, bounds.ld(b), bounds.ld(b + 1));
 }
 
 // log2_decay() of problem.h.

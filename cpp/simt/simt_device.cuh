@@ -241,10 +241,13 @@ template <class K>
 const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
   cudaError_t error = cudaSuccess;
   if (smem > 48 * 1024) error = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error == cudaSuccess) entry<K><<<grid, block, size_t(smem), stream>>>(p);
-  const cudaError_t last = cudaGetLastError();  // in any case: it is not for the caller's next call
-  if (error == cudaSuccess) error = last;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<typename K::Params*>(&p)};
+    error = cudaLaunchKernel(entry<K>, grid, dim3(unsigned(block)), arguments, size_t(smem), stream);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // not for the next call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace simt

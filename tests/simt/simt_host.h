@@ -48,6 +48,8 @@ struct Options {
 struct Report {
   int race = 0, uninit = 0, inflight = 0, bounds = 0, align = 0, diverge = 0, deadlock = 0, other = 0;
   long launches = 0, barriers = 0, collectives = 0, mma = 0, ldmatrix_phases = 0, ldmatrix_conflicts = 0;
+  Stream stream = nullptr;            // of the last launch, ...
+  int device = -1;                    // ... and what was the current device
   std::vector<std::string> messages;  // the first few
   int errors() const { return race + uninit + inflight + bounds + align + diverge + deadlock + other; }
 };
@@ -61,6 +63,7 @@ void forget();
 
 // Bytes of shared memory that a block may have: those of the device that the tests pretend to have.
 int most_shared();
+int& current_device();  // of this thread
 
 namespace emulator {
 
@@ -371,10 +374,11 @@ struct Mma<float> {
 
 // Runs the kernel to its end; what goes wrong is in report(), and is a failed launch as well.
 template <class K>
-const char* launch(dim3 grid, int block, int smem, Stream, const typename K::Params& p) {
+const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
   static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof p <= 4096, "kernel parameters");
   if (const char* why = emulator::refuse_launch(grid, block, K::kMaxThreads, smem)) return why;
   Report& r = report();
+  r.stream = stream, r.device = current_device();
   const size_t told = r.messages.size();
   const int before = r.errors();
   emulator::run(
