@@ -1,6 +1,8 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
 # make test              every check; each stage has a target of its own: lint pytest ctest sanitize
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
+# make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
+#                        at the most; stages alone: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
 # make cbench [ARGS=...] every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
 # make format            lay out all code
 # make clean             remove .venv and build
@@ -8,10 +10,12 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 STAGES := lint pytest ctest sanitize
 
+system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 pip := python -m pip install --quiet
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
+COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
 c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp')
 
 run: .venv/package
@@ -46,14 +50,22 @@ sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -LE slow
 
-build/ctest/build.ninja: | system
-	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON
+build/ctest/build.ninja: | system .venv/test
+	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON \
+	  -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python
 
 build/sanitize/build.ninja: | system
 	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
 
 bench: .venv/bench
 	python bench/run.py $(ARGS)
+
+# By the machine's own Python, as that is the one with a torch for its GPU.
+gpu_run = PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
+gpu:
+	$(gpu_run)
+gpu-%:
+	$(gpu_run) $*
 
 cbench: build/cbench/build.ninja
 	cmake --build build/cbench -j $(JOBS)
@@ -96,4 +108,4 @@ system:
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) bench cbench format clean system
+.PHONY: run test $(STAGES) bench gpu cbench format clean system

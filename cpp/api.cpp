@@ -8,6 +8,9 @@
 #include "cpu/threads.h"
 #include "methods.h"
 #include "tuning.h"
+#ifdef LC_WITH_CUDA
+#include "cuda/device.h"
+#endif
 
 namespace {
 
@@ -48,8 +51,15 @@ lc_status lc_run(const lc_args* args) {
     const size_t needed = m.workspace(p);
     if (p.workspace_bytes < needed)
       lc::fail(LC_MEMORY, "workspace: method %s needs %zu bytes, got %zu", m.info.name, needed, p.workspace_bytes);
-    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % 64))
-      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of 64, got %p", p.workspace);
+    const int alignment = p.device.type == LC_CUDA ? 256 : 64;
+    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % alignment))
+      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of %d, got %p", alignment, p.workspace);
+#ifdef LC_WITH_CUDA
+    if (p.device.type == LC_CUDA) {
+      const lc::cuda::DeviceGuard guard(p.device.id);
+      return m.run(p);
+    }
+#endif
     m.run(p);
   });
 }
@@ -132,7 +142,12 @@ const char* lc_build_info(void) {
     const char* separator = "";
     for (lc::Isa isa : {lc::Isa::generic, lc::Isa::avx2, lc::Isa::avx512})
       if (lc::compiled(isa)) text += separator + std::string(lc::kIsaNames[int(isa)]), separator = " ";
-    text += "\ncuda=no\nopenmp=" + std::string(lc::openmp_version()) + "\nthreads=" + std::to_string(lc::num_threads());
+#ifdef LC_WITH_CUDA
+    text += "\ncuda=" + lc::cuda::versions();
+#else
+    text += "\ncuda=no";
+#endif
+    text += "\nopenmp=" + std::string(lc::openmp_version()) + "\nthreads=" + std::to_string(lc::num_threads());
   });
   return status == LC_OK ? text.c_str() : "";
 }

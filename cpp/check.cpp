@@ -363,10 +363,13 @@ Checker structure(const lc_args& a) {
   p.type = type_among("q", q, {Type::f64, Type::f32, Type::f16, Type::bf16});
   if (p.device.type != LC_CPU && p.device.type != LC_CUDA)
     fail(LC_INVALID, "q: expected on the CPU or a CUDA device, got %s", device_text(p.device).c_str());
+#ifndef LC_WITH_CUDA
   if (p.device.type == LC_CUDA)
     fail(LC_DEVICE, "q: is on %s, and this build of leetcore has no CUDA methods; move it to the CPU",
          device_text(p.device).c_str());
-  if (a.stream) fail(LC_INVALID, "stream: expected NULL for tensors on the CPU, got %p", a.stream);
+#endif
+  if (a.stream && p.device.type == LC_CPU)
+    fail(LC_INVALID, "stream: expected NULL for tensors on the CPU, got %p", a.stream);
   for (const auto& [name, t] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
     type_among(name, *t, {p.type}, " like q");
     c.memory(name, *t);
@@ -460,7 +463,8 @@ Checker structure(const lc_args& a) {
       like.at[like.rank] = {"", a.log_decay->shape[like.rank]};
     c.shape("d_log_decay", *t, like);
     type_among("d_log_decay", *t, {p.decay_type}, " like log_decay");
-    p.d_log_decay = c.decay_view("d_log_decay", *t);
+    const View w = c.decay_view("d_log_decay", *t);
+    if (!empty(*t)) p.d_log_decay = w;  // of no sequences: nothing to write
   }
   if (backward) {
     c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
@@ -493,8 +497,15 @@ Problem check(const lc_args& args) {
   Checker c = structure(args);
   const Problem& p = c.p;
   if (p.op != LC_BACKWARD) c.required("o", args.o);
-  if (const lc_tensor* t = args.log_decay; t && !empty(*t))
+  if (const lc_tensor* t = args.log_decay; t && !empty(*t) && t->device.type == LC_CPU)
     p.decay_type == Type::f64 ? check_log_decay_values<double>(*t) : check_log_decay_values<float>(*t);
+  if (p.log_decay && !args.log_decay->ndim) {
+    const void* value = p.log_decay.data;
+    c.p.uniform_log_decay =
+        p.decay_type == Type::f64 ? *static_cast<const double*>(value) : *static_cast<const float*>(value);
+    c.p.log_decay = {};
+  }
+  if (p.device.type == LC_CUDA) return p;  // values there cannot be read without waiting for the device
   if (p.cu_bits) check_cu_seqlens_values(p);
   if (p.state_indices) check_state_indices_values(p);
   return p;

@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "tuning.h"
@@ -21,7 +23,20 @@ extern const Methods table;
 }
 #endif
 
-Methods methods() {
+#define CPU(name)
+#ifdef LC_WITH_CUDA
+#define CUDA(name) extern const Method name##_cuda;
+#include "methods.def"
+#undef CUDA
+#define CUDA(name) &name##_cuda,
+static constexpr const Method* kCudaRows[] = {
+#include "methods.def"
+};
+#undef CUDA
+#endif
+#undef CPU
+
+static Methods cpu_methods() {
   switch (isa()) {
 #ifdef LC_X86_ISAS
     case Isa::avx512:
@@ -34,15 +49,28 @@ Methods methods() {
   }
 }
 
+Methods methods() {
+#ifdef LC_WITH_CUDA
+  static const std::vector<const Method*> all = [] {
+    std::vector<const Method*> rows(cpu_methods().begin(), cpu_methods().end());
+    rows.insert(rows.end(), std::begin(kCudaRows), std::end(kCudaRows));
+    return rows;
+  }();
+  return {all.data(), all.data() + all.size()};
+#else
+  return cpu_methods();
+#endif
+}
+
 const char* refusal(const Method& m, const Problem& p) {
   if (std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu")) return "is for another device";
   return m.refuses(p);
 }
 
-// Only forward passes are measured: decoding has one method.
+// Only forward passes on the CPU are measured: decoding has one method.
 static Cost corrected(const Method& m, const Problem& p, const Tuning& table, const GridPosition& at) {
   Cost cost = m.cost(p);
-  if (p.op == LC_FORWARD) cost.microseconds *= correction(table, m.info.name, at);
+  if (p.op == LC_FORWARD && p.device.type == LC_CPU) cost.microseconds *= correction(table, m.info.name, at);
   return cost;
 }
 

@@ -48,12 +48,13 @@ struct Problem {
   double scale;
   View q, k, v, o;                  // [B, H?, N, K|V]
   View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
+  double uniform_log_decay;         // of every token of all heads, where log_decay is absent
   View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
   // LC_BACKWARD: given are d_o and d_final_state, the others are written; each like its forward twin, none required.
   // Stride 0 of d_log_decay: summed.
   View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
-  const void* cu_seqlens;           // [B + 1]
-  const int32_t* state_indices;     // [B], stride 1, or nullptr: sequence b is slot b
+  const void* cu_seqlens;        // [B + 1]
+  const int32_t* state_indices;  // [B], stride 1, or nullptr: sequence b is slot b
   void* workspace;
   size_t workspace_bytes;
   void* stream;
@@ -87,12 +88,15 @@ LC_INLINE int64_t slot(const Problem& p, int64_t b) { return p.state_indices ? p
 // log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay
 // finite.
 inline constexpr double kLog2e = 1.4426950408889634;
-LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
-  if (p.decay == Decay::none) return 0;
-  const double g = p.decay_type == Type::f64 ? *p.log_decay.at<double>(row, hs, n) : *p.log_decay.at<float>(row, hs, n);
+LC_INLINE double log2_decay(const Problem& p, double g) {
   const double floor = p.type == Type::f64 ? -1100 : -160;
   const double x = g * kLog2e;
   return x > floor ? x : floor;
+}
+LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
+  if (!p.log_decay) return log2_decay(p, p.uniform_log_decay);
+  return log2_decay(
+      p, p.decay_type == Type::f64 ? *p.log_decay.at<double>(row, hs, n) : *p.log_decay.at<float>(row, hs, n));
 }
 
 struct Error : std::runtime_error {

@@ -22,8 +22,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods: kept by each calling thread, as fresh pages cost as much as the work on them.
-void* scratch(size_t bytes) {
+// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh pages cost as much as the work on them.
+void* host_scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -152,13 +152,14 @@ bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bit
 // One call: its arrays and its lc_args.
 struct Call {
   Library lib;
+  nb::handle like;  // v: beside it lies what is made
   Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
   Argument d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   lc_args args = {};
 
   Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay, double scale,
        const char* method, bool bnhd, bool tf32, uintptr_t stream)
-      : lib(std::move(library)) {
+      : lib(std::move(library)), like(v_) {
     q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
     if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr()))
       log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
@@ -188,9 +189,16 @@ struct Call {
     check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
   }
 
+  // Scratch on a device is an array like the results: the library frees it in the order of the stream.
   void run() {
     fill();
-    args.workspace = scratch(args.workspace_bytes);
+    Argument scratch;
+    if (args.q->device.type == LC_CPU) {
+      args.workspace = host_scratch(args.workspace_bytes);
+    } else if (args.workspace_bytes) {
+      scratch.write(lib, "workspace", lib.empty(nb::make_tuple((args.workspace_bytes + 3) / 4), like, 32));
+      args.workspace = scratch.get().data;
+    }
     lc_status status;
     {
       nb::gil_scoped_release unlocked;
@@ -310,7 +318,7 @@ std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb
 
 // What a call on tensors of these shapes costs: they have addresses, which nobody reads. shape: B, N, K, V, Hq, Hk, Hv.
 nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token,
-               bool initial_state, bool final_state) {
+               bool initial_state, bool final_state, bool cuda) {
   const auto [B, N, K, V, Hq, Hk, Hv] = shape;
   const int64_t Hs = std::max(Hk, Hv);
   int64_t q_shape[] = {B, Hq, N, K}, k_shape[] = {B, Hk, N, K}, v_shape[] = {B, Hv, N, V};
@@ -319,7 +327,7 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
   const lc_dtype exact = {LC_FLOAT, uint8_t(dtype_bits == 64 ? 64 : 32), 1};
   uintptr_t used = 0;
   const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {  // far apart: what is written must not overlap
-    return lc_tensor{reinterpret_cast<void*>(++used << 58), {LC_CPU, 0}, ndim, type, dims, nullptr, 0};
+    return lc_tensor{reinterpret_cast<void*>(++used << 58), {cuda ? LC_CUDA : LC_CPU, 0}, ndim, type, dims, nullptr, 0};
   };
   const lc_tensor q = tensor(q_shape, 4, dtype), k = tensor(k_shape, 4, dtype), v = tensor(v_shape, 4, dtype);
   const lc_tensor before = tensor(state_shape, 4, exact), after = tensor(state_shape, 4, exact);
@@ -339,18 +347,23 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
 
 void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
 
-// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
+// The memory of an array as one of another dtype, which holds `owner`.
 template <class Array>
-nb::object bits_as_bfloat16(nb::handle array, Array bits) {
-  return nb::cast(Array(bits.data(), bits.ndim(), reinterpret_cast<const size_t*>(bits.shape_ptr()), array,
-                        bits.stride_ptr(), nb::dlpack::dtype{uint8_t(LC_BFLOAT), 16, 1}, bits.device_type(),
-                        bits.device_id()));
+nb::object view(const Array& array, nb::dlpack::dtype dtype, nb::handle owner) {
+  return nb::cast(Array(array.data(), array.ndim(), reinterpret_cast<const size_t*>(array.shape_ptr()), owner,
+                        array.stride_ptr(), dtype, array.device_type(), array.device_id()));
 }
+
+// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
 nb::object as_bfloat16(nb::handle array) {
+  const nb::dlpack::dtype bfloat16 = {uint8_t(LC_BFLOAT), 16, 1};
   nb::ndarray<> writable;
-  if (nb::try_cast(array, writable, false)) return bits_as_bfloat16(array, writable);
-  return bits_as_bfloat16(array, nb::cast<nb::ndarray<nb::ro>>(array, false));
+  if (nb::try_cast(array, writable, false)) return view(writable, bfloat16, array);
+  return view(nb::cast<nb::ndarray<nb::ro>>(array, false), bfloat16, array);
 }
+
+// The same array, freed together with `owner`; as a capsule.
+nb::object owned(const nb::ndarray<>& array, nb::handle owner) { return view(array, array.dtype(), owner); }
 
 nb::list methods() {
   nb::list rows;
@@ -383,9 +396,10 @@ NB_MODULE(_core, m) {
   m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
         "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
   m.def("cost", &cost, "method"_a, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a,
-        "final_state"_a);
+        "final_state"_a, "cuda"_a);
   m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
+  m.def("owned", &owned, "array"_a, "owner"_a);
   m.def("methods", &methods);
   m.def("build_info", &build_info);
   m.def("set_num_threads", &lc_set_num_threads, "n"_a);

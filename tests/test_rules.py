@@ -33,12 +33,31 @@ def test_there_is_something_to_check():
 
 
 def test_intrinsics_stay_in_the_primitive_layer():
-    allowed = {"cpp/cpu/simd.h", "cpp/cpu/threads.cpp", "cpp/cpu/isa.cpp"}
+    allowed = {"cpp/cpu/simd.h", "cpp/cpu/threads.cpp", "cpp/cpu/isa.cpp", "cpp/simt/simt_device.cuh"}
     assert set(found(r"\b_mm\d*_|immintrin|arm_neon|__builtin_ia32|__asm__|\basm\b", LIBRARY)) <= allowed
 
 
 def test_kernels_have_no_raw_gpu_syntax():
     assert not found(r"threadIdx|__shared__|__syncthreads|<<<", KERNELS)
+
+
+def test_ptx_stays_in_one_file_and_every_primitive_has_a_contract():
+    """`address` is below the primitives: the emulator has none."""
+    cuda = [p for p in LIBRARY if p.suffix in {".cu", ".cuh"}]
+    assert found(r"\basm\b", cuda) == ["cpp/simt/simt_device.cuh"]
+    functions = r"SIMT_DEV (?:void |[\w<>]+ )(\w+)\("
+    primitives = {x for name in ("simt.h", "simt_device.cuh") for x in re.findall(functions, code(CPP / "simt" / name))}
+    contracts = code(ROOT / "tests/simt/contract_test.cuh")
+    assert len(primitives) > 30
+    assert not [p for p in primitives - {"address"} if not re.search(rf"\b{p}\b", contracts)]
+
+
+def test_device_calls_are_launches():
+    """What allocates, waits or copies through the host could not be captured in a CUDA graph."""
+    calls = {x for p in LIBRARY for x in re.findall(r"\bcuda[A-Z]\w+(?=\()", code(p))}
+    assert "cudaLaunchKernel" in calls
+    assert not [x for x in calls if re.search(r"Malloc|Free|Memcpy|Memset|Synchronize|Query|Event|Host", x)]
+    assert found(r"\bcuda[A-Z]\w+\(", LIBRARY) == ["cpp/cuda/device.cu", "cpp/simt/simt_device.cuh"]
 
 
 def test_the_extension_uses_the_c_abi_only():

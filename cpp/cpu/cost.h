@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "../cost.h"
 #include "../methods.h"
 #include "simd.h"
 
@@ -11,34 +12,12 @@ namespace lc::LC_ISA {
 constexpr double kFlopPerUs = kVectorBytes == 64 ? 110e3 : kVectorBytes == 32 ? 70e3 : 15e3;
 constexpr double kBytesPerUs = 20e3;
 
-LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
-
 // Why a method that computes forward passes, and no more, does not serve a problem.
 LC_INLINE const char* forward_only(const Problem& p) {
   return p.op == LC_DECODE     ? "decodes by recurrent only"
-         : p.op == LC_BACKWARD ? "leaves gradients to chunk, whose serve every method"
+         : p.op == LC_BACKWARD ? "leaves gradients to chunk, whose gradients are those of every method"
                                : nullptr;
 }
-
-// Every operand read or written once.
-LC_INLINE double least_bytes(const Problem& p) {
-  const double n = double(tokens(p)), states = double(p.B * p.Hs) * double(p.K * p.V) * type_bytes(p.state_type);
-  int64_t row = (p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V;
-  if (p.d_q) row += p.Hq * p.K;
-  if (p.d_k) row += p.Hk * p.K;
-  if (p.d_v) row += p.Hv * p.V;
-  int whole = p.op == LC_DECODE ? 2 : 0;
-  if (p.op != LC_DECODE)
-    for (const View* state : {&p.initial_state, &p.final_state, &p.d_final_state, &p.d_initial_state})
-      whole += bool(*state);
-  return n * type_bytes(p.type) * double(row) + states * whole;
-}
-
-// Of one state.
-LC_INLINE double state_bytes(const Problem& p) { return double(p.K * p.V) * (p.type == Type::f64 ? 8 : 4); }
-
-// Tokens of one sequence; of packed ones on average, as their lengths may lie on a device.
-LC_INLINE double mean_length(const Problem& p) { return double(tokens(p)) / double(std::max<int64_t>(p.B, 1)); }
 
 // What a method does, see methods.h; tasks: pieces of work that cost something each, besides.
 struct Work {

@@ -158,6 +158,7 @@ struct Tensor : lc_tensor {
 // The inputs of a call as the definition reads them, whatever their layout, sharing of heads and form of decay.
 struct Inputs {
   const lc_args& a;
+  const bool absolute = false;  // of q, k, v, states and gradients
   const bool bnhd = a.flags & LC_LAYOUT_BNHD;
   const int head_axis = bnhd ? 2 : 1, token_axis = bnhd ? 1 : 2;
   const int64_t B = a.q->shape[0], N = a.q->shape[token_axis], K = a.q->shape[3], V = a.v->shape[3];
@@ -169,6 +170,14 @@ struct Inputs {
   std::vector<double> token(const lc_tensor& t, int64_t b, int64_t h, int64_t n) const {
     std::vector<double> x(t.shape[3]);
     for (int64_t d = 0; d < t.shape[3]; ++d) x[d] = read(t, bnhd ? Position{b, n, h, d} : Position{b, h, n, d});
+    return absolute ? magnitudes(x) : x;
+  }
+  std::vector<double> state(const lc_tensor* t) const {
+    if (!t) return std::vector<double>(sequences * Hs * K * V);
+    return absolute ? magnitudes(values(*t)) : values(*t);
+  }
+  static std::vector<double> magnitudes(std::vector<double> x) {
+    for (double& y : x) y = std::fabs(y);
     return x;
   }
   // Where a token of a tensor with so many heads and columns lies in a row-major copy.
@@ -247,31 +256,36 @@ inline Answer reference(const lc_args& a) {
 
 struct Gradients {
   std::vector<double> d_q, d_k, d_v, d_log_decay,
-      d_initial_state;                   // row-major in the shapes of what they are named after
+      d_initial_state;  // row-major in the shapes of what they are named after
+  // Of the tensor that a call has it written to.
+  const std::vector<double>& of(const lc_args& a, const lc_tensor* t) const {
+    return t == a.d_q ? d_q : t == a.d_k ? d_k : t == a.d_v ? d_v : t == a.d_log_decay ? d_log_decay : d_initial_state;
+  }
   std::vector<double> d_log_decay_size;  // the root of the sum of squares of what tokens add to each of its values
 };
 
 // The derivative of `reference`, token by token backward in time, all states being kept: with S_t, and dS the gradient
 // of S_t,
 //   dq_t = scale S_t dO_t,  dk_t = dS v_t,  dv_t = dS^T k_t,  dg_t = exp(g_t) <dS, S_{t-1}>
-inline Gradients reference_gradients(const lc_args& a) {
-  const Inputs in{a};
+// absolute: the same sums over absolute values, which is what rounding errors are relative to.
+inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
+  const Inputs in{a, absolute};
+  const double scale = absolute ? std::fabs(a.scale) : a.scale;
   const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H, KV = K * V;
   Gradients d;
   d.d_q.assign(in.B * in.Hq * N * K, 0);
   d.d_k.assign(in.B * in.Hk * N * K, 0);
   d.d_v.assign(in.B * in.Hv * N * V, 0);
-  d.d_initial_state.assign(in.sequences * Hs * KV, 0);
-  if (a.d_final_state) d.d_initial_state = values(*a.d_final_state);
+  d.d_initial_state = in.state(a.d_final_state);
   if (a.log_decay) d.d_log_decay.assign(values(*a.log_decay).size(), 0);
   d.d_log_decay_size = d.d_log_decay;
-  const std::vector<double> initial = a.initial_state ? values(*a.initial_state) : std::vector<double>();
+  const std::vector<double> initial = in.state(a.initial_state);
   for (int64_t s = 0; s < in.sequences; ++s) {
     const int64_t row = in.row(s), first = in.bound(s, false), length = in.bound(s, true) - first;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       const int64_t hk = hs * in.Hk / Hs, hv = hs * in.Hv / Hs, at_state = (s * Hs + hs) * KV;
       std::vector<double> states((length + 1) * KV);  // before each token, and at the end
-      if (a.initial_state) std::copy_n(initial.begin() + at_state, KV, states.begin());
+      std::copy_n(initial.begin() + at_state, KV, states.begin());
       for (int64_t t = 0; t < length; ++t) {
         const std::vector<double> k = in.token(*a.k, row, hk, first + t), v = in.token(*a.v, row, hv, first + t);
         const double w = in.decay(row, hs, first + t);
@@ -286,8 +300,8 @@ inline Gradients reference_gradients(const lc_args& a) {
           const std::vector<double> q = in.token(*a.q, row, hq, n), d_o = in.token(*a.d_o, row, h, n);
           double* d_q = &d.d_q[in.place(in.Hq, K, row, hq, n)];
           for (int64_t i = 0; i < KV; ++i) {
-            d_q[i / V] += a.scale * S[i] * d_o[i % V];
-            dS[i] += a.scale * q[i / V] * d_o[i % V];
+            d_q[i / V] += scale * S[i] * d_o[i % V];
+            dS[i] += scale * q[i / V] * d_o[i % V];
           }
         }
         const std::vector<double> k = in.token(*a.k, row, hk, n), v = in.token(*a.v, row, hv, n);
@@ -334,6 +348,7 @@ constexpr double kMixed = -1;                           // gamma: another one fo
 
 struct Spec {
   lc_op op = LC_FORWARD;
+  lc_device device = {LC_CPU, 0};  // of every tensor but a scalar
   int64_t B = 2, Hq = 2, Hk = 2, Hv = 2, N = 5, K = 3, V = 4;
   lc_dtype dtype = kF32;
   Decay decay = Decay::head;
@@ -446,6 +461,9 @@ struct Call {
       token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
     }
 
+    for (Tensor* t : tensors())
+      if (t->ndim) t->device = s.device;
+
     args.struct_size = sizeof args;
     args.op = s.op;
     args.scale = s.scale;
@@ -519,9 +537,10 @@ struct Call {
     args.workspace = nullptr;
     const lc_status status = lc_workspace(&args, &args.workspace_bytes);
     if (status != LC_OK) return status;
-    scratch.assign(args.workspace_bytes + 64 + 2 * Tensor::kGuard, Tensor::kUntouched);
+    const size_t alignment = spec.device.type == LC_CUDA ? 256 : 64;
+    scratch.assign(args.workspace_bytes + alignment + 2 * Tensor::kGuard, Tensor::kUntouched);
     const auto start = reinterpret_cast<uintptr_t>(scratch.data()) + Tensor::kGuard;
-    args.workspace = scratch.data() + Tensor::kGuard + (64 - start % 64) % 64;
+    args.workspace = scratch.data() + Tensor::kGuard + (alignment - start % alignment) % alignment;
     std::memset(args.workspace, 0xFF, args.workspace_bytes);
     return LC_OK;
   }

@@ -1,6 +1,7 @@
 // hpp_test.cpp - the C++ face: what it passes on, what it throws, how it reuses scratch.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <leetcore/leetcore.hpp>
 
 namespace {
@@ -107,6 +108,25 @@ TEST(Hpp, Errors) {
   EXPECT_EQ(-1, x.o[0]);
   EXPECT_EQ(-1, x.state[0]);
   EXPECT_TRUE((std::is_base_of_v<std::runtime_error, leetcore::Error>));
+}
+
+// o = q k v for one token: each gradient is the product of the others.
+TEST(Hpp, Backward) {
+  float q = 2, k = 3, v = 5, d_o = 7, g = -1, initial = 0, d_q = 0, d_k = 0, d_v = 0, d_g = -1, d_initial = 0;
+  const auto one = [](float& x) { return Tensor(&x, {1, 1, 1, 1}); };
+  leetcore::Gradients gradients;
+  gradients.d_o = one(d_o), gradients.d_q = one(d_q), gradients.d_k = one(d_k), gradients.d_v = one(d_v);
+  gradients.d_log_decay = Tensor(&d_g, {1}), gradients.d_initial_state = one(d_initial);
+  leetcore::Options options;
+  options.initial_state = one(initial);
+  leetcore::linear_attention_backward(one(q), one(k), one(v), Tensor(&g, {1}), gradients, options);
+  EXPECT_FLOAT_EQ(7 * 3 * 5, d_q);
+  EXPECT_FLOAT_EQ(7 * 2 * 5, d_k);
+  EXPECT_FLOAT_EQ(7 * 2 * 3, d_v);
+  EXPECT_FLOAT_EQ(0, d_g);  // nothing was there to decay
+  EXPECT_FLOAT_EQ(std::exp(-1.f) * 2 * 7, d_initial);
+  gradients.d_o = {};
+  EXPECT_THROW(leetcore::linear_attention_backward(one(q), one(k), one(v), {}, gradients, options), leetcore::Error);
 }
 
 TEST(Hpp, Workspace) {

@@ -148,9 +148,9 @@ struct Options {
   const char* method = "auto";  // a name of methods()
   Layout layout = Layout::bhnd;
   bool allow_tf32 = false;         // GPU: float32 products rounded to tf32
-  Tensor initial_state;            // linear_attention: [S, Hs, K, V], zeros when absent
+  Tensor initial_state;            // not decode_step: [S, Hs, K, V], zeros when absent
   Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
-  Tensor cu_seqlens;               // linear_attention: int32 or int64 [S + 1], packed sequences, B = 1
+  Tensor cu_seqlens;               // not decode_step: int32 or int64 [S + 1], packed sequences, B = 1
   Tensor state_indices;            // decode_step: int32 [B], slot of each sequence, -1 skips; absent: slot b
   Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one
   void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
@@ -202,7 +202,7 @@ class Call {
   lc_args args = {};
 
  private:
-  lc_tensor tensors_[9];  // as many as the members of lc_args set here and in run's callers
+  lc_tensor tensors_[15];  // as many as the members of lc_args set here and in run's callers
   std::size_t used_ = 0;
 };
 
@@ -219,7 +219,29 @@ inline void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   call.run(options.workspace);
 }
 
-// The same for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
+// What linear_attention_backward reads and writes: gradients of a loss, each with the shape and dtype of what it is
+// named after.
+struct Gradients {
+  Tensor d_o, d_final_state;                           // read; zeros when absent, but not both
+  Tensor d_q, d_k, d_v, d_log_decay, d_initial_state;  // written where present
+};
+
+// The gradients of linear_attention, whichever method computed it.
+// Throws Error, and then has written nothing.
+inline void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                                      const Gradients& gradients, const Options& options = {}) {
+  detail::Call call(LC_BACKWARD, q, k, v, log_decay, options);
+  call.args.d_o = call.add(gradients.d_o);
+  call.args.d_final_state = call.add(gradients.d_final_state);
+  call.args.d_q = call.add(gradients.d_q);
+  call.args.d_k = call.add(gradients.d_k);
+  call.args.d_v = call.add(gradients.d_v);
+  call.args.d_log_decay = call.add(gradients.d_log_decay);
+  call.args.d_initial_state = call.add(gradients.d_initial_state);
+  call.run(options.workspace);
+}
+
+// linear_attention for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
 // Throws Error, and then has written nothing.
 inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Tensor& state,
                         const Tensor& o, const Options& options = {}) {

@@ -19,7 +19,7 @@ namespace lc::LC_ISA::backward {
 namespace {
 
 // What a worker keeps of states: those before the chunks of one segment.
-constexpr double kKeptBytes = 4 << 20;
+constexpr double kKeptBytes = 1 << 20;
 
 int64_t chunks_of(int64_t tokens) { return (tokens + C - 1) / C; }
 

@@ -1,0 +1,69 @@
+// decay.cuh - the weights of one chunk of tokens, as cpu/decay.h has them, in float32. With cum_i = L_1 + ... + L_i,
+// L the log-decays in base 2, within the chunk,
+//
+//   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
+//   in[i]      = 2^cum_i                        the state before the chunk at token i
+//   out[j]     = 2^(cum_last - cum_j)           token j in the state after the chunk
+//   total      = 2^cum_last                     the state before in the state after, as a sum, total + rest
+//
+// Sums are made in float64 and kept as two floats, a multiple of 1/64 and the rest: one alone would lose 1e-4 after a
+// step of -160.
+#pragma once
+#include "segments.cuh"
+
+namespace lc::cuda {
+
+// The log-decays of a chunk as loaded, two tokens a lane; the loads have time until they become weights.
+struct RawDecay {
+  float g[2];
+  int n;
+};
+SIMT_DEV RawDecay load_decay(const Problem& p, const Sequence& s, int64_t hs, int64_t t, int64_t end) {
+  RawDecay raw = {{0, 0}, int(end - t < kChunk ? end - t : kChunk)};
+  if (!p.log_decay) return raw;
+  SIMT_UNROLL
+  for (int e = 0; e < 2; ++e)
+    if (2 * lane() + e < raw.n) raw.g[e] = row<const float>(p.log_decay, s.row, hs, s.begin + t + 2 * lane() + e).ld(0);
+  return raw;
+}
+
+struct ChunkDecay {
+  static constexpr int kNumbers = 4 * kChunk + 4;
+  sptr<float> in, out;
+
+  SIMT_DEV explicit ChunkDecay(sptr<float> memory)
+      : in(memory.sub(0, kChunk)), out(memory.sub(kChunk, kChunk)), cum_(memory.sub(2 * kChunk, 2 * kChunk + 4)) {}
+
+  SIMT_DEV float mask(int i, int j) const {
+    const float high = cum_.ld(i) - cum_.ld(j), low = cum_.ld(kChunk + i) - cum_.ld(kChunk + j);
+    const float x = high + low;
+    return ex2(x < 0 ? x : 0);
+  }
+  SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
+  SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
+
+  // By one warp. Tokens past the end do not decay. The log2 of the whole chunk's decay.
+  SIMT_DEV double set(const Problem& p, const RawDecay& raw) const {
+    double x[2];
+    SIMT_UNROLL
+    for (int e = 0; e < 2; ++e)
+      x[e] = 2 * lane() + e < raw.n ? log2_decay(p, p.log_decay ? double(raw.g[e]) : p.uniform_log_decay) : 0;
+    const double second = cumulative(x[0] + x[1]), first = second - x[1], last = shfl_idx(second, 31);
+    const double high0 = ::rint(first * 64) / 64, high1 = ::rint(second * 64) / 64;
+    const int at = 2 * lane();
+    cum_.stv(at, float2{float(high0), float(high1)});
+    cum_.stv(kChunk + at, float2{float(first - high0), float(second - high1)});
+    in.stv(at, float2{ex2(float(first)), ex2(float(second))});
+    out.stv(at, float2{ex2(float(last - first)), ex2(float(last - second))});
+    if (!lane()) {
+      const double whole = ex2(last);
+      cum_.stv(2 * kChunk, float2{float(whole), float(whole - double(float(whole)))});
+    }
+    return last;
+  }
+
+ private:
+  sptr<float> cum_;  // high, low, and the total
+};
+
+}  // namespace lc::cuda

@@ -1,0 +1,266 @@
+// emulated_test.cpp - every CUDA row of lc_method() in the emulator, through lc_run, against the definition: under
+// several schedules, with every access of a kernel checked. Outputs and workspace are full of NaN before each call.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "../../cpp/simt/simt.h"
+#include "../cpp/call.h"
+#include "device_host.h"
+
+namespace {
+
+using namespace test;
+
+struct Schedule {
+  simt::Policy policy;
+  uint64_t seed;
+};
+constexpr Schedule kSchedules[] = {{simt::Policy::lockstep, 1},
+                                   {simt::Policy::sticky, 1},
+                                   {simt::Policy::warp_priority, 1},
+                                   {simt::Policy::warp_priority, 2}};
+
+// Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
+const int kCufftIsChosen = setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
+
+class Emulated : public ::testing::Test {
+ protected:
+  void TearDown() override {
+    simt::options() = {};
+    simt::report() = {};
+    simt::device() = simt::kHopper;
+    simt::forget();
+  }
+
+  // Runs every CUDA method on the call that `spec` describes, under the first `schedules` schedules.
+  void check(Spec spec, int schedules = 1) {
+    spec.device = {LC_CUDA, 0};
+    SCOPED_TRACE(describe(spec));
+    Answer answer;
+    for (int i = 0; const lc_method_info* method = lc_method(i); ++i) {
+      if (std::strcmp(method->device, "cuda")) continue;
+      SCOPED_TRACE(method->name);
+      Bytes first_o, first_state;
+      for (int n = 0; n < schedules; ++n) {
+        SCOPED_TRACE(n);
+        Call call(spec);
+        call.args.method = method->name;
+        if (answer.o.empty() && answer.state.empty()) answer = reference(call.args);
+        poison(call.o);
+        if (spec.op == LC_FORWARD) poison(call.final_state);
+        const auto before = call.memory();
+        const long launches = simt::report().launches;
+        const lc_status status = run(call, kSchedules[n]);
+        if (status == LC_UNSUPPORTED) {
+          EXPECT_EQ(0, n) << "served under another schedule";
+          EXPECT_TRUE(before == call.memory());
+          refusals_.insert(std::string(method->name) + ": " + lc_last_error());
+          break;
+        }
+        ASSERT_EQ(LC_OK, status) << lc_last_error();
+        ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+        if (!answer.o.empty()) {
+          EXPECT_GT(simt::report().launches, launches);
+        }
+        EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
+        Tensor& state = spec.in_place ? call.initial_state : call.final_state;
+        if (!n) {
+          ++served_[method->name];
+          EXPECT_LE(relative_error(values(call.o), answer.o, answer.o), output_tolerance(spec.dtype));
+          if (call.args.final_state) {
+            EXPECT_LE(relative_error(values(*call.args.final_state), answer.state, answer.state),
+                      std::max(state_tolerance(spec.dtype), state_tolerance(call.args.final_state->dtype)));
+          }
+          first_o = call.o.memory, first_state = state.memory;
+        } else {
+          EXPECT_TRUE(first_o == call.o.memory) << "o depends on the schedule";
+          EXPECT_TRUE(first_state == state.memory) << "the state depends on the schedule";
+        }
+      }
+    }
+  }
+
+  std::set<std::string> refusals_;
+  std::map<std::string, int> served_;
+
+ private:
+  static lc_status run(Call& call, const Schedule& schedule) {
+    simt::options() = {schedule.policy, schedule.seed, simt::CpAsync::poison};
+    const lc_status status = call.make_workspace();
+    if (status != LC_OK) return status;
+    simt::forget();
+    for (const Tensor* t : call.tensors()) {
+      const bool written = call.args.o == t || call.args.final_state == t;
+      const bool filled =
+          call.args.o != t && (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
+      if (t->ndim && !t->memory.empty())
+        simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
+    }
+    simt::allow(call.args.workspace, call.args.workspace_bytes, true, false);
+    return lc_run(&call.args);
+  }
+  static void poison(Tensor& t) {
+    if (t.memory.empty()) return;
+    for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
+  }
+};
+
+constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
+
+// Every row serves every dtype that it is there for; the smallest call with a second chunk in it.
+TEST_F(Emulated, EveryRowServes) {
+  const std::set<std::string> wide = {"recurrent", "parallel"};
+  for (lc_dtype dtype : kInputs) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 65, spec.K = spec.V = 16;
+    spec.initial = spec.final = true;
+    served_.clear();
+    check(spec);
+    for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
+      if (!std::strcmp(method->device, "cuda") && (dtype != kF64 || wide.count(method->name))) {
+        EXPECT_EQ(1, served_[method->name]) << method->name << " " << name(dtype);
+      }
+  }
+}
+
+// At least three chunks of 64, ragged, unequal head dims, every schedule.
+TEST_F(Emulated, Schedules) {
+  for (lc_dtype dtype : kInputs)
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = decay;
+      spec.initial = spec.final = true;
+      check(spec, std::size(kSchedules));
+    }
+}
+
+TEST_F(Emulated, TokensAndHeadDims) {
+  constexpr int64_t head_dims[][2] = {{1, 1}, {16, 24}, {33, 17}, {64, 64}, {7, 80}, {128, 3}};
+  for (lc_dtype dtype : kInputs)
+    for (int64_t N : {1, 63, 64, 65, 130})
+      for (const auto& dims : head_dims) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.initial = spec.final = true;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, LargeHeadDims) {
+  for (lc_dtype dtype : kInputs) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = 1, spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 70, spec.K = 256, spec.V = 256;
+    spec.initial = spec.final = true;
+    check(spec);
+  }
+}
+
+// Less shared memory, and so few processors that blocks need not be small.
+TEST_F(Emulated, Devices) {
+  for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kInputs)
+      for (int64_t K : {40, 256}) {
+        device.processors = 1;
+        simt::device() = device;
+        Spec spec;
+        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 35, spec.K = K, spec.V = 72;
+        spec.decay = Decay::token, spec.in_place = true;
+        check(spec);
+      }
+}
+
+// A cache so small that fft takes several passes, over units and over pairs of ranks.
+TEST_F(Emulated, SmallCaches) {
+  for (lc_dtype dtype : kInputs)
+    for (int kilobytes : {1, 40, 200}) {
+      simt::device().l2_bytes = kilobytes * 1024;
+      Spec spec;
+      spec.dtype = dtype, spec.Hq = 4, spec.N = 70, spec.K = 7, spec.V = 19, spec.initial = spec.final = true;
+      check(spec);
+    }
+}
+
+// More than 128 chunks: a third round of merges in the tree of recursive.
+TEST_F(Emulated, LongSequences) {
+  for (Decay decay : {Decay::head, Decay::token}) {
+    Spec spec;
+    spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
+    spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
+    check(spec);
+    spec.N = 1500, spec.cu = {0, 590, 590, 600, 1500}, spec.gamma = kMixed;
+    check(spec);
+  }
+}
+
+TEST_F(Emulated, Decays) {
+  for (lc_dtype dtype : kInputs)
+    for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
+      for (double gamma : {0., 0.5, 1 - 1e-6, 1., kMixed}) {
+        if (decay == Decay::none && gamma != 1) continue;
+        Spec spec;
+        spec.dtype = dtype, spec.N = 140, spec.K = 8, spec.V = 16, spec.decay = decay, spec.gamma = gamma;
+        spec.initial = spec.final = true;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, GroupedHeads) {
+  constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
+  for (const auto& h : heads)
+    for (Decay decay : {Decay::batch, Decay::token})
+      for (bool in_place : {false, true}) {
+        Spec spec;
+        spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
+        spec.decay = decay, spec.final = !in_place, spec.in_place = in_place;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, Layouts) {
+  for (lc_dtype dtype : kInputs)
+    for (bool bnhd : {false, true})
+      for (bool strided : {false, true}) {
+        Spec spec;
+        spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, PackedSequences) {
+  for (lc_dtype cu : {kI32, kI64})
+    for (const Index& bounds : {Index{0, 0, 5, 5, 141, 230}, Index{0, 230}, Index{0, 64, 128, 230}})
+      for (Decay decay : {Decay::head, Decay::token}) {
+        Spec spec;
+        spec.B = 1, spec.N = 230, spec.cu = bounds, spec.cu_dtype = cu, spec.decay = decay, spec.K = 8, spec.V = 16;
+        spec.initial = spec.final = true;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, NothingToDo) {
+  for (int64_t B : {0, 2}) {
+    Spec spec;
+    spec.B = B, spec.N = 0, spec.initial = spec.final = true;
+    check(spec);
+  }
+}
+
+// Of a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
+TEST(WithoutCufft, IsRefusedWithWhatToDo) {
+  const std::string chosen = std::getenv("LEETCORE_CUFFT");
+  if (chosen == CUFFT_DOUBLE) GTEST_SKIP() << "there is one";
+  Spec spec;
+  spec.device = {LC_CUDA, 0};
+  Call call(spec);
+  char text[4096];
+  ASSERT_EQ(LC_OK, lc_explain(&call.args, text, sizeof text)) << lc_last_error();
+  EXPECT_NE(nullptr, std::strstr(text, "cannot: needs cuFFT, which was not found: pip install nvidia-cufft"));
+  call.args.method = "fft";
+  EXPECT_EQ(LC_UNSUPPORTED, call.run());
+  EXPECT_NE(nullptr, std::strstr(lc_last_error(), "fft: needs cuFFT"));
+}
+
+}  // namespace
