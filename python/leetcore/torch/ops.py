@@ -1,7 +1,7 @@
 """The operators torch.ops.leetcore.*: what torch needs to know of them, and the functions that call them.
 
-linear_attention is functional and differentiable, linear_attention_backward its gradient, decode_step updates a state in
-place. Each calls the library once; shapes for tracing, the autocast and vmap rules and flop are stated here.
+linear_attention is functional and differentiable, linear_attention_backward its gradient, decode_step updates a state
+in place. Each calls the library once; shapes for tracing, the autocast and vmap rules and flop are stated here.
 """
 
 from __future__ import annotations
@@ -268,8 +268,8 @@ def _decode_shapes(
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
 
 
-# ---- gradients: kernels above the others, as Library.impl takes them. torch.library.register_autograd would do, but not
-# ---- inside torch.func's transforms, and at 100 us a call.
+# ---- gradients: kernels of the key Autograd. torch.library.register_autograd makes some too, but they do not work with
+# ---- torch.func's transforms, and take 100 us a call.
 
 
 def _forward_with_gradient(
@@ -300,6 +300,9 @@ def _decode_with_gradient(*arguments: Any) -> Any:
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
             "or torch.no_grad(); linear_attention with initial_state computes gradients"
         )
+    state = arguments[3]
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
     with torch._C._AutoDispatchBelowAutograd():
         return _DECODE(*arguments)
 
