@@ -164,7 +164,7 @@ class LinearAttention(_Layer):
         self.out_proj = nn.Linear(width, embed_dim, bias=False)
 
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)  # type: ignore[no-untyped-call]
+        q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
         return q, k, v, self.log_decay
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:

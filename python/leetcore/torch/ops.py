@@ -60,7 +60,7 @@ def linear_attention(
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
     _require_tensors(q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(
+    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(  # type: ignore[no-untyped-call]
         q,
         k,
         v,
@@ -340,7 +340,7 @@ class _Forward(torch.autograd.Function):
             return (None,) * 11
         wants = list(ctx.needs_input_grad[:5])
         run = _Backward.apply if _is_transformed() else _BACKWARD
-        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)
+        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)  # type: ignore[no-untyped-call]
         return *(d if wanted else None for d, wanted in zip(gradients, wants, strict=True)), *(None,) * 6
 
 

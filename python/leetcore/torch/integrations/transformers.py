@@ -55,7 +55,7 @@ def patch(model: nn.Module) -> int:
                 + "; ".join(differences)
             )
     for layer in layers:
-        layer.__class__ = LightningAttention  # type: ignore[assignment]
+        layer.__class__ = LightningAttention
     return len(layers)
 
 
@@ -63,7 +63,7 @@ def unpatch(model: nn.Module) -> int:
     """Gives patched layers their own computation back; returns how many there were. States in caches stay float32."""
     layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
     for layer in layers:
-        layer.__class__ = MiniMaxLightningAttention
+        layer.__class__ = MiniMaxLightningAttention  # type: ignore[assignment]
     return len(layers)
 
 
