@@ -149,8 +149,9 @@ def environment() -> dict[str, str]:
     """PATH with the toolkit's usual place, the package just built, and the cuFFT that torch came with."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     found = (file for folder in sys.path for file in Path(folder).glob("nvidia/*/lib/libcufft.so.*"))
-    cufft = {"LEETCORE_CUFFT": str(file) for file in found if "LEETCORE_CUFFT" not in os.environ}
-    return os.environ | {"PATH": path, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"} | cufft
+    cufft = os.environ.get("LEETCORE_CUFFT") or next(map(str, found), "")
+    set_here = {"PATH": path, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"}
+    return os.environ | set_here | ({"LEETCORE_CUFFT": cufft} if cufft else {})
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
