@@ -8,6 +8,7 @@
 
 #define SIMT_DEV inline
 #define SIMT_UNROLL
+#define SIMT_LOOP
 #define SIMT_LOC int line = __builtin_LINE()
 
 struct dim3 {
@@ -108,6 +109,7 @@ inline bool misaligned(const void* p, size_t alignment, const char* what, int li
 inline int tid() { return emulator::current->tid; }
 inline int nthreads() { return emulator::block_threads; }
 inline dim3 bid() { return emulator::block_index; }
+inline int fresh(int x) { return x; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
