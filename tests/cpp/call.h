@@ -257,6 +257,7 @@ struct Spec {
   Decay decay = Decay::head;
   double gamma = kMixed;
   double scale = 0.5;
+  double magnitude = 1;  // of k and v
   bool bnhd = false;
   bool strided = false;  // axes in another order in memory, gaps between the rows, an offset of one element
   bool initial = false, final = false;
@@ -310,7 +311,8 @@ struct Call {
     token_tensor(k, s.dtype, {s.B, s.Hk, s.N, s.K});
     token_tensor(v, s.dtype, {s.B, s.Hv, s.N, s.V});
     token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
-    for (Tensor* t : {&q, &k, &v}) t->fill(number);
+    q.fill(number);
+    for (Tensor* t : {&k, &v}) t->fill([&] { return s.magnitude * number(); });
     switch (s.decay) {
       case Decay::none:
         break;
