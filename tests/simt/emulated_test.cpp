@@ -159,7 +159,7 @@ TEST_F(Emulated, LargeHeadDims) {
 }
 
 // Less shared memory, and so few processors that blocks need not be small.
-TEST_F(Emulated, Devices) {
+TEST_F(Emulated, OneProcessor) {
   for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
       for (int64_t K : {40, 256}) {
@@ -303,7 +303,7 @@ TEST_F(Emulated, LargeStates) {
 }
 
 // Rounding errors do not grow with the sequence.
-TEST_F(Emulated, LongSequences) {
+TEST_F(Emulated, RoundingOfLongSequences) {
   for (lc_dtype dtype : {kF32, kF16, kBf16})
     for (double gamma : {1 - 1e-6, 1.}) {
       Spec spec;
