@@ -75,7 +75,7 @@ bench: .venv/bench
 	python bench/run.py $(ARGS)
 
 # By the machine's own Python, as that is the one with a torch for its GPU.
-gpu_run = PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
+gpu_run = CMAKE_ARGS= PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
 gpu:
 	$(gpu_run)
 gpu-%:
