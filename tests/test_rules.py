@@ -110,12 +110,14 @@ def test_a_kernel_opens_with_its_idea(path):
     assert "arXiv:" in header.group() and "flop" in header.group()
 
 
-def test_only_arrays_imports_array_frameworks():
+def test_array_frameworks_are_imported_where_they_are_served():
     frameworks = r"^\s*(?:import|from)\s+(torch|jax|cupy|ml_dtypes)\b"
     bad = [
         relative(p)
         for p in PYTHON
         if p.name not in {"arrays.py", "files.py"}
+        and not relative(p).startswith("python/leetcore/torch/")
+        and relative(p) != "python/leetcore/compat/fla.py"
         and relative(p) not in {f"python/leetcore/bench/{x}.py" for x in ("problems", "ceilings", "rivals")}
         and re.search(frameworks, p.read_text(), re.M)
     ]

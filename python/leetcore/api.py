@@ -139,7 +139,7 @@ def linear_attention_backward(
     layout: Layout = "bhnd",
     precision: Precision | None = None,
     wants: Collection[str] | None = None,
-    stream: int | None = None,
+    stream: Stream | None = None,
 ) -> Gradients:
     """The gradients of `linear_attention`, whichever method computed it: of a loss whose gradients by its results are
     d_o and d_final_state.
@@ -159,7 +159,7 @@ def linear_attention_backward(
         ValueError, TypeError: as `linear_attention`.
     """
     log_decay = _scalar(log_decay)
-    lib = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state)
+    lib, queue = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state).at(q, stream)
     if wants is None:
         given = (True, True, True, log_decay is not None, initial_state is not None)
     else:
@@ -181,7 +181,7 @@ def linear_attention_backward(
             _real("scale", scale),
             _bnhd(layout),
             _tf32(precision),
-            stream or 0,
+            queue,
             given,
         )
     )

@@ -190,7 +190,7 @@ class TorchOnGpu(Torch):
         self._other = None
         if self.stream != current.cuda_stream:
             self._other = (  # ExternalStream(0) would be a new stream
-                torch.cuda.ExternalStream(self.stream, device=self._device)  # type: ignore[no-untyped-call]
+                torch.cuda.ExternalStream(self.stream, device=self._device)
                 if self.stream
                 else torch.cuda.default_stream(self._device)
             )

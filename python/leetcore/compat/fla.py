@@ -1,14 +1,12 @@
 """Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
 
-Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's; results are those of leetcore.torch: on the CPU and
-on GPUs, without graph breaks, with gradients for a constant decay too. `chunk_` and `fused_recurrent_` name the same
-operator. All return (o, final_state), the latter None unless output_final_state. Arguments that fla takes and ignores here
-(chunk_size, cu_seqlens_cpu) choose among its kernels; an unknown one is refused.
+Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. The work is that of leetcore.torch: on any
+device, without graph breaks, with gradients for a constant decay too. `chunk_` and `fused_recurrent_` name the same
+operator. All return (o, final_state), the latter None unless output_final_state is set. chunk_size and cu_seqlens_cpu,
+which only choose among fla's kernels, are ignored; an unknown argument is a TypeError.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +53,7 @@ def chunk_simple_gla(
     Raises:
         ValueError, TypeError: as `leetcore.linear_attention`.
     """
-    return _simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens
-    )  # fmt: skip
+    return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens)
 
 
 def fused_recurrent_simple_gla(
@@ -76,7 +72,7 @@ def fused_recurrent_simple_gla(
     """`chunk_simple_gla`; with reverse, from the last token to the first."""
     return _simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
-    )  # fmt: skip
+    )
 
 
 def chunk_retention(
@@ -90,10 +86,10 @@ def chunk_retention(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla` with RetNet's decays 1 - 2^(-5 - h) of the H heads of q: all heads of the model, not a slice."""
+    """`chunk_simple_gla` with RetNet's decays 1 - 2^(-5 - h) of head h. q has all heads of the model, not a slice."""
     return _simple_gla(
         q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, False, False, cu_seqlens
-    )  # fmt: skip
+    )
 
 
 def fused_recurrent_retention(
@@ -110,7 +106,7 @@ def fused_recurrent_retention(
     """`chunk_retention`; with reverse, from the last token to the first."""
     return _simple_gla(
         q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
-    )  # fmt: skip
+    )
 
 
 def chunk_lightning_attn(
@@ -132,9 +128,18 @@ def chunk_lightning_attn(
     g_gamma of `leetcore.decay.minimax` and scale=1.
     """
     return _simple_gla(
-        q, k, v, None, _lightning_decay(q, layer_idx, num_layers), scale, initial_state, output_final_state, False, False,
+        q,
+        k,
+        v,
+        None,
+        _lightning_decay(q, layer_idx, num_layers),
+        scale,
+        initial_state,
+        output_final_state,
+        False,
+        False,
         cu_seqlens,
-    )  # fmt: skip
+    )
 
 
 def fused_recurrent_lightning_attn(
@@ -151,9 +156,18 @@ def fused_recurrent_lightning_attn(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_lightning_attn`; with reverse, from the last token to the first."""
     return _simple_gla(
-        q, k, v, None, _lightning_decay(q, layer_idx, num_layers), scale, initial_state, output_final_state, reverse, False,
+        q,
+        k,
+        v,
+        None,
+        _lightning_decay(q, layer_idx, num_layers),
+        scale,
+        initial_state,
+        output_final_state,
+        reverse,
+        False,
         cu_seqlens,
-    )  # fmt: skip
+    )
 
 
 def chunk_linear_attn(

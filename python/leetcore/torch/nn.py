@@ -7,8 +7,8 @@ Every layer maps [B, N, embed_dim] to the same shape:
     y = layer(prompt, state)            # in one piece or in several; the state moves on
     y = layer.step(x, state)            # [B, embed_dim], one token more; for inference, updates the state in place
 
-state_dict() holds parameters only. Decays that are no parameters are made from the numbers the layer was built with, and
-stay float32 whatever .to(dtype) does to the rest.
+state_dict() holds parameters only. Decays that are no parameters are made from the numbers the layer was built with,
+and stay float32 whatever .to(dtype) does to the rest.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class _Layer(nn.Module):
         self.num_heads, self.key_dim, self.value_dim, self.scale = num_heads, key_dim, value_dim, scale
         self._log_decay = None if log_decay is None else np.array(log_decay, np.float32)
         if self._log_decay is not None and self._log_decay.shape not in ((), (num_heads,)):
-            raise ValueError(
-                f"log_decay: expected a number or shape [{num_heads}], got {list(self._log_decay.shape)}"
-            )
+            raise ValueError(f"log_decay: expected a number or shape [{num_heads}], got {list(self._log_decay.shape)}")
         self.register_buffer("log_decay", None, persistent=False)
         self._restore_decay()
 
@@ -196,7 +194,7 @@ class Lightning(LinearAttention):
 
 
 class Retention(_Layer):
-    """Multi-scale retention of RetNet (arXiv:2307.08621): y = W_o (silu(W_g x) * norm_each_head(o)), with rotated q and k.
+    """Multi-scale retention of RetNet (arXiv:2307.08621), y = W_o (silu(W_g x) * norm_each_head(o)), q and k rotated.
 
     Args:
         embed_dim: of x and y.
@@ -237,7 +235,7 @@ class Retention(_Layer):
         return y
 
     def _rotation(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin [N, 1, key_dim / 2] of the angles t 10000^(-2 i / key_dim): float64 until then, as t may be large."""
+        """cos and sin [N, 1, key_dim / 2] of t 10000^(-2 i / key_dim), an angle in float64, as t may be large."""
         t = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
         if position is not None:
             t = t + position
@@ -247,8 +245,8 @@ class Retention(_Layer):
 
 
 class GatedLinearAttention(_Layer):
-    """Linear attention with one decay for each head and token, which depends on the token: the scalar form of gated linear
-    attention (arXiv:2312.06635), as in gated retention and Mamba-2; y = W_o (silu(W_g x) * norm_each_head(o)).
+    """Linear attention with a decay for each head and token, which depends on the token: gated linear attention
+    (arXiv:2312.06635) with a scalar gate, as in gated retention; y = W_o (silu(W_g x) * norm_each_head(o)).
 
     Args:
         embed_dim: of x and y.

@@ -1,7 +1,7 @@
 """The operators torch.ops.leetcore.*: what torch needs to know of them, and the functions that call them.
 
-linear_attention is functional and differentiable, linear_attention_backward its gradient, decode_step updates a state in
-place. Each calls the library once; shapes for tracing, the autocast and vmap rules and flop are stated here.
+linear_attention is functional and differentiable, linear_attention_backward its gradient, decode_step updates a state
+in place. Each calls the library once; shapes for tracing, the autocast and vmap rules and flop are stated here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def linear_attention(
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
     _require_tensors(q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(
+    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(  # type: ignore[no-untyped-call]
         q,
         k,
         v,
@@ -268,8 +268,8 @@ def _decode_shapes(
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
 
 
-# ---- gradients: kernels above the others, as Library.impl takes them. torch.library.register_autograd would do, but not
-# ---- inside torch.func's transforms, and at 100 us a call.
+# ---- gradients: kernels of the key Autograd. torch.library.register_autograd makes some too, but they do not work with
+# ---- torch.func's transforms, and take 100 us a call.
 
 
 def _forward_with_gradient(
@@ -300,6 +300,9 @@ def _decode_with_gradient(*arguments: Any) -> Any:
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
             "or torch.no_grad(); linear_attention with initial_state computes gradients"
         )
+    state = arguments[3]
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
     with torch._C._AutoDispatchBelowAutograd():
         return _DECODE(*arguments)
 
@@ -337,7 +340,7 @@ class _Forward(torch.autograd.Function):
             return (None,) * 11
         wants = list(ctx.needs_input_grad[:5])
         run = _Backward.apply if _is_transformed() else _BACKWARD
-        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)
+        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)  # type: ignore[no-untyped-call]
         return *(d if wanted else None for d, wanted in zip(gradients, wants, strict=True)), *(None,) * 6
 
 

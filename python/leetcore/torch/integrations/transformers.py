@@ -1,8 +1,8 @@
 """MiniMax models of transformers with leetcore as their linear attention: `patch(model)`.
 
 The layer of transformers computes blocks of 256 tokens in the model's dtype, and walks token by token when it continues
-from a cache. The patched one calls the operator once in either case, and keeps states in float32 and decays exact. Weights,
-configuration and cache stay as they are.
+from a cache. The patched one calls the operator once in either case, and keeps states in float32 and decays exact.
+Weights, configuration and cache stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ..ops import decode_step, linear_attention
 try:
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 except ImportError as error:
-    raise ImportError(f"transformers: expected a version with models.minimax, got {transformers.__version__}") from error
+    raise ImportError(
+        f"transformers: expected a version with models.minimax, got {transformers.__version__}"
+    ) from error
 
 _MOST_DECODED = 64  # tokens that decode_step takes
 _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx num_attention_heads num_hidden_layers"
@@ -61,11 +63,11 @@ def unpatch(model: nn.Module) -> int:
     """Gives patched layers their own computation back; returns how many there were. States in caches stay float32."""
     layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
     for layer in layers:
-        layer.__class__ = MiniMaxLightningAttention
+        layer.__class__ = MiniMaxLightningAttention  # type: ignore[assignment]
     return len(layers)
 
 
-class LightningAttention(MiniMaxLightningAttention):  # type: ignore[misc]
+class LightningAttention(MiniMaxLightningAttention):
     """MiniMaxLightningAttention by leetcore; `patch` makes it of existing layers."""
 
     def forward(
@@ -90,11 +92,10 @@ class LightningAttention(MiniMaxLightningAttention):  # type: ignore[misc]
         if state is not None:
             state = state.to(torch.promote_types(qkv.dtype, torch.float32))
         if state is None or N > _MOST_DECODED or (torch.is_grad_enabled() and qkv.requires_grad):
-            o, state = linear_attention(
-                q, k, v, log_decay, initial_state=state, return_state=True, layout="bnhd"
-            )  # fmt: skip
+            o, state = linear_attention(q, k, v, log_decay, initial_state=state, return_state=True, layout="bnhd")
         else:
-            o = decode_step(*(x.transpose(1, 2) for x in (q, k, v)), state, log_decay).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            o = decode_step(q, k, v, state, log_decay).transpose(1, 2)
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
 
@@ -107,10 +108,14 @@ def _log_decay(heads: int, layer: int, layers: int, device: torch.device) -> Ten
     return torch.from_numpy(decay.minimax(heads, layer, layers)).to(device)
 
 
-def _differences(layer: nn.Module) -> list[str]:
+def _differences(layer: Any) -> list[str]:
     """What the patch relies on and the installed transformers does not have."""
     found = [f"it has no {name}" for name in _ATTRIBUTES.split() if not hasattr(layer, name)]
-    found += [f"MiniMaxCache has no {name}" for name in ("get_linear_cache", "set_linear_cache") if not hasattr(MiniMaxCache, name)]
+    found += [
+        f"MiniMaxCache has no {name}"
+        for name in ("get_linear_cache", "set_linear_cache")
+        if not hasattr(MiniMaxCache, name)
+    ]
     taken = inspect.signature(MiniMaxLightningAttention.forward).parameters
     found += [f"its forward takes no {name}" for name in ("hidden_states", "attention_mask") if name not in taken]
     if not {"cache", "past_key_values"} & set(taken):
