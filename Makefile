@@ -1,5 +1,6 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
 # make test              every check; each stage has a target of its own: lint pytest ctest sanitize
+# make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
 # make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
 #                        at the most; stages alone: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
@@ -57,6 +58,12 @@ build/ctest/build.ninja: | system .venv/test
 build/sanitize/build.ninja: | system
 	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
 
+train: .venv/bench
+	python examples/train_lm.py $(ARGS)
+
+generate: .venv/bench
+	python examples/generate.py $(ARGS)
+
 bench: .venv/bench
 	python bench/run.py $(ARGS)
 
@@ -108,4 +115,4 @@ system:
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) bench gpu cbench format clean system
+.PHONY: run test $(STAGES) train generate bench gpu cbench format clean system
