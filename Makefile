@@ -1,5 +1,5 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
-# make test              every check; each stage has a target of its own: lint pytest ctest sanitize
+# make test              every check; each stage has a target of its own: lint pytest cuda ctest sanitize
 # make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
 # make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
@@ -9,15 +9,18 @@
 # make clean             remove .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-STAGES := lint pytest ctest sanitize
+STAGES := lint pytest cuda ctest sanitize
+# Whether the package gets the CUDA methods: where there is a GPU, if there is a compiler. CUDA=ON, OFF: in any case.
+CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 
 system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
 pip := python -m pip install --quiet
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
+c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')
 COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
-c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp')
 
 run: .venv/package
 	python examples/text.py $(TEXT)
@@ -42,21 +45,32 @@ lint: .venv/test
 pytest: .venv/test
 	python -m pytest -q
 
+# The library with the CUDA methods for two architectures, and what can be known of it without a GPU.
+cuda: build/ctest/build.ninja
+	cmake --build build/ctest -j $(JOBS) --target cuda_tests
+	ctest --test-dir build/ctest --output-on-failure -L cuda
+
 ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
-	ctest --test-dir build/ctest --output-on-failure -LE slow
+	ctest --test-dir build/ctest --output-on-failure -LE 'slow|cuda'
 
 # The C and C++ tests with the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -LE slow
 
-build/ctest/build.ninja: | system .venv/test
-	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON \
-	  -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python
+# 80: code and PTX, which says what a kernel's launch bounds are.
+build/ctest/build.ninja: .venv/nvcc | system .venv/test
+	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON -D LEETCORE_CUDA=ON \
+	  -D CMAKE_CUDA_ARCHITECTURES='80;90a-real' -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python $$(cat .venv/nvcc)
 
 build/sanitize/build.ninja: | system
-	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
+	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON -D LEETCORE_CUDA=OFF
+
+# nvcc of a toolkit, or else from PyPI; the file holds what CMake is told of it.
+.venv/nvcc: .venv/bin/python
+	@if command -v nvcc >/dev/null; then : >$@; else \
+	  $(pip) 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*' && echo -D LEETCORE_CUDA_FROM_PYPI=ON >$@; fi
 
 train: .venv/bench
 	python examples/train_lm.py $(ARGS)
@@ -68,7 +82,7 @@ bench: .venv/bench
 	python bench/run.py $(ARGS)
 
 # By the machine's own Python, as that is the one with a torch for its GPU.
-gpu_run = PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
+gpu_run = CMAKE_ARGS= PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
 gpu:
 	$(gpu_run)
 gpu-%:

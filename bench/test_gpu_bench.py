@@ -121,7 +121,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuSession:
 def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.GpuSession) -> None:
     group = gpu.Group("forward", Shape.parse("1,1,70,8,8"), "float32", ("chunk", "scan"), rivals=False)
     said: list[str] = []
-    with pytest.raises(gpu.Lost, match="^scan broke the device's context"):
+    with pytest.raises(gpu.Lost, match=r"^scan broke the device's context"):
         gpu.run(session, [group], lambda: None, said.append)
     assert [(row.method, row.status[:6]) for row in session.rows] == [("leetcore scan", "failed")]
     assert "done" not in session.facts

@@ -22,7 +22,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh pages cost as much as the work on them.
+// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh
+// pages cost as much as the work on them.
 void* host_scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -273,8 +274,8 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   make(0, c.d_q, "d_q", shape_of(c.args.q), q, 0);
   make(1, c.d_k, "d_k", shape_of(c.args.k), k, 0);
   make(2, c.d_v, "d_v", shape_of(c.args.v), v, 0);
-  make(3, c.d_log_decay, "d_log_decay", shape_of(c.args.log_decay), number ? q : log_decay,
-       number ? c.state_bits() : 0);
+  make(3, c.d_log_decay, "d_log_decay", shape_of(c.args.log_decay), q,
+       number ? c.state_bits() : c.args.log_decay->dtype.bits);
   make(4, c.d_initial_state, "d_initial_state", c.state_shape(), q, c.state_bits());
   c.check_structure();
   c.run();

@@ -4,7 +4,10 @@ Results and scratch are NaN before each call (conftest.py), on the stream that t
 """
 
 import importlib.util
+import os
+import re
 from functools import partial
+from pathlib import Path
 
 import leetcore
 import numpy as np
@@ -12,6 +15,8 @@ import pytest
 import torch
 from leetcore import reference
 from leetcore.bench.problems import TOLERANCE, Case
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax takes most of the memory otherwise
 
 METHODS = [m.name for m in leetcore.methods() if m.device == "cuda"]
 usable = torch.cuda.is_available() and METHODS
@@ -361,6 +366,14 @@ def test_bounds_outside_of_the_tokens_touch_nothing_else(method):
             pytest.skip("refused, with a reason")
         torch.cuda.synchronize()
         assert o.isfinite().all()
+
+
+def test_the_readme_runs():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"```python gpu\n(.*?)```", text, re.S)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["o"].isfinite().all() and names["o1"].isfinite().all()
 
 
 def test_the_gpu_is_named():

@@ -96,6 +96,17 @@ def test_architectures(gpu, capability, name):
     assert gpu.architecture_of(capability) == name
 
 
+def test_cufft_of_torch_is_found(gpu, monkeypatch, tmp_path):
+    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcufft.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("LEETCORE_CUFFT", raising=False)
+    assert gpu.environment()["LEETCORE_CUFFT"] == str(library)
+    monkeypatch.setenv("LEETCORE_CUFFT", "mine")
+    assert gpu.environment()["LEETCORE_CUFFT"] == "mine"
+
+
 def test_names_of_results(gpu):
     assert gpu.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3" and gpu.slug("NVIDIA H200") == "h200"
 

@@ -92,6 +92,11 @@ def test_every_row_has_its_folder_its_source_and_a_named_paper(device, name):
     assert re.search(r"arXiv:\d{4}\.\d{5}|doi:", (folder / "README.md").read_text())
 
 
+def test_every_kernel_is_explained():
+    headings = "".join(re.findall(r"^## .*$", (ROOT / "docs" / "kernels.md").read_text(), re.M))
+    assert not [name for device, name in ROWS if device == "CUDA" and f"`{name}`" not in headings]
+
+
 def test_every_folder_has_a_row():
     assert {p.name for p in (CPP / "kernels").iterdir()} == {name for _, name in ROWS}
 

@@ -13,7 +13,8 @@ template <class E, class X, class F>
 void with_size(const Problem& p, bool wide, F&& f) {
   if constexpr (is_16_bit<E>) {
     if (wide && p.K <= 64) return f(ChunkWalk<E, X, 64, 32>());
-    if (wide && p.K <= 128) return f(ChunkWalk<E, X, 128, 32>());
+    if constexpr (is_16_bit<X>)
+      if (wide && p.K <= 128) return f(ChunkWalk<E, X, 128, 32>());
   }
   if (p.K <= 64) return f(ChunkWalk<E, X, 64, 16>());
   if (p.K <= 128) return f(ChunkWalk<E, X, 128, 16>());
@@ -34,7 +35,8 @@ struct Slices {
 };
 Slices slice(const Problem& p, int64_t heads) {
   const int64_t processors = limits(p.device.id).processors;
-  const bool wide = p.type != Type::f32 && p.K <= 128 && p.V > 64 && heads * ((p.V + 127) / 128) >= processors;
+  const bool wide = p.type != Type::f32 && p.K <= (p.type == Type::bf16 ? 128 : 64) && p.V > 64 &&
+                    heads * ((p.V + 127) / 128) >= processors;
   const int64_t unit = wide ? 32 : 16;
   int64_t count = (p.V + 4 * unit - 1) / (4 * unit);
   while (!wide && heads * count < processors && p.V > count * kLeastSlice) ++count;
@@ -94,15 +96,18 @@ const char* walk_refuses(const Problem& p) {
 }
 
 void walk(const Problem& p, const Walk& w) {
+  // Where blocks of one state would write what others still read, its q heads come one after the other.
+  const int times = w.alone ? 1 : heads_per_block(p), parts = w.alone || times > 1 ? 1 : int(group(p));
   const int64_t heads = heads_of(p, w);
   const Slices slices = slice(p, heads);
   with_kernel(p, slices.wide, [&](auto kernel) {
     using Kernel = decltype(kernel);
     const int bytes = p.type == Type::f32 ? 4 : 2, depth = stages<Kernel>(p);
     const int warps = slices.columns / (slices.wide ? 32 : 16);
-    start<Kernel>(p, dim3(unsigned(heads * slices.count)), 32 * warps, Kernel::shared_bytes(depth),
-                  {p, w, heads_per_block(p), slices.columns, slices.count, depth, aligned(p.q, bytes),
-                   aligned(p.k, bytes), aligned(p.v, bytes), aligned(p.o, bytes)});
+    for (int i = 0; i < times; ++i)
+      start<Kernel>(p, dim3(unsigned(heads * slices.count)), 32 * warps, Kernel::shared_bytes(depth),
+                    {p, w, parts, i, i + 1 == times, slices.columns, slices.count, depth, aligned(p.q, bytes),
+                     aligned(p.k, bytes), aligned(p.v, bytes), aligned(p.o, bytes)});
   });
 }
 

@@ -13,18 +13,10 @@
 
 namespace lc::cuda {
 
-// The log-decays of a chunk as loaded, two tokens a lane; the loads have time until they become weights.
-struct RawDecay {
-  float g[2];
-  int n;
-};
-SIMT_DEV RawDecay load_decay(const Problem& p, const Sequence& s, int64_t hs, int64_t t, int64_t end) {
-  RawDecay raw = {{0, 0}, int(end - t < kChunk ? end - t : kChunk)};
-  if (!p.log_decay) return raw;
-  SIMT_UNROLL
-  for (int e = 0; e < 2; ++e)
-    if (2 * lane() + e < raw.n) raw.g[e] = row<const float>(p.log_decay, s.row, hs, s.begin + t + 2 * lane() + e).ld(0);
-  return raw;
+// The log-decays of the n tokens of a chunk as loaded, two a lane: the loads have time until they become weights.
+SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n) {
+  const int64_t i = t + 2 * lane();
+  return {2 * lane() < n ? from.ld(i * stride) : 0, 2 * lane() + 1 < n ? from.ld((i + 1) * stride) : 0};
 }
 
 struct ChunkDecay {
@@ -42,23 +34,21 @@ struct ChunkDecay {
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
 
-  // By one warp. Tokens past the end do not decay. The log2 of the whole chunk's decay.
-  SIMT_DEV double set(const Problem& p, const RawDecay& raw) const {
-    double x[2];
-    SIMT_UNROLL
-    for (int e = 0; e < 2; ++e)
-      x[e] = 2 * lane() + e < raw.n ? log2_decay(p, p.log_decay ? double(raw.g[e]) : p.uniform_log_decay) : 0;
-    const double second = cumulative(x[0] + x[1]), first = second - x[1], last = shfl_idx(second, 31);
+  // By one warp, from the natural logs of n tokens; those behind them do not decay. The log2 of all together.
+  SIMT_DEV double set(const Problem& p, float2 log_decay, int n) const {
+    const double x0 = 2 * lane() < n ? log2_decay(p, p.log_decay ? double(log_decay.x) : p.uniform_log_decay) : 0;
+    const double x1 = 2 * lane() + 1 < n ? log2_decay(p, p.log_decay ? double(log_decay.y) : p.uniform_log_decay) : 0;
+    const double second = cumulative(x0 + x1), first = second - x1, last = shfl_idx(second, 31);
     const double high0 = ::rint(first * 64) / 64, high1 = ::rint(second * 64) / 64;
     const int at = 2 * lane();
     cum_.stv(at, float2{float(high0), float(high1)});
     cum_.stv(kChunk + at, float2{float(first - high0), float(second - high1)});
     in.stv(at, float2{ex2(float(first)), ex2(float(second))});
     out.stv(at, float2{ex2(float(last - first)), ex2(float(last - second))});
-    if (!lane()) {
-      const double whole = ex2(last);
-      cum_.stv(2 * kChunk, float2{float(whole), float(whole - double(float(whole)))});
-    }
+    // A product with 2^last would round, and it is raised to the power of the number of chunks: where the state decays
+    // slowly the difference to 1 is added.
+    const bool slow = last > -0.5;
+    if (!lane()) cum_.stv(2 * kChunk, float2{slow ? 1 : ex2(float(last)), slow ? ex2m1(float(last)) : 0});
     return last;
   }
 

@@ -23,9 +23,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-std::string dotted(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 int driver_version() {  // 0: none
   int version = 0;

@@ -38,7 +38,7 @@ SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n
 
 // 2^x - 1, exact where x is close to 0.
 SIMT_DEV double ex2m1(double x) { return ::expm1(x * 0.6931471805599453); }
-SIMT_DEV float ex2m1(float x) { return ::expm1f(x * 0.69314718f); }
+SIMT_DEV float ex2m1(float x) { return ::expm1f(x * 0.693147181f); }
 
 // Inclusive sum over the lanes of a warp.
 template <class T>

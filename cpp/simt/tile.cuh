@@ -14,14 +14,34 @@
 
 namespace simt {
 
-// Of operands only: in memory they are floats.
+// Of operands only: in memory they are floats. The unit ignores the low 13 bits of a number: cuts it.
 struct tf32 {};
+// Cut, this is x to nearest: up to a quarter of the last place, on average. A multiplication, where cvt.rna takes four
+// instructions; exact numbers stay exact, and what is not finite stays so.
+SIMT_DEV float near_tf32(float x) { return x * (1 + 0.7f / 2048); }
+// x without the bits that the unit ignores.
+SIMT_DEV float cut_tf32(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  u &= ~0x1fffu;
+  std::memcpy(&x, &u, sizeof u);
+  return x;
+}
 template <class X>
 inline constexpr bool is_16_bit = sizeof(X) == 2;
 
-// Lane (g, t).
-SIMT_DEV int lane_row() { return lane() >> 2; }
-SIMT_DEV int lane_pair() { return 2 * (lane() & 3); }
+// Where a lane stands in a fragment, found anew by every verb: there are too many such numbers to keep them.
+struct Lane {
+  int l = fresh(lane());
+  SIMT_DEV int row() const { return l >> 2; }        // g
+  SIMT_DEV int pair() const { return 2 * (l & 3); }  // 2t
+  // The row and the column that this lane names for an ldmatrix of 16 x 16: of the matrices 0 1 / 2 3 one below the
+  // other first, or side by side first.
+  SIMT_DEV int down_row() const { return l & 15; }
+  SIMT_DEV int down_column() const { return (l >> 4) * 8; }
+  SIMT_DEV int across_row() const { return (l & 7) + (l >> 4) * 8; }
+  SIMT_DEV int across_column() const { return (l >> 3 & 1) * 8; }
+};
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
@@ -32,7 +52,7 @@ struct Shared {
   static_assert(C % (8 * kUnit) == 0, "8 units of 16 bytes are permuted");
   sptr<E> s;
 
-  // Element (i0 + i, j0 + j): i0 a multiple of 8, j0 of 16, both known at compile time where speed matters; j < 16.
+  // Element (i0 + i, j0 + j): i0 a multiple of 8; j0 of 16 and j < 16, or j0 of a unit and j = 0.
   static SIMT_DEV int at(int i0, int j0, int i, int j) {
     const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
     return (i0 + i) * C + unit * kUnit + j % kUnit;
@@ -56,21 +76,23 @@ SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t s
                          int wide = C) {
   using Tile = Shared<E, R, C>;
   constexpr int kUnits = C / Tile::kUnit, kAcross = kUnits < 32 ? kUnits : 32;
-  const int first = tid() / kAcross, step = nthreads() / kAcross;
+  const int thread = fresh(tid()), first = thread / kAcross, step = nthreads() / kAcross;
   SIMT_UNROLL
   for (int u = 0; u < kUnits; u += kAcross) {
-    const int column = (u + tid() % kAcross) * Tile::kUnit;
-    if (column >= wide) continue;
+    const int column = (u + thread % kAcross) * Tile::kUnit;
     const int rest = columns - column, some = rest < 0 ? 0 : rest < Tile::kUnit ? rest : Tile::kUnit;
-    const int64_t offset = some ? column : 0;
-    for (int i = first; i < R; i += step) {
-      const int valid = i < n ? some : 0, to = Tile::at(0, column / 16 * 16, i, column % 16);
-      const int64_t row = i < n ? i * stride + offset : 0;
-      if (aligned) {
-        cp_async16(t.s, to, from, row, valid * int(sizeof(E)));
-      } else {
+    if (column >= wide) continue;
+    if (aligned) {
+      for (int i = first; i < R; i += step)
+        cp_async16(t.s, Tile::at(0, column, i, 0), from, i < n ? i * stride + (some ? column : 0) : 0,
+                   i < n ? some * int(sizeof(E)) : 0);
+    } else {
+      SIMT_LOOP
+      for (int i = first; i < R; i += step) {
+        const int to = Tile::at(0, column, i, 0);
         SIMT_UNROLL
-        for (int j = 0; j < Tile::kUnit; ++j) t.s.st(to + j, j < valid ? from.ld(row + j) : E{});
+        for (int j = 0; j < Tile::kUnit; ++j)
+          t.s.st(to + j, i < n && j < some ? from.ld(i * stride + column + j) : E{});
       }
     }
   }
@@ -95,20 +117,22 @@ SIMT_DEV void zero(Strip<R, C>& a) {
 // a_ij = f(i, j, a_ij)
 template <int R, int C, class F>
 SIMT_DEV void map(Strip<R, C>& a, F&& f) {
+  const Lane lane;
   SIMT_UNROLL
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
   for (int e = 0; e < 4; ++e)
-    a.x[m][n][e] = f(16 * m + lane_row() + (e >> 1) * 8, 8 * n + lane_pair() + (e & 1), a.x[m][n][e]);
+    a.x[m][n][e] = f(16 * m + lane.row() + (e >> 1) * 8, 8 * n + lane.pair() + (e & 1), a.x[m][n][e]);
 }
 
 // f(i, j, a_ij)
 template <int R, int C, class F>
 SIMT_DEV void each(const Strip<R, C>& a, F&& f) {
+  const Lane lane;
   SIMT_UNROLL
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
-  for (int e = 0; e < 4; ++e) f(16 * m + lane_row() + (e >> 1) * 8, 8 * n + lane_pair() + (e & 1), a.x[m][n][e]);
+  for (int e = 0; e < 4; ++e) f(16 * m + lane.row() + (e >> 1) * 8, 8 * n + lane.pair() + (e & 1), a.x[m][n][e]);
 }
 // a_i(j0 + j) = f(a_i(j0 + j), b_ij)
 template <int R, int C, int L, class F>
@@ -122,21 +146,23 @@ SIMT_DEV void merge(Strip<R, L>& a, int j0, const Strip<R, C>& b, F&& f) {
 // t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32; i0 a multiple of 8, j0 of 16.
 template <class X, class E, int R, int C, int R2, int C2>
 SIMT_DEV void store(const Shared<E, R2, C2>& t, int i0, int j0, const Strip<R, C>& a) {
+  const Lane lane;
   SIMT_UNROLL
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
   for (int r = 0; r < 2; ++r) {
     const float x = a.x[m][n][2 * r], y = a.x[m][n][2 * r + 1];
-    const int to = t.at(i0 + 16 * m + 8 * r, j0 + n / 2 * 16, lane_row(), n % 2 * 8 + lane_pair());
+    const int to = t.at(i0 + 16 * m + 8 * r, j0 + n / 2 * 16, lane.row(), n % 2 * 8 + lane.pair());
     if constexpr (is_16_bit<E>)
       t.s.stv(to, pack2<E>(x, y));
     else
-      t.s.stv(to, std::is_same_v<X, tf32> ? float2{to_tf32(x), to_tf32(y)} : float2{x, y});
+      t.s.stv(to, std::is_same_v<X, tf32> ? float2{near_tf32(x), near_tf32(y)} : float2{x, y});
   }
 }
 // t_(i)(j0 + j) = a_ji as E: the transposed strip.
 template <class E, int R, int C, int C2>
 SIMT_DEV void store_t(const Shared<E, C, C2>& t, int j0, const Strip<R, C>& a) {
+  const Lane lane;
   SIMT_UNROLL
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int n = 0; n < C / 8; ++n) {
@@ -145,10 +171,10 @@ SIMT_DEV void store_t(const Shared<E, C, C2>& t, int j0, const Strip<R, C>& a) {
     for (int r = 0; r < 2; ++r) {
       if constexpr (is_16_bit<E>) {
         const uint32_t x = movmatrix_trans(pack2<E>(c[2 * r], c[2 * r + 1]));
-        t.s.stv(t.at(8 * n, j0 + 16 * m, lane_row(), 8 * r + lane_pair()), x);
+        t.s.stv(t.at(8 * n, j0 + 16 * m, lane.row(), 8 * r + lane.pair()), x);
       } else {
         SIMT_UNROLL
-        for (int e = 0; e < 2; ++e) t.s.st(t.at(8 * n, j0 + 16 * m, lane_pair() + e, 8 * r + lane_row()), c[2 * r + e]);
+        for (int e = 0; e < 2; ++e) t.s.st(t.at(8 * n, j0 + 16 * m, lane.pair() + e, 8 * r + lane.row()), c[2 * r + e]);
       }
     }
   }
@@ -158,22 +184,14 @@ template <int kWide, class E, int R, int C>
 SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, int j0, int n, int columns,
                          bool aligned) {
   constexpr int kUnit = Shared<E, R, C>::kUnit, kAcross = kWide / kUnit;
-  const int j = lane() % kAcross * kUnit, some = columns - j;
-  SIMT_UNROLL
-  for (int i0 = 0; i0 < R; i0 += 32 / kAcross) {
-    const int i = lane() / kAcross;
-    if (i0 + i >= n || some <= 0) continue;
-    const auto x = t.s.template ldv<uint4>(t.at(0, j0 + j / 16 * 16, i0 + i, j % 16));
-    const auto row = to.sub((i0 + i) * stride + j);
-    if (aligned && some >= kUnit) {
-      row.stv(0, x);
-    } else {
-      E numbers[kUnit];
-      std::memcpy(numbers, &x, sizeof x);
-      SIMT_UNROLL
-      for (int e = 0; e < kUnit; ++e)
-        if (e < some) row.st(e, numbers[e]);
-    }
+  const int own = fresh(lane()), j = own % kAcross * kUnit, some = columns - j < kUnit ? columns - j : kUnit;
+  if (aligned && some == kUnit) {
+    for (int i = own / kAcross; i < n; i += 32 / kAcross)
+      to.stv(i * stride + j, t.s.template ldv<uint4>(t.at(0, j0 + j, i, 0)));
+  } else {
+    SIMT_LOOP
+    for (int i = own / kAcross; i < n; i += 32 / kAcross)
+      for (int e = 0; e < some; ++e) to.st(i * stride + j + e, t.s.ld(t.at(0, j0 + j, i, 0) + e));
   }
 }
 
@@ -217,7 +235,7 @@ SIMT_DEV Left<X> left(const Left<E>& a) {
         const float2 pair = unpack2<E>(a.x[2 * s + i]);
         b.x[s][i] = pair.x, b.x[s][i + 2] = pair.y;
       } else {
-        b.x[s][i] = to_tf32(a.x[s][i]), b.x[s][i + 2] = to_tf32(a.x[s][i + 2]);
+        b.x[s][i] = near_tf32(a.x[s][i]), b.x[s][i + 2] = near_tf32(a.x[s][i + 2]);
       }
     }
     return b;
@@ -244,22 +262,20 @@ SIMT_DEV void product(float (&c0)[4], float (&c1)[4], const Left<X>& a, const Ri
     SIMT_UNROLL
     for (int s = 0; s < 2; ++s) {
       const float2 b0 = pair(b, s), b1 = pair(b, 2 + s);
-      const float2 big0{to_tf32(b0.x), to_tf32(b0.y)}, big1{to_tf32(b1.x), to_tf32(b1.y)};
       if constexpr (std::is_same_v<X, tf32>) {
-        Mma<float>::m16n8k8(c0, a.x[s], big0.x, big0.y);
-        Mma<float>::m16n8k8(c1, a.x[s], big1.x, big1.y);
-      } else {  // big big + big small + small big, the small ones first
-        const float2 small0{to_tf32(b0.x - big0.x), to_tf32(b0.y - big0.y)};
-        const float2 small1{to_tf32(b1.x - big1.x), to_tf32(b1.y - big1.y)};
-        float big[4], small[4];
+        const bool exact = is_16_bit<E>;
+        Mma<float>::m16n8k8(c0, a.x[s], exact ? b0.x : near_tf32(b0.x), exact ? b0.y : near_tf32(b0.y));
+        Mma<float>::m16n8k8(c1, a.x[s], exact ? b1.x : near_tf32(b1.x), exact ? b1.y : near_tf32(b1.y));
+      } else {  // big big + big small + small big, the small ones first; the unit cuts a number to its big part
+        float small[4];
         SIMT_UNROLL
-        for (int e = 0; e < 4; ++e) big[e] = to_tf32(a.x[s][e]), small[e] = to_tf32(a.x[s][e] - big[e]);
-        Mma<float>::m16n8k8(c0, small, big0.x, big0.y);
-        Mma<float>::m16n8k8(c1, small, big1.x, big1.y);
-        Mma<float>::m16n8k8(c0, big, small0.x, small0.y);
-        Mma<float>::m16n8k8(c1, big, small1.x, small1.y);
-        Mma<float>::m16n8k8(c0, big, big0.x, big0.y);
-        Mma<float>::m16n8k8(c1, big, big1.x, big1.y);
+        for (int e = 0; e < 4; ++e) small[e] = a.x[s][e] - cut_tf32(a.x[s][e]);
+        Mma<float>::m16n8k8(c0, small, b0.x, b0.y);
+        Mma<float>::m16n8k8(c1, small, b1.x, b1.y);
+        Mma<float>::m16n8k8(c0, a.x[s], b0.x - cut_tf32(b0.x), b0.y - cut_tf32(b0.y));
+        Mma<float>::m16n8k8(c1, a.x[s], b1.x - cut_tf32(b1.x), b1.y - cut_tf32(b1.y));
+        Mma<float>::m16n8k8(c0, a.x[s], b0.x, b0.y);
+        Mma<float>::m16n8k8(c1, a.x[s], b1.x, b1.y);
       }
     }
   }
@@ -273,15 +289,16 @@ struct Rows {
   using Kind = X;
   Shared<E, R, C> t;
   int i;
+  Lane lane;
   SIMT_DEV Left<X> piece(int m, int l) const {
     Left<E> a;
     if constexpr (is_16_bit<E>) {
-      ldmatrix_x4(a.x, t.s, t.at(i + 16 * m, 16 * l, lane() & 15, (lane() >> 4) * 8));
+      ldmatrix_x4(a.x, t.s, t.at(i + 16 * m, 16 * l, lane.down_row(), lane.down_column()));
     } else {
       SIMT_UNROLL
       for (int r = 0; r < 2; ++r) SIMT_UNROLL
       for (int s = 0; s < 2; ++s) {
-        const auto x = t.s.template ldv<float2>(t.at(i + 16 * m + 8 * r, 16 * l, lane_row(), 8 * s + lane_pair()));
+        const auto x = t.s.template ldv<float2>(t.at(i + 16 * m + 8 * r, 16 * l, lane.row(), 8 * s + lane.pair()));
         a.x[s][r] = x.x, a.x[s][r + 2] = x.y;
       }
     }
@@ -290,7 +307,7 @@ struct Rows {
 };
 template <class X, class E, int R, int C>
 SIMT_DEV Rows<X, E, R, C> operand(const Shared<E, R, C>& t, int i) {
-  return {t, i};
+  return {t, i, {}};
 }
 
 // Columns from j on of a tile, a multiple of 16, as rows: the transposed tile.
@@ -299,23 +316,23 @@ struct Columns {
   using Kind = X;
   Shared<E, R, C> t;
   int j;
+  Lane lane;
   SIMT_DEV Left<X> piece(int m, int l) const {
     Left<E> a;
     if constexpr (is_16_bit<E>) {
-      const int row = (lane() & 7) + (lane() >> 4) * 8, column = (lane() >> 3 & 1) * 8;
-      ldmatrix_x4_trans(a.x, t.s, t.at(16 * l, j + 16 * m, row, column));
+      ldmatrix_x4_trans(a.x, t.s, t.at(16 * l, j + 16 * m, lane.across_row(), lane.across_column()));
     } else {
       SIMT_UNROLL
       for (int s = 0; s < 2; ++s) SIMT_UNROLL
       for (int e = 0; e < 4; ++e)
-        a.x[s][e] = t.s.ld(t.at(16 * l + 8 * s, j + 16 * m, lane_pair() + (e >> 1), lane_row() + (e & 1) * 8));
+        a.x[s][e] = t.s.ld(t.at(16 * l + 8 * s, j + 16 * m, lane.pair() + (e >> 1), lane.row() + (e & 1) * 8));
     }
     return left<X>(a);
   }
 };
 template <class X, class E, int R, int C>
 SIMT_DEV Columns<X, E, R, C> operand_t(const Shared<E, R, C>& t, int j) {
-  return {t, j};
+  return {t, j, {}};
 }
 
 // A strip, rounded to X piece by piece.
@@ -331,7 +348,8 @@ struct Rounded {
       if constexpr (is_16_bit<X>) {
         b.x[2 * s] = pack2<X>(c[0], c[1]), b.x[2 * s + 1] = pack2<X>(c[2], c[3]);
       } else if constexpr (std::is_same_v<X, tf32>) {
-        b.x[s][0] = to_tf32(c[0]), b.x[s][1] = to_tf32(c[2]), b.x[s][2] = to_tf32(c[1]), b.x[s][3] = to_tf32(c[3]);
+        b.x[s][0] = near_tf32(c[0]), b.x[s][1] = near_tf32(c[2]);
+        b.x[s][2] = near_tf32(c[1]), b.x[s][3] = near_tf32(c[3]);
       } else {
         b.x[s][0] = c[0], b.x[s][1] = c[2], b.x[s][2] = c[1], b.x[s][3] = c[3];
       }
@@ -354,6 +372,7 @@ struct Held {
 // a diag(w), w in shared memory.
 template <class X, int R, int L, class A>
 SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
+  const Lane lane;
   using E = typename A::Kind;
   Held<X, R, L> to;
   SIMT_UNROLL
@@ -362,7 +381,7 @@ SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
     Left<E> piece = a.piece(m, l);
     SIMT_UNROLL
     for (int s = 0; s < 2; ++s) {
-      const auto f = w.template ldv<float2>(16 * l + 8 * s + lane_pair());
+      const auto f = w.template ldv<float2>(16 * l + 8 * s + lane.pair());
       SIMT_UNROLL
       for (int i = 0; i < 2; ++i) {
         if constexpr (is_16_bit<E>) {
@@ -383,27 +402,27 @@ SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
 namespace tile {
 
 template <class E, int R, int C>
-SIMT_DEV Right<E> right_nt(const Shared<E, R, C>& b, int n, int l) {
+SIMT_DEV Right<E> right_nt(const Shared<E, R, C>& b, int n, int l, const Lane& lane) {
   Right<E> r;
   if constexpr (is_16_bit<E>) {
-    ldmatrix_x4(r.x, b.s, b.at(16 * n, 16 * l, (lane() & 7) + (lane() >> 4) * 8, (lane() >> 3 & 1) * 8));
+    ldmatrix_x4(r.x, b.s, b.at(16 * n, 16 * l, lane.across_row(), lane.across_column()));
   } else {
     SIMT_UNROLL
     for (int i = 0; i < 4; ++i)
-      r.x[i] = b.s.template ldv<float2>(b.at(16 * n + (i >> 1) * 8, 16 * l, lane_row(), (i & 1) * 8 + lane_pair()));
+      r.x[i] = b.s.template ldv<float2>(b.at(16 * n + (i >> 1) * 8, 16 * l, lane.row(), (i & 1) * 8 + lane.pair()));
   }
   return r;
 }
 template <class E, int R, int C>
-SIMT_DEV Right<E> right(const Shared<E, R, C>& b, int l, int j) {
+SIMT_DEV Right<E> right(const Shared<E, R, C>& b, int l, int j, const Lane& lane) {
   Right<E> r;
   if constexpr (is_16_bit<E>) {
-    ldmatrix_x4_trans(r.x, b.s, b.at(16 * l, j, lane() & 15, (lane() >> 4) * 8));
+    ldmatrix_x4_trans(r.x, b.s, b.at(16 * l, j, lane.down_row(), lane.down_column()));
   } else {
     SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int row = 16 * l + (i & 1) * 8, column = (i >> 1) * 8 + lane_row();
-      r.x[i] = {b.s.ld(b.at(row, j, lane_pair(), column)), b.s.ld(b.at(row, j, lane_pair() + 1, column))};
+      const int row = 16 * l + (i & 1) * 8, column = (i >> 1) * 8 + lane.row();
+      r.x[i] = {b.s.ld(b.at(row, j, lane.pair(), column)), b.s.ld(b.at(row, j, lane.pair() + 1, column))};
     }
   }
   return r;
@@ -414,6 +433,7 @@ SIMT_DEV Right<E> right(const Shared<E, R, C>& b, int l, int j) {
 // c += a b^T: a [R, L], b [C, L]. kLower: of a b whose piece (n, l) is zero, and may not even be written, where l > n.
 template <bool kLower = false, int R, int C, class A, class E, int L>
 SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
+  const Lane lane;
   SIMT_UNROLL
   for (int l = 0; l < L / 16; ++l) {
     Left<typename A::Kind> pieces[R / 16];
@@ -421,7 +441,7 @@ SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
     for (int m = 0; m < R / 16; ++m) pieces[m] = a.piece(m, l);
     SIMT_UNROLL
     for (int n = kLower ? l : 0; n < C / 16; ++n) {
-      const Right<E> r = tile::right_nt(b, n, l);
+      const Right<E> r = tile::right_nt(b, n, l, lane);
       SIMT_UNROLL
       for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }
@@ -430,6 +450,7 @@ SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
 // c += a b: a [R, L], b the columns [j, j + C) of a tile [L, C2].
 template <int R, int C, class A, class E, int L, int C2>
 SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) {
+  const Lane lane;
   SIMT_UNROLL
   for (int l = 0; l < L / 16; ++l) {
     Left<typename A::Kind> pieces[R / 16];
@@ -437,7 +458,7 @@ SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) 
     for (int m = 0; m < R / 16; ++m) pieces[m] = a.piece(m, l);
     SIMT_UNROLL
     for (int n = 0; n < C / 16; ++n) {
-      const Right<E> r = tile::right(b, l, j + 16 * n);
+      const Right<E> r = tile::right(b, l, j + 16 * n, lane);
       SIMT_UNROLL
       for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }

@@ -159,8 +159,7 @@ def linear_attention_backward(
         ValueError, TypeError: as `linear_attention`.
     """
     log_decay = _scalar(log_decay)
-    arrays = (q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state)
-    lib, queue = library_of(_BACKWARD, *arrays).at(q, stream)
+    lib, queue = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state).at(q, stream)
     if wants is None:
         given = (True, True, True, log_decay is not None, initial_state is not None)
     else:

@@ -1,7 +1,7 @@
 """The table of measured times that corrects what "auto" predicts: `leetcore tune` writes it for this machine.
 
-It lies in the user's cache directory ($XDG_CACHE_HOME, else ~/.cache), one file for each instruction set, and is read when
-leetcore is imported; without one the table that was shipped holds.
+It lies in the user's cache directory ($XDG_CACHE_HOME, else ~/.cache), one file for each instruction set, and is read
+when leetcore is imported; without one the table that was shipped holds.
 """
 
 from __future__ import annotations

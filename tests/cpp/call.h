@@ -354,6 +354,7 @@ struct Spec {
   Decay decay = Decay::head;
   double gamma = kMixed;
   double scale = 0.5;
+  double magnitude = 1;  // of k and v
   bool bnhd = false;
   bool strided = false;  // axes in another order in memory, gaps between the rows, an offset of one element
   bool initial = false, final = false;  // LC_BACKWARD: whether there is an initial_state, a d_final_state
@@ -410,7 +411,8 @@ struct Call {
     token_tensor(q, s.dtype, {s.B, s.Hq, s.N, s.K});
     token_tensor(k, s.dtype, {s.B, s.Hk, s.N, s.K});
     token_tensor(v, s.dtype, {s.B, s.Hv, s.N, s.V});
-    for (Tensor* t : {&q, &k, &v}) t->fill(number);
+    q.fill(number);
+    for (Tensor* t : {&k, &v}) t->fill([&] { return s.magnitude * number(); });
     const auto decay_tensor = [&](Tensor& t) {
       switch (s.decay) {
         case Decay::none:

@@ -144,10 +144,39 @@ TEST(Hpp, Workspace) {
   leetcore::Options options;
   options.workspace = &workspace;
   for (const lc_method_info& method : leetcore::methods()) {
+    if (std::string(method.device) != "cpu") continue;
     options.method = method.name;
     leetcore::linear_attention(t, t, t, {}, Tensor(o.data(), {1, 1, 300, 32}), options);
     EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6) << method.name;
   }
+}
+
+TEST(Hpp, WorkspaceOfTheCaller) {
+  std::vector<float> x(300 * 32, 0.01f), o(x.size());
+  const Tensor t(x.data(), {1, 1, 300, 32}), to(o.data(), {1, 1, 300, 32});
+  leetcore::Options options;
+  options.method = "chunk";
+  const std::size_t bytes = leetcore::linear_attention_workspace(t, t, t, {}, options);
+  ASSERT_GT(bytes, 0u);
+  EXPECT_EQ(bytes, leetcore::cost(t, t, t, {}, options).workspace);
+  alignas(64) static unsigned char memory[1 << 22];
+  ASSERT_LE(bytes, sizeof memory);
+  leetcore::Workspace enough(memory, sizeof memory), little(memory, bytes - 1);
+  EXPECT_EQ(memory, enough.reserve(1));
+  EXPECT_EQ(sizeof memory, enough.size());
+  options.workspace = &enough;
+  leetcore::linear_attention(t, t, t, {}, to, options);
+  EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6);
+  options.workspace = &little;
+  try {
+    leetcore::linear_attention(t, t, t, {}, to, options);
+    ADD_FAILURE() << "nothing thrown";
+  } catch (const leetcore::Error& e) {
+    EXPECT_EQ(LC_MEMORY, e.status());
+    EXPECT_EQ(0u, std::string(e.what()).find("workspace: method chunk needs"));
+  }
+  const Tensor step(x.data(), {1, 1, 1, 32}), state(o.data(), {1, 1, 32, 32});
+  EXPECT_LE(leetcore::decode_step_workspace(step, step, step, {}, state), sizeof memory);
 }
 
 TEST(Hpp, WhatThereIs) {

@@ -146,8 +146,12 @@ STAGES = (  # their seconds are BUDGET_S together
 
 
 def environment() -> dict[str, str]:
+    """PATH with the toolkit's usual place, the package just built, and the cuFFT that torch came with."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    return os.environ | {"PATH": path, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"}
+    found = (file for folder in sys.path for file in Path(folder).glob("nvidia/*/lib/libcufft.so.*"))
+    cufft = os.environ.get("LEETCORE_CUFFT") or next(map(str, found), "")
+    set_here = {"PATH": path, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"}
+    return os.environ | set_here | ({"LEETCORE_CUFFT": cufft} if cufft else {})
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,8 @@
 // runs in the emulator (contract_test.cpp) and on a GPU (contract_test.cu), so that a kernel that passes in the one
 // rests on the same ground in the other. Numbers are integers where rounding is not the point: even mma is exact.
 #pragma once
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -183,6 +185,13 @@ struct Votes : Kernel {
 template <class T>
 struct Ex2 : Kernel {
   static SIMT_DEV void run(const Params& a) { out_as<T>(a).st(tid(), ex2(in_as<T>(a).ld(tid()))); }
+};
+
+struct SinCosPi : Kernel {
+  static SIMT_DEV void run(const Params& a) {
+    const double x = in_as<double>(a).ld(tid());
+    out_as<double>(a).st(2 * tid(), sin_pi(x)), out_as<double>(a).st(2 * tid() + 1, cos_pi(x));
+  }
 };
 
 template <class T>
@@ -506,6 +515,21 @@ inline void arithmetic(std::vector<Case>& all) {
                  Compare::floats, 2});
   all.push_back({"ex2, double", launch_case<Ex2<double>>, words<double>(32, power),
                  words<double>(32, [&](int i) { return std::exp2(power(i)); }), Compare::doubles, 2});
+
+  // Fractions of 24, and numbers close to where one of the two is 0.
+  const auto turn = [](int i) {
+    if (i < 25) return i / 24.;
+    return std::array{
+        0x1p-40, 1 - 0x1p-40, 0.5 - 0x1p-40, 0.5 + 0x1p-40, 0x1p-12, 1 - 0x1p-12, 0.5 - 0x1p-12}[size_t(i - 25)];
+  };
+  const auto sine = [](double x) { return std::sin(3.14159265358979323846 * std::min(x, 1 - x)); };  // 0 <= x <= 1
+  all.push_back({"sin_pi cos_pi", launch_case<SinCosPi>, words<double>(32, turn),
+                 words<double>(64,
+                               [&](int i) {
+                                 const double x = turn(i / 2);
+                                 return i % 2 == 0 ? sine(x) : x > 0.5 ? -sine(x - 0.5) : sine(0.5 - x);
+                               }),
+                 Compare::doubles, 4});
 
   // (1 + e) (1 - e) - 1 = -e^2, which a product that is rounded loses
   const auto factor = [](int bits) {

@@ -23,8 +23,7 @@ namespace lc::cuda {
 
 const Limits& limits(int device) {
   constexpr int kDevices = 2;
-  if (device < 0 || device >= kDevices)
-    fail(LC_DEVICE, "CUDA device %d: expected one of %d devices", device, kDevices);
+  if (device < 0 || device >= kDevices) fail(LC_DEVICE, "CUDA device %d: expected one of %d devices", device, kDevices);
   return simt::device();
 }
 

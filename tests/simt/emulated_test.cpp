@@ -131,6 +131,7 @@ TEST_F(Emulated, Schedules) {
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec;
       spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = decay;
+      if (decay == Decay::head) spec.K = 9, spec.V = 12;
       spec.initial = spec.final = true;
       check(spec, std::size(kSchedules));
     }
@@ -238,6 +239,78 @@ TEST_F(Emulated, PackedSequences) {
         spec.initial = spec.final = true;
         check(spec);
       }
+}
+
+// More than one segment of scan and block; constant decays that a segment forgets, and such that it does not.
+TEST_F(Emulated, Segments) {
+  for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = gamma == 0.5 ? kF32 : kBf16, spec.B = 1, spec.N = 700, spec.K = 8, spec.V = 16, spec.decay = decay;
+      spec.gamma = gamma, spec.initial = spec.final = true;
+      check(spec);
+    }
+  for (const Index& bounds : {Index{0, 0, 300, 300, 310, 950, 1000}, Index{0, 1000}, Index{0, 256, 512, 1000}})
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = kBf16, spec.B = 1, spec.N = 1000, spec.cu = bounds, spec.decay = decay, spec.K = 8, spec.V = 16;
+      spec.initial = spec.final = true;
+      check(spec);
+    }
+  for (bool in_place : {false, true}) {
+    Spec spec;
+    spec.dtype = kBf16, spec.Hq = 4, spec.N = 520, spec.K = 16, spec.V = 16, spec.decay = Decay::token;
+    spec.final = !in_place, spec.in_place = in_place;
+    check(spec);
+  }
+}
+
+// The ways in which the columns of V and shared memory are dealt out: by how many processors wait for blocks, by how
+// much memory they have.
+TEST_F(Emulated, Devices) {
+  for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
+    for (int processors : {1, device.processors})
+      for (lc_dtype dtype : {kF32, kF16, kBf16})
+        for (int64_t K : {64, 128, 256}) {
+          simt::device() = device, simt::device().processors = processors;
+          Spec spec;
+          spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = K, spec.V = 144;
+          spec.final = true;
+          check(spec);
+        }
+  const std::set<std::string> small = {"K is too large for the shared memory of this device"};
+  for (const std::string& refusal : refusals_) EXPECT_NE(std::string::npos, refusal.find(*small.begin())) << refusal;
+}
+
+TEST_F(Emulated, NoBankConflicts) {
+  for (lc_dtype dtype : {kF16, kBf16}) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = 128, spec.V = 64;
+    check(spec);
+  }
+  EXPECT_GT(simt::report().ldmatrix_phases, 0);
+  EXPECT_EQ(0, simt::report().ldmatrix_conflicts);
+}
+
+// States, and scores, that float16 could not hold.
+TEST_F(Emulated, LargeStates) {
+  for (lc_dtype dtype : {kF16, kBf16}) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 200, spec.K = 64, spec.V = 16;
+    spec.decay = Decay::none, spec.scale = 1e-6, spec.initial = spec.final = true, spec.magnitude = 100;
+    check(spec);
+  }
+}
+
+// Rounding errors do not grow with the sequence.
+TEST_F(Emulated, LongSequences) {
+  for (lc_dtype dtype : {kF32, kF16, kBf16})
+    for (double gamma : {1 - 1e-6, 1.}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8192, spec.K = 16, spec.V = 16;
+      spec.decay = gamma == 1 ? Decay::token : Decay::head, spec.gamma = gamma, spec.final = true;
+      check(spec);
+    }
 }
 
 TEST_F(Emulated, NothingToDo) {

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <leetcore/leetcore.hpp>
+
 #include "../../cpp/simt/simt.h"
 #include "../cpp/call.h"
 #include "device_host.h"
@@ -176,6 +178,40 @@ TEST_F(Runtime, TheHostReadsNoValue) {
       EXPECT_EQ(status == LC_OK ? LC_DEVICE : status, run) << lc_last_error();
     }
   munmap(page, 10 * bytes);
+}
+
+// The C++ face on a device: whatever the method needs is the caller's memory there.
+TEST_F(Runtime, CppFace) {
+  std::vector<float> x(300 * 32, 0.01f), o(x.size());
+  const auto tensor = [](std::vector<float>& data) {
+    return leetcore::Tensor(data.data(), {1, 1, 300, 32}, {}, {LC_CUDA, 0});
+  };
+  simt::allow(x.data(), 4 * x.size(), false);
+  simt::allow(o.data(), 4 * o.size(), true);
+  alignas(256) static unsigned char memory[1 << 24];
+  simt::allow(memory, sizeof memory, true);
+  leetcore::Workspace workspace(memory, sizeof memory), host;
+  leetcore::Options options;
+  options.stream = &options;
+  for (const lc_method_info& method : leetcore::methods()) {
+    if (std::strcmp(method.device, "cuda")) continue;
+    SCOPED_TRACE(method.name);
+    options.method = method.name;
+    options.workspace = &host;
+    if (leetcore::linear_attention_workspace(tensor(x), tensor(x), tensor(x), {}, options)) {
+      try {
+        leetcore::linear_attention(tensor(x), tensor(x), tensor(x), {}, tensor(o), options);
+        ADD_FAILURE() << "scratch of the host was taken";
+      } catch (const leetcore::Error& e) {
+        EXPECT_EQ(0u, std::string(e.what()).find("workspace: expected Workspace(memory, bytes) with "));
+      }
+      options.workspace = &workspace;
+    }
+    o.back() = -1;
+    leetcore::linear_attention(tensor(x), tensor(x), tensor(x), {}, tensor(o), options);
+    EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6);
+    EXPECT_EQ(&options, simt::report().stream);
+  }
 }
 
 // Wrong values that nobody could refuse: the call is served, no kernel leaves the tensors.

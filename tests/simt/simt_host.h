@@ -9,6 +9,7 @@
 
 #define SIMT_DEV inline
 #define SIMT_UNROLL
+#define SIMT_LOOP
 #define SIMT_LOC ::simt::emulator::Line line = {__builtin_FILE(), __builtin_LINE()}  // of the caller
 
 struct dim3 {
@@ -128,6 +129,7 @@ void store(bool may, void* p, const V& x) {
 inline int tid() { return emulator::current->tid; }
 inline int nthreads() { return emulator::block_threads; }
 inline dim3 bid() { return emulator::block_index; }
+inline int fresh(int x) { return x; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@
  * Every function may be called from any number of threads at once.
  *
  * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns: it allocates nothing,
- * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph. The device that is current does
- * not matter and does not change. All tensors are on one device; a rank-0 log_decay alone is on the host and read at
- * once. Memory, the workspace too, stays valid until the stream has done the work.
+ * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph (the method fft once it has run
+ * with these shapes: it keeps cuFFT's plans). The device that is current does not matter and does not change. All
+ * tensors are on one device; a rank-0 log_decay alone is on the host and read at once. Memory, the workspace too, stays
+ * valid until the stream has done the work.
  */
 #ifndef LEETCORE_H
 #define LEETCORE_H
@@ -122,14 +123,14 @@ typedef struct lc_args {
   void* stream;           /* cudaStream_t of the tensors' device; must be NULL on the CPU */
 } lc_args;
 
-/* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there, which the
- * caller answers for:
- *   log_decay > 0 or NaN   what is computed for that head from that token on, in that sequence, is undefined
- *   cu_seqlens             bounds are brought into [0, N], an end before its begin is an empty sequence; rows of o in no
- *                          sequence are not written, rows in several are undefined
- *   state_indices          a slot outside of the pool skips its sequence, as -1 does; what sequences with the same slot
- *                          compute is undefined
- * No value makes a kernel touch memory outside of the tensors. */
+/* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there. No value
+ * makes a kernel touch memory outside of the tensors, but for right answers the caller sees to these:
+ *
+ * - log_decay <= 0, and not NaN: else the answers for that head of that sequence, from that token on, are undefined;
+ * - cu_seqlens as above: bounds are brought into [0, N], and an end before its begin makes an empty sequence; rows of o
+ *   in no sequence are not written, rows in several are undefined;
+ * - state_indices all different: else the states and answers of those sequences are undefined. A slot outside of the
+ *   pool skips its sequence, as -1 does. */
 LC_API lc_status lc_run(const lc_args* args);
 
 /* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no

@@ -5,6 +5,9 @@
 //
 // A Tensor is a view of the caller's memory. Every function may be called from any number of threads at once, with a
 // Workspace for each. Shapes, dtypes and what is refused: leetcore.h.
+//
+// On a GPU: Tensor(data, shape, {}, {LC_CUDA, 0}) for every tensor but a scalar, Options::stream, and a Workspace of
+// the caller's device memory where a method needs scratch. Calls return before their work is done.
 #ifndef LEETCORE_HPP
 #define LEETCORE_HPP
 #include <leetcore/leetcore.h>
@@ -117,10 +120,16 @@ class Tensor {
   std::int64_t shape_[kMaxRank] = {}, strides_[kMaxRank] = {};
 };
 
-// Scratch for CPU calls, one call at a time: 64-byte aligned, grows when it must, freed at the end.
+// Scratch, one call at a time. Of its own: host memory, 64-byte aligned, that grows when it must and is freed at the
+// end. Or the caller's, which stays as it is: on a GPU, where this library allocates nothing, aligned to 256 bytes and
+// free again when the stream has done the call.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(void* memory, std::size_t bytes) noexcept : given_(memory), size_(bytes), is_given_(true) {}
+
   void* reserve(std::size_t bytes) {
+    if (is_given_) return given_;
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
@@ -130,6 +139,7 @@ class Workspace {
     return memory_.get();
   }
   std::size_t size() const noexcept { return size_; }
+  bool is_given() const noexcept { return is_given_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
@@ -137,7 +147,9 @@ class Workspace {
     void operator()(void* p) const noexcept { ::operator delete(p, kAlignment); }
   };
   std::unique_ptr<void, Free> memory_;
+  void* given_ = nullptr;
   std::size_t size_ = 0;
+  bool is_given_ = false;
 };
 
 enum class Layout { bhnd, bnhd };  // order of heads and tokens in every tensor that has both
@@ -152,7 +164,7 @@ struct Options {
   Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
   Tensor cu_seqlens;               // not decode_step: int32 or int64 [S + 1], packed sequences, B = 1
   Tensor state_indices;            // decode_step: int32 [B], slot of each sequence, -1 skips; absent: slot b
-  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one
+  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one, on the CPU
   void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
 };
 
@@ -192,10 +204,22 @@ class Call {
     if (status != LC_OK) throw Error(status, lc_last_error());
   }
 
+  std::size_t workspace_bytes() const {
+    std::size_t bytes = 0;
+    require(lc_workspace(&args, &bytes));
+    return bytes;
+  }
+
   void run(Workspace* workspace) {
     Workspace local;
-    require(lc_workspace(&args, &args.workspace_bytes));
-    args.workspace = (workspace ? workspace : &local)->reserve(args.workspace_bytes);
+    if (!workspace) workspace = &local;
+    if (const std::size_t bytes = workspace_bytes()) {
+      if (args.q->device.type != LC_CPU && !workspace->is_given())
+        throw Error(LC_MEMORY, "workspace: expected Workspace(memory, bytes) with " + std::to_string(bytes) +
+                                   " bytes on the device of q, got none");
+      args.workspace = workspace->reserve(bytes);
+      args.workspace_bytes = workspace->size();
+    }
     require(lc_run(&args));
   }
 
@@ -250,6 +274,18 @@ inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const
   call.args.final_state = call.add(state);
   call.args.o = call.add(o);
   call.run(options.workspace);
+}
+
+// The scratch that these calls need, in bytes: for memory on a GPU, which the caller allocates once for the largest.
+inline std::size_t linear_attention_workspace(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Tensor& log_decay = {}, const Options& options = {}) {
+  return detail::Call(LC_FORWARD, q, k, v, log_decay, options).workspace_bytes();
+}
+inline std::size_t decode_step_workspace(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                                         const Tensor& state, const Options& options = {}) {
+  detail::Call call(LC_DECODE, q, k, v, log_decay, options);
+  call.args.final_state = call.add(state);
+  return call.workspace_bytes();
 }
 
 // What this linear_attention call costs by options.method ("auto": the one it would take).

@@ -18,7 +18,9 @@
 namespace lc::LC_ISA::backward {
 namespace {
 
-// What a worker keeps of states: those before the chunks of one segment.
+// What a worker keeps of states: those before the chunks of one segment, as many as these bytes hold. More would not be
+// faster, as they leave the L2 cache. Where they are large, the root of the number of chunks: segments are then as
+// many.
 constexpr double kKeptBytes = 1 << 20;
 
 int64_t chunks_of(int64_t tokens) { return (tokens + C - 1) / C; }
@@ -41,7 +43,8 @@ struct Call : Problem {
     for (family = share_kv; family % share_q;) family += share_kv;
     const int64_t families = p.B * p.Hs / family, chunks = std::max<int64_t>(1, chunks_of(p.N));
     const int64_t visits = p.cu_bits ? p.Hs / family * chunks : families * chunks;
-    segment = std::min(chunks, std::max<int64_t>(1, int64_t(kKeptBytes / (double(family) * state_bytes(p)))));
+    const double fits = kKeptBytes / (double(family) * state_bytes(p)), root = std::ceil(std::sqrt(double(chunks)));
+    segment = std::min(chunks, int64_t(std::max(fits, root)));
     workers = workers_for(visits, flop());
     cut = !balanced(families, workers);
     if (cut) segment = std::min(segment, std::max<int64_t>(1, visits / (4 * workers)));

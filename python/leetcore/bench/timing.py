@@ -41,7 +41,7 @@ def clock(call: Call, reps: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Timer:
-    """How samples are taken: clock(call, reps) is seconds per call; the other two are SAMPLE_S and SETTLE_S of a device."""
+    """How samples are taken on a device: clock(call, reps) gives seconds per call; the others are as those above."""
 
     clock: Callable[[Call, int], float]
     sample_s: float
