@@ -1,0 +1,183 @@
+// decode.cuh - GPU: a few tokens of each sequence through its state in a pool, in place: the state goes by once.
+//
+//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S     for every token t of the call and every q head of the state
+//
+//   pool [slots, Hs, K, V] of type P; of so many pairs of a token and a q head at a time in shared memory, as numbers
+//   of the accumulator's type T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
+//   block: a piece of V, `columns` vectors of 16 bytes wide; a thread keeps one vector of kRows rows in registers, from
+//   the first token to the last. grid: (sequence, state, piece), so many pieces that a small batch fills the device
+//   B (H 2KV + Hs 3KV) flop a token; bound by memory: a thread asks for all of its rows before it uses one
+//   Katharopoulos et al. 2020, arXiv:2006.16236
+#pragma once
+#include "../../cuda/problem.cuh"
+#include "../../cuda/staging.cuh"
+
+namespace lc::cuda {
+
+template <class E, class P>
+struct Decode {
+  using T = Accumulator<E>;
+  static constexpr const char* kName = "decode";
+  static constexpr int kVector = 16 / int(sizeof(P)), kRows = kVector > 4 ? 4 : 8;
+  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = 4;
+  struct Params {
+    Problem p;
+    unsigned pieces;          // of V
+    int columns, row_groups;  // threads of a block: side by side, one below the other
+    int pairs;                // at a time: kPairs, or fewer if there are fewer
+    bool whole;               // every vector is complete, and its address a multiple of 16
+
+    LC_INLINE int width() const { return columns * kVector; }
+    LC_INLINE int rows() const { return row_groups * kRows; }  // of a block: K, padded
+    LC_INLINE int threads() const { return columns * row_groups; }
+    int64_t shared_bytes() const {
+      return int64_t(sizeof(T)) * pairs * (2 * rows() + width() + row_groups * width() + 2);
+    }
+  };
+
+  static SIMT_DEV void run(const Params& a) {
+    const Problem& p = a.p;
+    const unsigned heads = unsigned(p.Hs), block = bid().x / a.pieces;
+    const int64_t hs = block % heads, b = block / heads, c0 = int64_t(bid().x % a.pieces) * a.width();
+    const int64_t slot = p.state_indices ? gptr<const int32_t>{p.state_indices}.ld(b) : b;
+    const int columns = int(p.V - c0 < a.width() ? p.V - c0 : a.width());
+    const int heads_of_state = int(group(p)), all_pairs = int(p.N) * heads_of_state;
+    const auto output = [&](int pair) {
+      return row<E>(p.o, b, hs * heads_of_state + pair % heads_of_state, pair / heads_of_state).sub(c0);
+    };
+    if (slot < 0 || slot >= p.slots) {  // the whole block
+      for (int pair = 0; pair < all_pairs; ++pair)
+        for (int c = tid(); c < columns; c += nthreads()) output(pair).st(c, narrow<E>(0));
+      return;
+    }
+
+    const bool active = tid() < a.threads();
+    const int own_column = tid() % a.columns * kVector, own_group = tid() / a.columns, own_row = own_group * kRows;
+    const int rows = !active ? 0 : p.K - own_row < kRows ? int(p.K) - own_row : kRows;
+    const auto from_q = row<const E>(p.q, b, q_head(p, hs * heads_of_state), 0);
+    const auto from_k = row<const E>(p.k, b, k_head(p, hs), 0), from_v = row<const E>(p.v, b, v_head(p, hs), 0).sub(c0);
+    const Vectors state = {row<P>(p.final_state, slot, hs, own_row).sub(c0 + own_column), p.final_state.stride[2], rows,
+                           columns - own_column, a.whole};
+    Vector stored[kRows] = {};
+    state.load(stored);
+
+    Smem smem;
+    const auto q = smem.alloc<T>(a.pairs * a.rows()), k = smem.alloc<T>(a.pairs * a.rows());
+    const auto v = smem.alloc<T>(a.pairs * a.width()), sums = smem.alloc<T>(a.pairs * a.row_groups * a.width());
+    const auto decay = smem.alloc<T>(2 * a.pairs);
+    const auto stage = [&](int first, int n) {
+      for (int i = 0; i < n; ++i) {
+        const int64_t t = (first + i) / heads_of_state, h = (first + i) % heads_of_state;
+        for (int r = tid(); r < a.rows(); r += nthreads()) {
+          q.st(i * a.rows() + r, r < p.K ? widen(from_q.ld(h * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0));
+          k.st(i * a.rows() + r, r < p.K ? widen(from_k.ld(t * p.k.stride[2] + r)) : T(0));
+        }
+        for (int c = tid(); c < a.width(); c += nthreads())
+          v.st(i * a.width() + c, c < columns ? widen(from_v.ld(t * p.v.stride[2] + c)) : T(0));
+        if (tid() == i) {
+          const double log2 = log2_decay_at(p, b, hs, t);
+          const bool slow = log2 > kSlow;
+          decay.st(2 * i, slow ? T(ex2m1(log2)) : ex2(T(log2))), decay.st(2 * i + 1, T(slow));
+        }
+      }
+      sync_cta();
+    };
+
+    stage(0, a.pairs);
+    T S[kRows][kVector];
+    SIMT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      SIMT_UNROLL
+      for (int j = 0; j < kVector; ++j) S[i][j] = widen(stored[i].x[j]);
+    }
+    for (int first = 0; first < all_pairs; first += a.pairs) {
+      const int n = all_pairs - first < a.pairs ? all_pairs - first : a.pairs;
+      if (first) stage(first, n);
+      for (int pair = 0; active && pair < n; ++pair) {
+        if ((first + pair) % heads_of_state == 0) {
+          const T factor = decay.ld(2 * pair);
+          const bool slow = decay.ld(2 * pair + 1) != 0;
+          const auto key = k.template ldv<Packed<T, kRows>>(pair * a.rows() + own_row);
+          const auto value = v.template ldv<Packed<T, kVector>>(pair * a.width() + own_column);
+          SIMT_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            SIMT_UNROLL
+            for (int j = 0; j < kVector; ++j) {
+              const T x = mul_add(factor, S[i][j], key.x[i] * value.x[j]);
+              S[i][j] = slow ? S[i][j] + x : x;
+            }
+          }
+        }
+        const auto query = q.template ldv<Packed<T, kRows>>(pair * a.rows() + own_row);
+        Packed<T, kVector> sum = {};
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          SIMT_UNROLL
+          for (int j = 0; j < kVector; ++j) sum.x[j] = mul_add(query.x[i], S[i][j], sum.x[j]);
+        }
+        sums.stv((pair * a.row_groups + own_group) * a.width() + own_column, sum);
+      }
+      if (first + n == all_pairs) {
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          SIMT_UNROLL
+          for (int j = 0; j < kVector; ++j) stored[i].x[j] = narrow<P>(S[i][j]);
+        }
+        state.store(stored);
+      }
+      sync_cta();
+      for (int at = tid(); at < n * a.width(); at += nthreads()) {
+        const int pair = at / a.width(), c = at % a.width();
+        if (c >= columns) continue;
+        T sum = 0;
+        for (int g = 0; g < a.row_groups; ++g) sum += sums.ld((pair * a.row_groups + g) * a.width() + c);
+        output(first + pair).st(c, narrow<E>(sum * T(p.scale)));
+      }
+    }
+  }
+
+ private:
+  // Above it 2^L - 1 is added to 1, since the error of 2^L would be raised to the power of the number of tokens.
+  static constexpr double kSlow = -0.0145;
+
+  using Vector = Packed<P, kVector>;
+
+  // The rows of one thread in the pool, of which `numbers` from its first one on are in the piece.
+  struct Vectors {
+    gptr<P> at;
+    int64_t stride;
+    int rows, numbers;
+    bool whole;
+
+    SIMT_DEV void load(Vector (&x)[kRows]) const {
+      if (whole) {
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i)
+          if (i < rows && numbers > 0) x[i] = at.template ldv<Vector>(i * stride);
+      } else {
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          SIMT_UNROLL
+          for (int j = 0; j < kVector; ++j)
+            if (i < rows && j < numbers) x[i].x[j] = at.ld(i * stride + j);
+        }
+      }
+    }
+    SIMT_DEV void store(const Vector (&x)[kRows]) const {
+      if (whole) {
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i)
+          if (i < rows && numbers > 0) at.template stv<Vector>(i * stride, x[i]);
+      } else {
+        SIMT_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          SIMT_UNROLL
+          for (int j = 0; j < kVector; ++j)
+            if (i < rows && j < numbers) at.st(i * stride + j, x[i].x[j]);
+        }
+      }
+    }
+  };
+};
+
+}  // namespace lc::cuda
