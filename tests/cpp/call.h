@@ -199,7 +199,7 @@ inline Answer reference(const lc_args& a) {
     const int64_t first = a.cu_seqlens ? static_cast<int64_t>(read(*a.cu_seqlens, {s})) : 0;
     const int64_t end = a.cu_seqlens ? static_cast<int64_t>(read(*a.cu_seqlens, {s + 1})) : N;
     const int64_t slot = a.state_indices ? static_cast<int64_t>(read(*a.state_indices, {s})) : s;
-    if (slot < 0) continue;
+    if (slot < 0 || slot >= states) continue;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       double* S = answer.state.data() + (slot * Hs + hs) * K * V;
       double* S_size = answer.state_size.data() + (slot * Hs + hs) * K * V;

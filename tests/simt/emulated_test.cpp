@@ -176,6 +176,48 @@ TEST_F(Emulated, PackedSequences) {
       }
 }
 
+// Every pool; slots that are skipped, and one outside of the pool, which no kernel may touch.
+TEST_F(Emulated, Decode) {
+  for (lc_dtype dtype : kInputs)
+    for (lc_dtype pool : kInputs)
+      for (int64_t N : {1, 3, 64})
+        for (const Index& indices : {Index{}, Index{4, -1, 7}})
+          for (bool strided : {false, true}) {
+            if ((pool == kF64) != (dtype == kF64)) continue;
+            if (N == 64 && strided == indices.empty()) continue;
+            Spec spec;
+            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 5,
+            spec.indices = indices;
+            spec.Hq = N == 3 ? 4 : 2, spec.N = N, spec.K = 22, spec.V = 40, spec.strided = strided,
+            spec.bnhd = strided;
+            spec.decay = N == 1 ? Decay::head : Decay::token;
+            check(spec, N == 3 ? int(std::size(kSchedules)) : 1);
+          }
+  EXPECT_GT(served_["recurrent"], 0);
+}
+
+// As many threads to a block as there can be, a state cut into pieces, a device that is full without cutting it.
+TEST_F(Emulated, DecodeHeadDims) {
+  constexpr int64_t head_dims[][2] = {{1, 1}, {128, 128}, {256, 256}, {300, 20}, {1024, 4}, {3, 1100}};
+  for (lc_dtype dtype : kInputs)
+    for (int64_t B : {1, 300})
+      for (const auto& dims : head_dims) {
+        if (B > 1 && dims[0] * dims[1] > 100) continue;
+        Spec spec;
+        spec.op = LC_DECODE, spec.dtype = dtype, spec.B = B, spec.Hq = spec.Hk = spec.Hv = 2, spec.N = 1;
+        spec.K = dims[0], spec.V = dims[1];
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
+  for (double gamma : {0., 0.98, 1 - 1e-6}) {
+    Spec spec;
+    spec.op = LC_DECODE, spec.B = 1, spec.N = 64, spec.Hq = 6, spec.K = 16, spec.V = 16, spec.gamma = gamma;
+    check(spec);
+  }
+}
+
 TEST_F(Emulated, NothingToDo) {
   for (int64_t B : {0, 2}) {
     Spec spec;

@@ -18,11 +18,13 @@ template <class E, class P>
 struct Decode {
   using T = Accumulator<E>;
   static constexpr const char* kName = "decode";
-  static constexpr int kVector = 16 / int(sizeof(P)), kRows = kVector > 4 ? 4 : 8;
-  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = 4;
+  static constexpr int kVector = 16 / int(sizeof(P)), kRows = 4;
+  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector > 4 ? 2 : 4;
   struct Params {
     Problem p;
     unsigned pieces;          // of V
+    unsigned heads;           // q heads of a state
+    unsigned q_share, k_share, v_share;  // H / Hq, Hs / Hk, Hs / Hv: 64-bit divisions are dear, and spill registers
     int columns, row_groups;  // threads of a block: side by side, one below the other
     int pairs;                // at a time: kPairs, or fewer if there are fewer
     bool whole;               // every vector is complete, and its address a multiple of 16
@@ -37,13 +39,13 @@ struct Decode {
 
   static SIMT_DEV void run(const Params& a) {
     const Problem& p = a.p;
-    const unsigned heads = unsigned(p.Hs), block = bid().x / a.pieces;
-    const int64_t hs = block % heads, b = block / heads, c0 = int64_t(bid().x % a.pieces) * a.width();
+    const unsigned block = bid().x / a.pieces, hs = block % unsigned(p.Hs), h = hs * a.heads;
+    const int64_t b = block / unsigned(p.Hs), c0 = int64_t(bid().x % a.pieces) * a.width();
     const int64_t slot = p.state_indices ? gptr<const int32_t>{p.state_indices}.ld(b) : b;
     const int columns = int(p.V - c0 < a.width() ? p.V - c0 : a.width());
-    const int heads_of_state = int(group(p)), all_pairs = int(p.N) * heads_of_state;
+    const int heads = int(a.heads), all_pairs = int(p.N) * heads;
     const auto output = [&](int pair) {
-      return row<E>(p.o, b, hs * heads_of_state + pair % heads_of_state, pair / heads_of_state).sub(c0);
+      return row<E>(p.o, b, h + pair % heads, pair / heads).sub(c0);
     };
     if (slot < 0 || slot >= p.slots) {  // the whole block
       for (int pair = 0; pair < all_pairs; ++pair)
@@ -54,8 +56,8 @@ struct Decode {
     const bool active = tid() < a.threads();
     const int own_column = tid() % a.columns * kVector, own_group = tid() / a.columns, own_row = own_group * kRows;
     const int rows = !active ? 0 : p.K - own_row < kRows ? int(p.K) - own_row : kRows;
-    const auto from_q = row<const E>(p.q, b, q_head(p, hs * heads_of_state), 0);
-    const auto from_k = row<const E>(p.k, b, k_head(p, hs), 0), from_v = row<const E>(p.v, b, v_head(p, hs), 0).sub(c0);
+    const auto from_q = row<const E>(p.q, b, h / a.q_share, 0);
+    const auto from_k = row<const E>(p.k, b, hs / a.k_share, 0), from_v = row<const E>(p.v, b, hs / a.v_share, 0).sub(c0);
     const Vectors state = {row<P>(p.final_state, slot, hs, own_row).sub(c0 + own_column), p.final_state.stride[2], rows,
                            columns - own_column, a.whole};
     Vector stored[kRows] = {};
@@ -67,9 +69,9 @@ struct Decode {
     const auto decay = smem.alloc<T>(2 * a.pairs);
     const auto stage = [&](int first, int n) {
       for (int i = 0; i < n; ++i) {
-        const int64_t t = (first + i) / heads_of_state, h = (first + i) % heads_of_state;
+        const int64_t t = (first + i) / heads, g = (first + i) % heads;
         for (int r = tid(); r < a.rows(); r += nthreads()) {
-          q.st(i * a.rows() + r, r < p.K ? widen(from_q.ld(h * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0));
+          q.st(i * a.rows() + r, r < p.K ? widen(from_q.ld(g * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0));
           k.st(i * a.rows() + r, r < p.K ? widen(from_k.ld(t * p.k.stride[2] + r)) : T(0));
         }
         for (int c = tid(); c < a.width(); c += nthreads())
@@ -94,7 +96,7 @@ struct Decode {
       const int n = all_pairs - first < a.pairs ? all_pairs - first : a.pairs;
       if (first) stage(first, n);
       for (int pair = 0; active && pair < n; ++pair) {
-        if ((first + pair) % heads_of_state == 0) {
+        if ((first + pair) % heads == 0) {
           const T factor = decay.ld(2 * pair);
           const bool slow = decay.ld(2 * pair + 1) != 0;
           const auto key = k.template ldv<Packed<T, kRows>>(pair * a.rows() + own_row);

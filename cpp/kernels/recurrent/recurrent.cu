@@ -29,15 +29,17 @@ void forward(const Problem& p) {
 
 constexpr int kBlocksPerProcessor = 4, kLeastColumns = 2;  // of decode: 32 bytes, what memory moves at least
 
+// f(the kernel) for the types of p.
+template <class E, class F>
+void with_pool(const Problem& p, F& f) {
+  with_type(p.state_type, [&](auto s) {
+    using P = decltype(s);
+    if constexpr (std::is_same_v<E, double> == std::is_same_v<P, double>) f(Decode<E, P>());
+  });
+}
 template <class F>
 void with_decode(const Problem& p, F&& f) {
-  with_type(p.type, [&](auto e) {
-    with_type(p.state_type, [&](auto s) {
-      using E = decltype(e);
-      using P = decltype(s);
-      if constexpr (std::is_same_v<E, double> == std::is_same_v<P, double>) f(Decode<E, P>());
-    });
-  });
+  with_type(p.type, [&](auto e) { with_pool<decltype(e)>(p, f); });
 }
 
 // As wide as the threads of a block go, and narrower where that leaves processors without work.
@@ -55,7 +57,8 @@ typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   bool whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
   for (int i = 0; i < 3; ++i) whole = whole && pool.stride[i] % Kernel::kVector == 0;
   const int pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
-  return {p, unsigned(up(vectors, columns)), int(columns), int(groups), pairs, whole};
+  const auto share = [](int64_t all, int64_t some) { return unsigned(some ? all / some : 1); };
+  return {p, unsigned(up(vectors, columns)), unsigned(group(p)), share(p.H, p.Hq), share(p.Hs, p.Hk), share(p.Hs, p.Hv), int(columns), int(groups), pairs, whole};
 }
 
 void decode(const Problem& p) {

@@ -20,7 +20,7 @@ struct RecurrentForward {
   static constexpr const char* kName = "recurrent forward";
   static constexpr int kTokens = 32, kRanks = 32, kColumns = 32;
   static constexpr int kOwn = 2, kLanes = 8, kSteps = 3;  // columns of a lane; lanes of a scan, and its steps
-  static constexpr int kMaxThreads = kColumns / kOwn * kLanes, kMinBlocks = 2;
+  static constexpr int kMaxThreads = kColumns / kOwn * kLanes, kMinBlocks = sizeof(T) == 8 ? 2 : 4;
   static constexpr int kTile = kRanks * padded(kTokens);
   struct Params {
     Problem p;
