@@ -19,15 +19,14 @@ struct Decode {
   using T = Accumulator<E>;
   static constexpr const char* kName = "decode";
   static constexpr int kVector = 16 / int(sizeof(P)), kRows = 4;
-  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector > 4 ? 2 : 4;
+  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector > 4 ? 2 : 3;
   struct Params {
     Problem p;
-    unsigned pieces;          // of V
-    unsigned heads;           // q heads of a state
-    unsigned q_share, k_share, v_share;  // H / Hq, Hs / Hk, Hs / Hv: 64-bit divisions are dear, and spill registers
-    int columns, row_groups;  // threads of a block: side by side, one below the other
-    int pairs;                // at a time: kPairs, or fewer if there are fewer
-    bool whole;               // every vector is complete, and its address a multiple of 16
+    unsigned pieces;                            // of V
+    unsigned heads, q_share, k_share, v_share;  // H / Hs; H / Hq, Hs / Hk, Hs / Hv: a division of 64 bits is a call
+    int columns, row_groups;                    // threads of a block: side by side, one below the other
+    int pairs;                                  // at a time: kPairs, or fewer if there are fewer
+    bool whole;                                 // every vector is complete, its address a multiple of 16
 
     LC_INLINE int width() const { return columns * kVector; }
     LC_INLINE int rows() const { return row_groups * kRows; }  // of a block: K, padded
@@ -44,9 +43,7 @@ struct Decode {
     const int64_t slot = p.state_indices ? gptr<const int32_t>{p.state_indices}.ld(b) : b;
     const int columns = int(p.V - c0 < a.width() ? p.V - c0 : a.width());
     const int heads = int(a.heads), all_pairs = int(p.N) * heads;
-    const auto output = [&](int pair) {
-      return row<E>(p.o, b, h + pair % heads, pair / heads).sub(c0);
-    };
+    const auto output = [&](int pair) { return row<E>(p.o, b, h + pair % heads, pair / heads).sub(c0); };
     if (slot < 0 || slot >= p.slots) {  // the whole block
       for (int pair = 0; pair < all_pairs; ++pair)
         for (int c = tid(); c < columns; c += nthreads()) output(pair).st(c, narrow<E>(0));
@@ -57,7 +54,8 @@ struct Decode {
     const int own_column = tid() % a.columns * kVector, own_group = tid() / a.columns, own_row = own_group * kRows;
     const int rows = !active ? 0 : p.K - own_row < kRows ? int(p.K) - own_row : kRows;
     const auto from_q = row<const E>(p.q, b, h / a.q_share, 0);
-    const auto from_k = row<const E>(p.k, b, hs / a.k_share, 0), from_v = row<const E>(p.v, b, hs / a.v_share, 0).sub(c0);
+    const auto from_k = row<const E>(p.k, b, hs / a.k_share, 0),
+               from_v = row<const E>(p.v, b, hs / a.v_share, 0).sub(c0);
     const Vectors state = {row<P>(p.final_state, slot, hs, own_row).sub(c0 + own_column), p.final_state.stride[2], rows,
                            columns - own_column, a.whole};
     Vector stored[kRows] = {};
@@ -68,12 +66,15 @@ struct Decode {
     const auto v = smem.alloc<T>(a.pairs * a.width()), sums = smem.alloc<T>(a.pairs * a.row_groups * a.width());
     const auto decay = smem.alloc<T>(2 * a.pairs);
     const auto stage = [&](int first, int n) {
+      SIMT_ROLLED
       for (int i = 0; i < n; ++i) {
         const int64_t t = (first + i) / heads, g = (first + i) % heads;
+        SIMT_ROLLED
         for (int r = tid(); r < a.rows(); r += nthreads()) {
           q.st(i * a.rows() + r, r < p.K ? widen(from_q.ld(g * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0));
           k.st(i * a.rows() + r, r < p.K ? widen(from_k.ld(t * p.k.stride[2] + r)) : T(0));
         }
+        SIMT_ROLLED
         for (int c = tid(); c < a.width(); c += nthreads())
           v.st(i * a.width() + c, c < columns ? widen(from_v.ld(t * p.v.stride[2] + c)) : T(0));
         if (tid() == i) {

@@ -58,7 +58,16 @@ typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   for (int i = 0; i < 3; ++i) whole = whole && pool.stride[i] % Kernel::kVector == 0;
   const int pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
   const auto share = [](int64_t all, int64_t some) { return unsigned(some ? all / some : 1); };
-  return {p, unsigned(up(vectors, columns)), unsigned(group(p)), share(p.H, p.Hq), share(p.Hs, p.Hk), share(p.Hs, p.Hv), int(columns), int(groups), pairs, whole};
+  return {p,
+          unsigned(up(vectors, columns)),
+          unsigned(group(p)),
+          share(p.H, p.Hq),
+          share(p.Hs, p.Hk),
+          share(p.Hs, p.Hv),
+          int(columns),
+          int(groups),
+          pairs,
+          whole};
 }
 
 void decode(const Problem& p) {

@@ -59,8 +59,8 @@ struct RecurrentForward {
           sync_cta();
           stage_columns<kTokens, kRanks>(q, row<const E>(p.q, s.row, q_head(p, h), s.begin + t).sub(r0), p.q.stride[2],
                                          n, ranks);
-          stage_columns<kTokens, kRanks>(k, row<const E>(p.k, s.row, k_head(p, hs), s.begin + t).sub(r0),
-                                         p.k.stride[2], n, ranks);
+          stage_columns<kTokens, kRanks>(k, row<const E>(p.k, s.row, k_head(p, hs), s.begin + t).sub(r0), p.k.stride[2],
+                                         n, ranks);
           if (!r0)
             stage_columns<kTokens, kColumns>(v, row<const E>(p.v, s.row, v_head(p, hs), s.begin + t).sub(c0),
                                              p.v.stride[2], n, columns);
