@@ -27,7 +27,8 @@ void forward(const Problem& p) {
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
 
-constexpr int kBlocksPerProcessor = 4, kLeastColumns = 2;  // of decode: 32 bytes, what memory moves at least
+constexpr int kBlocksPerProcessor = 4;  // at least, of decode
+constexpr int64_t kLeastColumns = 2;    // of decode: 32 bytes, the least that memory moves
 
 // f(the kernel) for the types of p.
 template <class E, class F>
@@ -42,32 +43,29 @@ void with_decode(const Problem& p, F&& f) {
   with_type(p.type, [&](auto e) { with_pool<decltype(e)>(p, f); });
 }
 
-// As wide as the threads of a block go, and narrower where that leaves processors without work.
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Pieces as wide as the threads of a block go, and narrower where those would leave processors without work.
 template <class E, class P>
 typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   using Kernel = Decode<E, P>;
-  const auto up = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
-  const int64_t vectors = up(p.V, Kernel::kVector), groups = up(p.K, Kernel::kRows);
-  const int64_t blocks = up(kBlocksPerProcessor * limits(p.device.id).processors, std::max<int64_t>(1, p.B * p.Hs));
-  const int64_t most = std::max<int64_t>(1, Kernel::kMaxThreads / groups);
-  const int64_t wanted = std::min(most, std::max<int64_t>(kLeastColumns, vectors / blocks));
-  const int64_t pieces = up(vectors, wanted), columns = up(vectors, pieces);
-
+  const int64_t vectors = ceil_div(p.V, Kernel::kVector), row_groups = ceil_div(p.K, Kernel::kRows);
+  const int64_t blocks = kBlocksPerProcessor * limits(p.device.id).processors;
+  const int64_t enough = ceil_div(blocks, std::max<int64_t>(1, p.B * p.Hs));
+  const int64_t most = std::max<int64_t>(1, Kernel::kMaxThreads / row_groups);
+  const int64_t columns = std::min(most, std::max(kLeastColumns, vectors / enough));
+  typename Kernel::Params a = {};
+  a.p = p;
+  a.columns = int(ceil_div(vectors, ceil_div(vectors, columns)));  // pieces of one width
+  a.pieces = unsigned(ceil_div(vectors, a.columns));
+  a.row_groups = int(row_groups);
+  a.heads = unsigned(group(p));
+  a.q_share = unsigned(p.H / p.Hq), a.k_share = unsigned(p.Hs / p.Hk), a.v_share = unsigned(p.Hs / p.Hv);
+  a.pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
   const View& pool = p.final_state;
-  bool whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
-  for (int i = 0; i < 3; ++i) whole = whole && pool.stride[i] % Kernel::kVector == 0;
-  const int pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
-  const auto share = [](int64_t all, int64_t some) { return unsigned(some ? all / some : 1); };
-  return {p,
-          unsigned(up(vectors, columns)),
-          unsigned(group(p)),
-          share(p.H, p.Hq),
-          share(p.Hs, p.Hk),
-          share(p.Hs, p.Hv),
-          int(columns),
-          int(groups),
-          pairs,
-          whole};
+  a.whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
+  for (int i = 0; i < 3; ++i) a.whole = a.whole && pool.stride[i] % Kernel::kVector == 0;
+  return a;
 }
 
 void decode(const Problem& p) {
