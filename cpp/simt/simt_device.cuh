@@ -6,7 +6,6 @@
 
 #define SIMT_DEV __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
-#define SIMT_ROLLED _Pragma("unroll 1")
 
 namespace simt {
 

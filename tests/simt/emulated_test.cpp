@@ -75,10 +75,6 @@ class Emulated : public ::testing::Test {
     }
   }
 
-  std::set<std::string> refusals_;
-  std::map<std::string, int> served_;
-
- private:
   static lc_status run(Call& call, const Schedule& schedule) {
     simt::options() = {schedule.policy, schedule.seed, simt::CpAsync::poison};
     const lc_status status = call.make_workspace();
@@ -92,6 +88,10 @@ class Emulated : public ::testing::Test {
     simt::allow(call.args.workspace, call.args.workspace_bytes, true);
     return lc_run(&call.args);
   }
+  std::set<std::string> refusals_;
+  std::map<std::string, int> served_;
+
+ private:
   static void poison(Tensor& t) {
     if (t.memory.empty()) return;
     for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
@@ -209,11 +209,51 @@ TEST_F(Emulated, DecodeHeadDims) {
       }
 }
 
+// A rounding error of the decay would be raised to the power of the number of tokens.
 TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
-  for (double gamma : {0., 0.98, 1 - 1e-6}) {
+  constexpr int kCalls = 24, kTokens = 64;
+  Spec spec;
+  spec.device = {LC_CUDA, 0};
+  spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = kCalls * kTokens, spec.K = spec.V = 8, spec.gamma = 1 - 1e-6;
+  spec.in_place = true;
+  Call call(spec);
+  const Answer answer = reference(call.args);
+  call.args.op = LC_DECODE, call.args.method = "recurrent", call.args.initial_state = nullptr;
+  for (int i = 0; i < kCalls; ++i) {
+    for (Tensor* t : {&call.q, &call.k, &call.v, &call.o}) {
+      t->sizes[2] = kTokens;
+      t->byte_offset = uint64_t(i) * kTokens * t->steps[2] * sizeof(float);
+    }
+    ASSERT_EQ(LC_OK, run(call, kSchedules[0])) << lc_last_error();
+  }
+  call.o.sizes[2] = spec.N, call.o.byte_offset = 0;
+  EXPECT_LE(relative_error(values(call.o), answer.o, answer.o), output_tolerance(kF32));
+  EXPECT_LE(relative_error(values(call.initial_state), answer.state, answer.state), state_tolerance(kF32));
+}
+
+// What a block may use of shared memory, and what the grid is made for, differs between devices.
+TEST_F(Emulated, Devices) {
+  for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kInputs)
+      for (lc_op op : {LC_FORWARD, LC_DECODE}) {
+        simt::device() = device;
+        Spec spec;
+        spec.op = op, spec.dtype = dtype, spec.B = 1, spec.Hq = spec.Hk = spec.Hv = 1, spec.K = 256, spec.V = 136;
+        spec.decay = Decay::token, spec.initial = spec.final = op == LC_FORWARD;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, RefusesHeadDimsThatDoNotFit) {
+  simt::device() = simt::kAda;
+  for (lc_op op : {LC_FORWARD, LC_DECODE}) {
     Spec spec;
-    spec.op = LC_DECODE, spec.B = 1, spec.N = 64, spec.Hq = 6, spec.K = 16, spec.V = 16, spec.gamma = gamma;
+    spec.op = op, spec.dtype = kF64, spec.B = spec.N = 1, spec.K = 1100;
+    refusals_.clear();
     check(spec);
+    EXPECT_TRUE(std::any_of(refusals_.begin(), refusals_.end(), [](const std::string& why) {
+      return why.find("recurrent: K is too large for a block of this GPU") != std::string::npos;
+    }));
   }
 }
 

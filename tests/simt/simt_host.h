@@ -8,7 +8,6 @@
 
 #define SIMT_DEV inline
 #define SIMT_UNROLL
-#define SIMT_ROLLED
 #define SIMT_LOC int line = __builtin_LINE()
 
 struct dim3 {

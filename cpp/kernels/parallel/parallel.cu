@@ -13,22 +13,24 @@ namespace {
 
 using namespace cuda;
 
+template <class Kernel>
+void start_blocks(const Problem& p, int64_t blocks) {
+  start<Kernel>(p, dim3(unsigned(blocks * Kernel::pieces(p))), Kernel::kMaxThreads, Kernel::shared_bytes(), {p});
+}
+
 void run(const Problem& p) {
   with_type(p.type, [&](auto e) {
-    using Kernel = Parallel<decltype(e)>;
-    const auto start_blocks = [&](int64_t blocks, bool final_state) {
-      start<Kernel>(p, dim3(unsigned(blocks * Kernel::pieces(p))), Kernel::kMaxThreads, Kernel::shared_bytes(),
-                    {p, final_state});
-    };
-    start_blocks(p.N ? Kernel::token_tiles(p) * p.H : 0, false);
-    if (p.final_state) start_blocks(p.B * p.Hs * Kernel::tiles(p.K), true);
+    using Outputs = Parallel<decltype(e), false>;
+    using States = Parallel<decltype(e), true>;
+    if (p.N) start_blocks<Outputs>(p, Outputs::token_tiles(p) * p.H);
+    if (p.final_state) start_blocks<States>(p, p.B * p.Hs * States::tiles(p.K));
   });
 }
 
 const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
 
 Cost cost(const Problem& p) {
-  using Kernel = Parallel<float>;
+  using Kernel = Parallel<float, false>;
   const double n = mean_length(p), tiles = double(Kernel::tiles(int64_t(n))), pieces = double(Kernel::pieces(p));
   const double products = double(p.K) * pieces + double(p.V);  // scores anew for every piece of V
   const double states =

@@ -14,15 +14,15 @@
 
 namespace lc::cuda {
 
-template <class E>
+// The outputs, or the final states.
+template <class E, bool kStates>
 struct Parallel {
   using T = Accumulator<E>;
-  static constexpr const char* kName = "parallel";
+  static constexpr const char* kName = kStates ? "parallel final states" : "parallel";
   static constexpr int kTile = 64, kWide = 2;  // tokens, ranks or columns of a product; tiles of columns in a block
   static constexpr int kMaxThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;
   struct Params {
     Problem p;
-    bool final_state;  // that, or the outputs
   };
 
   static LC_INLINE int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -33,7 +33,12 @@ struct Parallel {
     return (2 * kTile * kPitch + kTile) * int(sizeof(T)) + (kTile + 1) * int(sizeof(double));
   }
 
-  static SIMT_DEV void run(const Params& a) { a.final_state ? final_state(a.p) : outputs(a.p); }
+  static SIMT_DEV void run(const Params& a) {
+    if constexpr (kStates)
+      final_state(a.p);
+    else
+      outputs(a.p);
+  }
 
  private:
   static constexpr int kPitch = padded(kTile);
@@ -59,7 +64,8 @@ struct Parallel {
   static SIMT_DEV void outputs(const Problem& p) {
     const Memory m;
     const int64_t c0 = bid().x % pieces(p) * kWide * kTile, h = bid().x / pieces(p) % p.H, hs = h / group(p);
-    const auto [b, t] = place(p, bid().x / pieces(p) / p.H);
+    const auto place = place_of(p, bid().x / pieces(p) / p.H);
+    const int64_t b = place.b, t = place.t;
     const Sequence s = sequence_at(p, b);
     if (t >= s.length) return;  // the whole block
     const int n = at_most_a_tile(s.length - t);
@@ -153,7 +159,7 @@ struct Parallel {
   struct Place {
     int64_t b, t;
   };
-  static SIMT_DEV Place place(const Problem& p, int64_t i) {
+  static SIMT_DEV Place place_of(const Problem& p, int64_t i) {
     i = token_tiles(p) - 1 - i;
     if (!p.cu_bits) return {i % p.B, i / p.B * kTile};
     int64_t b = 0;

@@ -53,9 +53,6 @@ struct Decode {
     const bool active = tid() < a.threads();
     const int own_column = tid() % a.columns * kVector, own_group = tid() / a.columns, own_row = own_group * kRows;
     const int rows = !active ? 0 : p.K - own_row < kRows ? int(p.K) - own_row : kRows;
-    const auto from_q = row<const E>(p.q, b, h / a.q_share, 0);
-    const auto from_k = row<const E>(p.k, b, hs / a.k_share, 0),
-               from_v = row<const E>(p.v, b, hs / a.v_share, 0).sub(c0);
     const Vectors state = {row<P>(p.final_state, slot, hs, own_row).sub(c0 + own_column), p.final_state.stride[2], rows,
                            columns - own_column, a.whole};
     Vector stored[kRows] = {};
@@ -65,23 +62,24 @@ struct Decode {
     const auto q = smem.alloc<T>(a.pairs * a.rows()), k = smem.alloc<T>(a.pairs * a.rows());
     const auto v = smem.alloc<T>(a.pairs * a.width()), sums = smem.alloc<T>(a.pairs * a.row_groups * a.width());
     const auto decay = smem.alloc<T>(2 * a.pairs);
+    const auto from_q = row<const E>(p.q, b, h / a.q_share, 0), from_k = row<const E>(p.k, b, hs / a.k_share, 0);
+    const auto from_v = row<const E>(p.v, b, hs / a.v_share, 0).sub(c0);
+    const int span = a.rows() > a.width() ? a.rows() : a.width();
     const auto stage = [&](int first, int n) {
-      SIMT_ROLLED
-      for (int i = 0; i < n; ++i) {
+      for (int at = tid(); at < n * span; at += nthreads()) {
+        const int i = at / span, r = at % span;
         const int64_t t = (first + i) / heads, g = (first + i) % heads;
-        SIMT_ROLLED
-        for (int r = tid(); r < a.rows(); r += nthreads()) {
-          q.st(i * a.rows() + r, r < p.K ? widen(from_q.ld(g * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0));
-          k.st(i * a.rows() + r, r < p.K ? widen(from_k.ld(t * p.k.stride[2] + r)) : T(0));
-        }
-        SIMT_ROLLED
-        for (int c = tid(); c < a.width(); c += nthreads())
-          v.st(i * a.width() + c, c < columns ? widen(from_v.ld(t * p.v.stride[2] + c)) : T(0));
-        if (tid() == i) {
-          const double log2 = log2_decay_at(p, b, hs, t);
-          const bool slow = log2 > kSlow;
-          decay.st(2 * i, slow ? T(ex2m1(log2)) : ex2(T(log2))), decay.st(2 * i + 1, T(slow));
-        }
+        const T x = r < p.K ? widen(from_q.ld(g * p.q.stride[1] + t * p.q.stride[2] + r)) : T(0);
+        const T y = r < p.K ? widen(from_k.ld(t * p.k.stride[2] + r)) : T(0);
+        const T z = r < columns ? widen(from_v.ld(t * p.v.stride[2] + r)) : T(0);
+        if (r < a.rows()) q.st(i * a.rows() + r, x), k.st(i * a.rows() + r, y);
+        if (r < a.width()) v.st(i * a.width() + r, z);
+      }
+      const int i = nthreads() - 1 - tid();  // threads that have less to copy
+      if (i < n) {
+        const double log2 = log2_decay_at(p, b, hs, (first + i) / heads);
+        const bool slow = log2 > kSlow;
+        decay.st(2 * i, slow ? T(ex2m1(log2)) : ex2(T(log2))), decay.st(2 * i + 1, T(slow));
       }
       sync_cta();
     };
