@@ -1,18 +1,25 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
-# make test              every check; each stage has a target of its own: lint pytest ctest sanitize
+# make test              every check; each stage has a target of its own: lint pytest cuda ctest sanitize
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
+# make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
+#                        at the most; stages alone: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
 # make cbench [ARGS=...] every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
 # make format            lay out all code
 # make clean             remove .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-STAGES := lint pytest ctest sanitize
+STAGES := lint pytest cuda ctest sanitize
+# Whether the package gets the CUDA methods: where there is a GPU, if there is a compiler. CUDA=ON, OFF: in any case.
+CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 
+system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
 pip := python -m pip install --quiet
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
-c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp')
+c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')
+COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
 
 run: .venv/package
 	python examples/text.py $(TEXT)
@@ -37,23 +44,42 @@ lint: .venv/test
 pytest: .venv/test
 	python -m pytest -q
 
+# The library with the CUDA methods for two architectures, and what can be known of it without a GPU.
+cuda: build/ctest/build.ninja
+	cmake --build build/ctest -j $(JOBS) --target cuda_tests
+	ctest --test-dir build/ctest --output-on-failure -L cuda
+
 ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
-	ctest --test-dir build/ctest --output-on-failure -LE slow
+	ctest --test-dir build/ctest --output-on-failure -LE 'slow|cuda'
 
 # The C and C++ tests with the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -LE slow
 
-build/ctest/build.ninja: | system
-	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON
+# 80: code and PTX, which says what a kernel's launch bounds are.
+build/ctest/build.ninja: .venv/nvcc | system .venv/test
+	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON -D LEETCORE_CUDA=ON \
+	  -D CMAKE_CUDA_ARCHITECTURES='80;90a-real' -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python $$(cat .venv/nvcc)
 
 build/sanitize/build.ninja: | system
-	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON
+	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON -D LEETCORE_CUDA=OFF
+
+# nvcc of a toolkit, or else from PyPI; the file holds what CMake is told of it.
+.venv/nvcc: .venv/bin/python
+	@if command -v nvcc >/dev/null; then : >$@; else \
+	  $(pip) 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*' && echo -D LEETCORE_CUDA_FROM_PYPI=ON >$@; fi
 
 bench: .venv/bench
 	python bench/run.py $(ARGS)
+
+# By the machine's own Python, as that is the one with a torch for its GPU.
+gpu_run = CMAKE_ARGS= PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
+gpu:
+	$(gpu_run)
+gpu-%:
+	$(gpu_run) $*
 
 cbench: build/cbench/build.ninja
 	cmake --build build/cbench -j $(JOBS)
@@ -96,4 +122,4 @@ system:
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) bench cbench format clean system
+.PHONY: run test $(STAGES) bench gpu cbench format clean system

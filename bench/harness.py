@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from leetcore.bench import problems
-from leetcore.bench.timing import Call, clock, clock_ceiling, interleave, stats  # noqa: F401
+from leetcore.bench.timing import CPU, Call, Timer, clock, clock_ceiling, interleave, stats  # noqa: F401
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,10 +35,19 @@ class Shape(problems.Shape):
     def state_bytes(self) -> int:
         return 4 * self.B * self.H * self.K * self.V
 
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """q, k, v read once, o written once."""
+        return 2 * self.B * self.H * self.N * (self.K + self.V) * dtype.itemsize
+
 
 def alibi(heads: int) -> Tensor:
     """log_decay [H] of ALiBi's slopes 2^(-8 (h + 1) / H)."""
     return -torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64).float()
+
+
+def normals(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int, device: str) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
 
 
 @dataclass(eq=False)
@@ -49,11 +58,13 @@ class Problem:
     dtype: torch.dtype
     log_decay: Tensor
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        s, generator = self.shape, torch.Generator().manual_seed(self.seed)
-        sizes = (s.K, s.K, s.V)
-        self.q, self.k, self.v = (torch.randn(s.B, s.H, s.N, d, generator=generator).to(self.dtype) for d in sizes)
+        s = self.shape
+        self.log_decay = self.log_decay.to(self.device)
+        sizes = [(s.B, s.H, s.N, d) for d in (s.K, s.K, s.V)]
+        self.q, self.k, self.v = normals(sizes, self.dtype, self.seed, self.device)
 
     @property
     def gamma(self) -> Tensor:
@@ -74,11 +85,14 @@ class DecodeProblem:
     dtype: torch.dtype
     log_decay: Tensor
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        s, generator = self.shape, torch.Generator().manual_seed(self.seed)
-        self.q, self.k, self.v = (torch.randn(s.B, s.H, d, generator=generator).to(self.dtype) for d in (s.K, s.K, s.V))
-        self.initial_state = torch.randn(s.B, s.H, s.K, s.V, generator=generator)
+        s = self.shape
+        self.log_decay = self.log_decay.to(self.device)
+        sizes = [(s.B, s.H, d) for d in (s.K, s.K, s.V)]
+        self.q, self.k, self.v = normals(sizes, self.dtype, self.seed, self.device)
+        self.initial_state = normals([(s.B, s.H, s.K, s.V)], torch.float32, self.seed + 1, self.device)[0]
 
     @property
     def gamma(self) -> Tensor:
@@ -99,8 +113,8 @@ def recurrence_oracle(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token, in float64: o [B, H, N, V] and the final state [B, H, K, V]."""
     q, k, v = q.double(), k.double(), v.double()
-    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64) if state is None else state
-    decay, o = gamma[:, None, None], torch.empty(v.shape, dtype=torch.float64)
+    state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else state
+    decay, o = gamma[:, None, None], torch.empty_like(v)
     for t in range(q.shape[2]):
         state = decay * state + k[:, :, t, :, None] * v[:, :, t, None, :]
         o[:, :, t] = (q[:, :, t, None, :] @ state).squeeze(2)
@@ -108,23 +122,19 @@ def recurrence_oracle(
 
 
 def chunk_oracle(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """The same in chunks, one head at a time; weights are float64 powers of gamma with exponents >= 0."""
-    (B, H, N, K), V = q.shape, v.shape[3]
-    o = torch.empty(B, H, N, V, dtype=torch.float64)
-    final = torch.empty(B, H, K, V, dtype=torch.float64)
-    age = torch.arange(chunk)[:, None] - torch.arange(chunk)
-    for h in range(H):
-        power = gamma[h] ** torch.arange(chunk + 1, dtype=torch.float64)
-        mask = torch.where(age >= 0, power[age.clamp(min=0)], 0.0)
-        for b in range(B):
-            state = torch.zeros(K, V, dtype=torch.float64)
-            for start in range(0, N, chunk):
-                Q, K_, V_ = (x[b, h, start : start + chunk].double() for x in (q, k, v))
-                n = len(Q)
-                o[b, h, start : start + n] = (Q @ K_.T * mask[:n, :n]) @ V_ + power[1 : n + 1, None] * (Q @ state)
-                state = power[n] * state + (power[:n].flip(0)[:, None] * K_).T @ V_
-            final[b, h] = state
-    return o, final
+    """The same in chunks of all heads; weights are float64 powers of gamma with exponents >= 0."""
+    power = gamma[:, None] ** torch.arange(chunk + 1, dtype=torch.float64, device=q.device)  # [H, chunk + 1]
+    i = torch.arange(chunk, device=q.device)
+    age = i[:, None] - i
+    mask = torch.where(age >= 0, power[:, age.clamp(min=0)], 0.0)
+    o = torch.empty(v.shape, dtype=torch.float64, device=q.device)
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64, device=q.device)
+    for start in range(0, q.shape[2], chunk):
+        Q, K, V = (x[:, :, start : start + chunk].double() for x in (q, k, v))
+        n = Q.shape[2]
+        o[:, :, start : start + n] = (Q @ K.mT * mask[:, :n, :n]) @ V + power[:, 1 : n + 1, None] * (Q @ state)
+        state = power[:, n, None, None] * state + (power[:, :n].flip(1)[..., None] * K).mT @ V
+    return o, state
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -180,6 +190,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)  # the adjacent ceiling, in units of work per second
     copy: list[float] = field(default_factory=list)  # copy bandwidth of the round
+    host_us: list[float] = field(default_factory=list)  # on a GPU: until the call returns
 
     @property
     def fractions(self) -> list[float]:
@@ -197,6 +208,7 @@ class Row:
             "dense_fraction": stats(scale * f for f in self.fractions) if scale else None,
             "ceiling": stats(self.beside),
             "copy": stats(self.copy),
+            "host_us": stats(self.host_us),
         }
 
 
@@ -214,12 +226,12 @@ def verdict(call: Call, p: Problem | DecodeProblem) -> tuple[str, float | None]:
     return ("ok" if error <= TOLERANCE[p.dtype] else "wrong"), error
 
 
-def gate(row: Row, p: Problem | DecodeProblem) -> Row:
+def gate(row: Row, p: Problem | DecodeProblem, timer: Timer = CPU) -> Row:
     """Runs the row and fills its status and error; what fails is timed once, as the cost of a wrong answer."""
     assert row.call is not None
     row.status, row.error = verdict(row.call, p)
     if row.status != "ok":
-        row.wrong_ms = 1e3 * clock(row.call)
+        row.wrong_ms = 1e3 * timer.clock(row.call, 1)
     return row
 
 
@@ -234,13 +246,13 @@ class Candidate:
     seconds: float | None = None
 
 
-def try_out(name: str, factory: Factory, p: Problem | DecodeProblem) -> Candidate:
+def try_out(name: str, factory: Factory, p: Problem | DecodeProblem, timer: Timer = CPU) -> Candidate:
     """Prepares, gates and times one candidate once."""
     c = Candidate(name)
     try:
         call = factory()
         c.status, c.error = verdict(call, p)
-        c.seconds = clock(call)
+        c.seconds = timer.clock(call, 1)
         c.call = call if c.status == "ok" else None  # frees its buffers
     except Exception as e:  # a rival's failure is a result, not the end of the run
         c.status = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -253,17 +265,18 @@ def tune(
     keep: int = 1,
     finalists: int = 6,
     tick: Call = lambda: None,
+    timer: Timer = CPU,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """The `keep` fastest candidates that pass the gate, and all that do not. One pass over all, three over the best."""
     passed: list[tuple[float, Candidate]] = []
     failed: list[Candidate] = []
     for name, factory in factories.items():
-        c = try_out(name, factory, p)
+        c = try_out(name, factory, p, timer)
         if c.call and c.seconds:
             passed = sorted([*passed, (c.seconds, c)], key=lambda pair: pair[0])[: max(finalists, keep)]
         else:
             failed.append(c)
         tick()
     for _ in range(3 if len(passed) > keep else 0):
-        passed = [(min(seconds, clock(c.call)) if c.call else seconds, c) for seconds, c in passed]
+        passed = [(min(seconds, timer.clock(c.call, 1)) if c.call else seconds, c) for seconds, c in passed]
     return [c for _, c in sorted(passed, key=lambda pair: pair[0])[:keep]], failed

@@ -1,5 +1,8 @@
 // leetcore_bench.cpp - every method of the table under Google Benchmark: forward passes over N, decode steps over B.
 //
+// Built with CUDA (as CUDA C++, by CMake), the methods of the GPU are there too where there is one: its time by events,
+// their data not in its cache.
+//
 // Rates are of the same count of work for every method, so that they compare: flop/s of the chunkwise algorithm's exact
 // causal count (chunks of 64; a decode step: the update of the state and the output), bytes/s of every operand once.
 #include <benchmark/benchmark.h>
@@ -15,6 +18,10 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
 
 namespace {
 
@@ -53,11 +60,90 @@ const std::vector<T>& normals() {
   return table;
 }
 
-// One call with memory of its own, that nothing is written to, and so takes up none, before fill().
+// ---- the GPU --------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+
+constexpr size_t kColdBytes = size_t{256} << 20;  // more than caches hold
+
+bool there_is_a_gpu() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices;
+}
+std::string gpu_name() {
+  cudaDeviceProp properties;
+  return cudaGetDeviceProperties(&properties, 0) == cudaSuccess ? properties.name : "unknown";
+}
+void* gpu_allocate(size_t bytes) {
+  void* p = nullptr;
+  return cudaMalloc(&p, std::max<size_t>(bytes, 1)) == cudaSuccess ? p : nullptr;
+}
+void gpu_free(void* p) { cudaFree(p); }
+bool gpu_write(void* to, const void* from, size_t bytes) {
+  return cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice) == cudaSuccess;
+}
+
+// Reads: lines that it leaves in the cache need not be written back while others are timed.
+__global__ void read_all(const float4* from, size_t count, float* sum) {
+  float own = 0;
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
+    own += from[i].x;
+  if (own != 0) *sum = own;  // it is 0; the compiler does not know
+}
+
+// Seconds of GPU time of what `call` puts on the default stream, none of its data in the cache; negative: it failed.
+template <class F>
+double gpu_seconds(F&& call) {
+  static cudaEvent_t start = nullptr, stop = nullptr;
+  static float4* cold = nullptr;
+  if (!start && (cudaEventCreate(&start) != cudaSuccess || cudaEventCreate(&stop) != cudaSuccess ||
+                 cudaMalloc(&cold, kColdBytes) != cudaSuccess || cudaMemset(cold, 0, kColdBytes) != cudaSuccess))
+    return -1;
+  read_all<<<1024, 256>>>(cold, kColdBytes / sizeof(float4), reinterpret_cast<float*>(cold));
+  cudaEventRecord(start);
+  const bool ran = call() == LC_OK;
+  cudaEventRecord(stop);
+  float ms = 0;
+  if (!ran || cudaEventSynchronize(stop) != cudaSuccess || cudaEventElapsedTime(&ms, start, stop) != cudaSuccess)
+    return -1;
+  return 1e-3 * ms;
+}
+
+#else
+
+bool there_is_a_gpu() { return false; }
+std::string gpu_name() { return ""; }
+void* gpu_allocate(size_t) { return nullptr; }
+void gpu_free(void*) {}
+bool gpu_write(void*, const void*, size_t) { return false; }
+template <class F>
+double gpu_seconds(F&&) {
+  return -1;
+}
+
+#endif
+
+// ---- one call -------------------------------------------------------------------------------------------------------
+
+// Memory of a device, aligned as a workspace has to be.
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory() { gpu_free(gpu_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* reserve(bool gpu, size_t bytes) { return gpu ? gpu_ = gpu_allocate(bytes) : cpu_.reserve(bytes); }
+
+ private:
+  leetcore::Workspace cpu_;
+  void* gpu_ = nullptr;
+};
+
+// One call; it has no memory before fill(), only addresses.
 template <class T>
 class Call {
  public:
-  Call(lc_op op, const char* method, const Sizes& s) : sizes_(s) {
+  Call(bool gpu, lc_op op, const char* method, const Sizes& s) : gpu_(gpu), sizes_(s) {
     args_.struct_size = sizeof args_;
     args_.op = op;
     args_.method = method;
@@ -74,20 +160,23 @@ class Call {
 
   lc_status predict(lc_cost* cost) const { return lc_predict(&args_, cost, sizeof *cost); }
 
-  lc_status fill() {
+  // Memory, and contents; false: there is no more of it.
+  bool fill() {
     for (Operand* x : {&q_, &k_, &v_}) {
       const std::vector<T>& table = normals<T>();
-      T* to = static_cast<T*>(x->tensor.data);
-      for (size_t left = x->bytes / sizeof(T), n; left; left -= n, to += n)
-        std::copy_n(table.begin(), n = std::min(left, table.size()), to);
+      std::vector<T> values(x->bytes / sizeof(T));
+      for (size_t i = 0; i < values.size(); i += table.size())
+        std::copy_n(table.begin(), std::min(values.size() - i, table.size()), values.begin() + i);
+      if (!write(*x, values.data())) return false;
     }
     for (Operand* x : {&o_, &state_})
-      if (x->bytes) std::memset(x->tensor.data, 0, x->bytes);
-    for (int64_t h = 0; h < sizes_.H; ++h)  // ALiBi's slopes
-      static_cast<float*>(log_decay_.tensor.data)[h] = -std::exp2(-8 * float(h + 1) / float(sizes_.H));
-    const lc_status status = lc_workspace(&args_, &args_.workspace_bytes);
-    if (status == LC_OK) args_.workspace = workspace_.reserve(args_.workspace_bytes);
-    return status;
+      if (!write(*x, std::vector<char>(x->bytes).data())) return false;
+    std::vector<float> slopes(size_t(sizes_.H));  // ALiBi's
+    for (size_t h = 0; h < slopes.size(); ++h) slopes[h] = -std::exp2(-8 * float(h + 1) / float(sizes_.H));
+    if (!write(log_decay_, slopes.data())) return false;
+    if (lc_workspace(&args_, &args_.workspace_bytes) != LC_OK) return false;
+    args_.workspace = workspace_.reserve(gpu_, args_.workspace_bytes);
+    return args_.workspace || !args_.workspace_bytes;
   }
 
   lc_status run() { return lc_run(&args_); }
@@ -97,38 +186,57 @@ class Call {
     lc_tensor tensor = {};
     int64_t shape[4] = {};
     size_t bytes = 0;
-    leetcore::Workspace memory;  // aligned to 64
+    Memory memory;
   };
 
+  // At an address that nobody reads, far from the others: what is written must not overlap.
   template <class E>
-  static const lc_tensor* make(Operand& x, std::initializer_list<int64_t> shape) {
+  const lc_tensor* make(Operand& x, std::initializer_list<int64_t> shape) {
     x.bytes = sizeof(E);
     for (int64_t n : shape) x.shape[x.tensor.ndim++] = n, x.bytes *= size_t(n);
-    x.tensor.data = x.memory.reserve(x.bytes);
-    x.tensor.device = {LC_CPU, 0};
+    x.tensor.data = reinterpret_cast<void*>(++addresses_ << 58);
+    x.tensor.device = {gpu_ ? LC_CUDA : LC_CPU, 0};
     x.tensor.dtype = leetcore::dtype_of<E>::value;
     x.tensor.shape = x.shape;
     return &x.tensor;
   }
 
+  bool write(Operand& x, const void* from) {
+    if (!x.bytes) return true;
+    x.tensor.data = x.memory.reserve(gpu_, x.bytes);
+    if (!x.tensor.data) return false;
+    if (gpu_) return gpu_write(x.tensor.data, from, x.bytes);
+    std::memcpy(x.tensor.data, from, x.bytes);
+    return true;
+  }
+
+  bool gpu_;
   Sizes sizes_;
   lc_args args_ = {};
+  uintptr_t addresses_ = 0;
   Operand q_, k_, v_, o_, log_decay_, state_;
-  leetcore::Workspace workspace_;
+  Memory workspace_;
 };
 
+// ---- what is measured -----------------------------------------------------------------------------------------------
+
 template <class T>
-void measure(benchmark::State& state, lc_op op, const char* method) {
+void measure(benchmark::State& state, bool gpu, lc_op op, const char* method) {
   const Sizes sizes = {state.range(0), state.range(1), state.range(2), state.range(3), state.range(4)};
-  Call<T> call(op, method, sizes);
+  Call<T> call(gpu, op, method, sizes);
   lc_cost cost = {};
-  if (call.predict(&cost) != LC_OK || call.fill() != LC_OK || call.run() != LC_OK) {  // the first one is not timed
-    state.SkipWithError(lc_last_error());
-    return;
-  }
+  if (!call.fill()) return state.SkipWithError("not enough memory");
+  if (call.predict(&cost) != LC_OK || call.run() != LC_OK)  // the first one is not timed
+    return state.SkipWithError(lc_last_error());
   for (auto _ : state) {
-    const lc_status status = call.run();
-    benchmark::DoNotOptimize(status);
+    if (gpu) {
+      const double seconds = gpu_seconds([&] { return call.run(); });
+      if (seconds < 0) return state.SkipWithError("the GPU failed");
+      state.SetIterationTime(seconds);
+    } else {
+      const lc_status status = call.run();
+      benchmark::DoNotOptimize(status);
+    }
   }
   using benchmark::Counter;
   state.counters["flop/s"] = Counter(flop(op, sizes), Counter::kIsIterationInvariantRate);
@@ -138,31 +246,36 @@ void measure(benchmark::State& state, lc_op op, const char* method) {
 
 // A family: the sizes of `all` that the method serves in reasonable time.
 template <class T>
-void add(lc_op op, const char* method, const char* dtype, const std::vector<Sizes>& all) {
+void add(bool gpu, lc_op op, const char* method, const char* dtype, const std::vector<Sizes>& all) {
   std::vector<Sizes> served;
   for (const Sizes& s : all) {
     lc_cost cost = {};
-    if (Call<T>(op, method, s).predict(&cost) != LC_OK || cost.microseconds > kMaxMicroseconds) break;
+    if (Call<T>(gpu, op, method, s).predict(&cost) != LC_OK || cost.microseconds > kMaxMicroseconds) break;
     served.push_back(s);
   }
   if (served.empty()) return;
-  const std::string name = std::string(op == LC_DECODE ? "decode/" : "forward/") + method + "/" + dtype;
-  auto* family = benchmark::RegisterBenchmark(name.c_str(),
-                                              [op, method](benchmark::State& state) { measure<T>(state, op, method); });
-  family->ArgNames({"B", "H", "N", "K", "V"})->UseRealTime()->Unit(benchmark::kMicrosecond);
+  const std::string kind = op == LC_DECODE ? "decode/" : "forward/";
+  const std::string name = (gpu ? "cuda/" : "") + kind + method + "/" + dtype;
+  auto* family =
+      benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { measure<T>(state, gpu, op, method); });
+  family->ArgNames({"B", "H", "N", "K", "V"})->Unit(benchmark::kMicrosecond);
+  if (gpu)
+    family->UseManualTime()->MinTime(0.05);  // the reads between them take longer than many calls
+  else
+    family->UseRealTime();
   for (const Sizes& s : served) family->Args({s.B, s.H, s.N, s.K, s.V});
   if (op == LC_FORWARD) family->Complexity(benchmark::oAuto);
 }
 
-void add_all(const char* method) {
+void add_all(bool gpu, const char* method) {
   for (const int64_t D : {64, 128}) {
     std::vector<Sizes> tokens, sequences;
     for (int64_t N = 64; N <= kMaxTokens; N *= 2) tokens.push_back({1, kHeads, N, D, D});
     for (int64_t B = 1; B <= kMaxSequences; B *= 4) sequences.push_back({B, kHeads, 1, D, D});
-    add<float>(LC_FORWARD, method, "float32", tokens);
-    add<leetcore::bfloat16>(LC_FORWARD, method, "bfloat16", tokens);
-    add<float>(LC_DECODE, method, "float32", sequences);
-    add<leetcore::bfloat16>(LC_DECODE, method, "bfloat16", sequences);
+    add<float>(gpu, LC_FORWARD, method, "float32", tokens);
+    add<leetcore::bfloat16>(gpu, LC_FORWARD, method, "bfloat16", tokens);
+    add<float>(gpu, LC_DECODE, method, "float32", sequences);
+    add<leetcore::bfloat16>(gpu, LC_DECODE, method, "bfloat16", sequences);
   }
 }
 
@@ -176,7 +289,7 @@ void add_context() {
       benchmark::AddCustomContext("leetcore_" + info.substr(start, equals - start),
                                   info.substr(equals + 1, end - equals - 1));
   }
-  benchmark::AddCustomContext("leetcore_device", "cpu");
+  benchmark::AddCustomContext("leetcore_device", there_is_a_gpu() ? "cpu, " + gpu_name() : "cpu");
 }
 
 }  // namespace
@@ -188,8 +301,11 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", lc_last_error());
     return 1;
   }
-  for (const lc_method_info& method : leetcore::methods())
-    if (!std::strcmp(method.device, "cpu")) add_all(method.name);
+  const bool gpu = there_is_a_gpu();
+  for (const lc_method_info& method : leetcore::methods()) {
+    const bool on_gpu = !std::strcmp(method.device, "cuda");
+    if (gpu || !on_gpu) add_all(on_gpu, method.name);
+  }
   add_context();
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

@@ -27,13 +27,20 @@ def explained(p: Problem, method: str, what: str) -> float | None:
     return float(found[1]) if found else None
 
 
+def chosen(p: Problem) -> str:
+    """The method that "auto" takes."""
+    found = re.search(r"^\* (\w+)", leetcore.explain(p.q, p.k, p.v, p.log_decay), re.MULTILINE)
+    assert found, "explain marks no method"
+    return found[1]
+
+
 def label(method: str, reuse_out: bool = False) -> str:
     """Name of a row; reuse_out: the output is preallocated."""
     return f"leetcore {method}" + (" out=" if reuse_out else "")
 
 
-def methods() -> list[str]:
-    return [m.name for m in leetcore.methods() if m.device == "cpu"]
+def methods(device: str = "cpu") -> list[str]:
+    return [m.name for m in leetcore.methods() if m.device == device]
 
 
 def isas() -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ import harness
 import ours
 import rivals
 import torch
-from harness import Call, Ceilings, DecodeProblem, Problem, Row, Shape
+from harness import CPU, Call, Ceilings, DecodeProblem, Problem, Row, Shape, Timer
 
 
 @dataclass(eq=False)
@@ -26,6 +26,7 @@ class Session:
     pattern: str  # of the methods to measure, as in fnmatch
     argv: list[str]  # arguments that a child process of the same settings gets
     ceilings: Ceilings = field(default_factory=Ceilings)
+    timer: Timer = CPU
     chunk: int = field(default_factory=ours.chunk_size)
     rows: list[Row] = field(default_factory=list)
     imported: list[dict[str, Any]] = field(default_factory=list)  # rows that a child process measured
@@ -33,6 +34,7 @@ class Session:
     left_out: list[dict[str, Any]] = field(default_factory=list)  # candidates of rivals that failed
     say: Callable[[str], Any] = lambda text: None  # progress: what is going on
     tick: Call = lambda: None  # progress: something was done
+    late: Callable[[], bool] = lambda: False  # whether time is up
 
     def wants(self, method: str) -> bool:
         return fnmatch(method, self.pattern)
@@ -53,7 +55,7 @@ class Session:
         out = torch.empty_like(p.v) if reuse_out else None
         call = ours.decode(p, out) if isinstance(p, DecodeProblem) else ours.forward(p, method, out)
         name = ours.label("decode_step" if isinstance(p, DecodeProblem) else method, reuse_out)
-        return harness.gate(self.row(section, name, p, call=call, **fields), p)
+        return harness.gate(self.row(section, name, p, call=call, **fields), p, self.timer)
 
     def rival_rows(self, section: str, p: Problem | DecodeProblem) -> list[Row]:
         """The best candidates of every rival; what failed is noted in left_out."""
@@ -62,7 +64,7 @@ class Session:
             if not self.wants(rival.NAME):
                 continue
             factories = rival.decode(p, self.quick) if isinstance(p, DecodeProblem) else rival.forward(p, self.quick)
-            kept, failed = harness.tune(factories, p, rival.KEEP, 2 if self.quick else 6, self.tick)
+            kept, failed = harness.tune(factories, p, rival.KEEP, 2 if self.quick else 6, self.tick, self.timer)
             for c in kept:
                 label = f"{rival.NAME}: {c.name}" if c.name else rival.NAME
                 rows.append(self.row(section, label, p, call=c.call, error=c.error, note=rival.NAME))
@@ -78,6 +80,14 @@ class Session:
         """Interleaves the rows that were asked for and records them, before the first sample is taken."""
         rows = [row for row in rows if self.wants(row.method)]
         self.rows += rows
-        harness.interleave(rows, rounds or self.rounds, ceiling or self.ceilings.matmul, self.ceilings.copy, self.tick)
+        harness.interleave(
+            rows,
+            rounds or self.rounds,
+            ceiling or self.ceilings.matmul,
+            self.ceilings.copy,
+            self.tick,
+            self.late,
+            self.timer,
+        )
         for row in rows:
             row.call = None  # frees its buffers

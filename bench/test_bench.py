@@ -11,7 +11,7 @@ import pytest
 import rivals
 import torch
 from harness import DecodeProblem, Problem, Row, Shape, alibi
-from rivals import minimax
+from rivals import minimax, torch_autograd
 
 GAMMAS = (1.0, 0.9, 0.5, 1e-3, 0.0)
 
@@ -43,6 +43,20 @@ def test_every_candidate_is_right(rival: Any, shape: str, decay: str | float, dt
         call = factory()
         for repeat in range(2):  # buffers are reused: the second call must not see the first
             assert harness.worst_error(call, p.references) <= limit, (name, repeat)
+
+
+@pytest.mark.parametrize("decay", ["alibi", 1.0, 0.5, 0.0])
+@pytest.mark.parametrize("shape", ["1,4,512,16,16", "2,3,256,16,24"])
+def test_every_training_candidate_is_right(shape: str, decay: str | float) -> None:
+    s = Shape.parse(shape)
+    p = Problem(s, torch.float32, alibi(s.H) if isinstance(decay, str) else log_decay(decay, s.H))
+    d_o = torch.randn(p.v.shape, generator=torch.Generator().manual_seed(1))
+    inputs = [x.double().requires_grad_() for x in (p.q, p.k, p.v)]
+    o = harness.chunk_oracle(*inputs, p.gamma)[0]
+    expected = [o.detach(), *torch.autograd.grad(o, inputs, d_o.double())]
+    for name, factory in torch_autograd.training(p, d_o).items():
+        for actual, want in zip(factory()(), expected, strict=True):
+            assert harness.relative_error(actual, want) <= 2e-5, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

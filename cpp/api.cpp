@@ -51,8 +51,9 @@ lc_status lc_run(const lc_args* args) {
     const size_t needed = m.workspace(p);
     if (p.workspace_bytes < needed)
       lc::fail(LC_MEMORY, "workspace: method %s needs %zu bytes, got %zu", m.info.name, needed, p.workspace_bytes);
-    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % 64))
-      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of 64, got %p", p.workspace);
+    const int alignment = p.device.type == LC_CUDA ? 256 : 64;
+    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % alignment))
+      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of %d, got %p", alignment, p.workspace);
 #ifdef LC_WITH_CUDA
     if (p.device.type == LC_CUDA) {
       const lc::cuda::DeviceGuard guard(p.device.id);

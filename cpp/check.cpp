@@ -138,7 +138,7 @@ class Checker {
 
   // Device, address, strides: what every tensor has to satisfy once its shape is known.
   void memory(const char* name, const lc_tensor& t, bool contiguous_last = true) {
-    const bool host_scalar = t.ndim == 0;
+    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // a kernel writes its gradient
     if (host_scalar ? t.device.type != LC_CPU
                     : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
       fail(LC_INVALID, "%s: expected on %s%s, got %s", name, host_scalar ? "the CPU" : device_text(p.device).c_str(),
@@ -187,6 +187,14 @@ class Checker {
     return view(t, swap);
   }
 
+  // log_decay or its gradient, of a rank up to 3, in the frame [b, h, n, -].
+  View decay_view(const char* name, const lc_tensor& t) {
+    memory(name, t, false);
+    View w = view(t, t.ndim == 3);
+    if (t.ndim == 1) w.stride[1] = w.stride[0], w.stride[0] = 0;
+    return w;
+  }
+
   int64_t heads(const lc_tensor& t) const { return t.shape[bnhd ? 2 : 1]; }
 
   // No element of a written tensor may share memory with another of its own, ...
@@ -220,7 +228,7 @@ class Checker {
     }
   }
 
-  Extent extents[12];
+  Extent extents[13];  // as many as one call may have tensors
   int count = 0;
 
  private:
@@ -315,10 +323,9 @@ void check_state_indices_values(const Problem& p) {
 Checker structure(const lc_args& a) {
   Checker c(a);
   Problem& p = c.p;
-  if (a.op == LC_BACKWARD)
-    fail(LC_UNSUPPORTED, "op: no method computes gradients in this version; expected LC_FORWARD or LC_DECODE");
-  if (a.op != LC_FORWARD && a.op != LC_DECODE) fail(LC_INVALID, "op: expected LC_FORWARD or LC_DECODE, got %d", a.op);
-  const bool decode = a.op == LC_DECODE;
+  if (a.op != LC_FORWARD && a.op != LC_BACKWARD && a.op != LC_DECODE)
+    fail(LC_INVALID, "op: expected LC_FORWARD, LC_BACKWARD or LC_DECODE, got %d", a.op);
+  const bool decode = a.op == LC_DECODE, backward = a.op == LC_BACKWARD;
   if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
     fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
@@ -379,15 +386,13 @@ Checker structure(const lc_args& a) {
       p.decay_type = type_among("log_decay", *t, {Type::f32, Type::f64});
     else
       p.decay_type = type_among("log_decay", *t, {Type::f32});
-    c.memory("log_decay", *t, false);
     p.decay = t->ndim == 3 ? Decay::per_token : Decay::constant;
-    p.log_decay = c.view(*t, t->ndim == 3);
-    if (t->ndim == 1) p.log_decay.stride[1] = p.log_decay.stride[0], p.log_decay.stride[0] = 0;
+    p.log_decay = c.decay_view("log_decay", *t);
   }
 
   int64_t sequences = p.B;
   if (const lc_tensor* t = a.cu_seqlens) {
-    if (decode) fail(LC_INVALID, "cu_seqlens: only LC_FORWARD takes it; expected NULL");
+    if (decode) c.absent("cu_seqlens", t, "LC_FORWARD or LC_BACKWARD");
     c.shape("cu_seqlens", *t, {{"S + 1", -1, 1}});
     if (!same(t->dtype, {LC_INT, 32, 1}) && !same(t->dtype, {LC_INT, 64, 1}))
       fail(LC_DTYPE, "cu_seqlens: expected dtype int32 or int64, got %s", dtype_text(t->dtype).c_str());
@@ -403,7 +408,7 @@ Checker structure(const lc_args& a) {
   p.state_type = state_type;
   const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, hs, {"K", p.K}, {"V", p.V}};
   if (decode) {
-    c.absent("initial_state", a.initial_state, "LC_FORWARD (LC_DECODE updates final_state in place)");
+    c.absent("initial_state", a.initial_state, "LC_FORWARD or LC_BACKWARD (LC_DECODE updates final_state in place)");
     const lc_tensor& t = c.required("final_state", a.final_state);
     c.shape("final_state", t, {{"slots", -1}, hs, {"K", p.K}, {"V", p.V}});
     if (p.type == Type::f64)
@@ -425,14 +430,56 @@ Checker structure(const lc_args& a) {
   } else {
     c.absent("state_indices", a.state_indices, "LC_DECODE");
     if (a.initial_state) p.initial_state = c.tensor("initial_state", *a.initial_state, state, state_type, why, false);
+    if (backward) c.absent("final_state", a.final_state, "LC_FORWARD or LC_DECODE");
     if (a.final_state) p.final_state = c.tensor("final_state", *a.final_state, state, state_type, why, false);
   }
-  if (a.o) p.o = c.tensor("o", *a.o, {{"B", p.B}, {"H", p.H}, {"N", p.N}, {"V", p.V}}, p.type, " like q", true);
-  c.absent("d_o", a.d_o, "LC_BACKWARD"), c.absent("d_final_state", a.d_final_state, "LC_BACKWARD");
-  c.absent("d_q", a.d_q, "LC_BACKWARD"), c.absent("d_k", a.d_k, "LC_BACKWARD"), c.absent("d_v", a.d_v, "LC_BACKWARD");
-  c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD"), c.absent("d_initial_state", a.d_initial_state, "LC_BACKWARD");
+  const Dim all_b{"B", p.B}, all_n{"N", p.N};
+  const Dims output{all_b, {"H", p.H}, all_n, {"V", p.V}};
+  const struct {
+    const char* name;
+    const lc_tensor* tensor;
+    const Dims dims;
+    Type type;
+    const char* reason;
+    bool swap;
+    View* view;
+  } gradients[] = {
+      {"d_o", a.d_o, output, p.type, " like q", true, &p.d_o},
+      {"d_final_state", a.d_final_state, state, state_type, why, false, &p.d_final_state},
+      {"d_q", a.d_q, {all_b, {"Hq", p.Hq}, all_n, {"K", p.K}}, p.type, " like q", true, &p.d_q},
+      {"d_k", a.d_k, {all_b, {"Hk", p.Hk}, all_n, {"K", p.K}}, p.type, " like q", true, &p.d_k},
+      {"d_v", a.d_v, {all_b, {"Hv", p.Hv}, all_n, {"V", p.V}}, p.type, " like q", true, &p.d_v},
+      {"d_initial_state", a.d_initial_state, state, state_type, why, false, &p.d_initial_state},
+  };
+  for (const auto& d : gradients) {
+    if (!backward) c.absent(d.name, d.tensor, "LC_BACKWARD");
+    if (d.tensor) *d.view = c.tensor(d.name, *d.tensor, d.dims, d.type, d.reason, d.swap);
+  }
+  if (!backward) c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+  if (const lc_tensor* t = a.d_log_decay) {
+    if (!a.log_decay) fail(LC_INVALID, "d_log_decay: expected NULL, as log_decay is absent");
+    Dims like{};
+    for (like.rank = 0; like.rank < a.log_decay->ndim; ++like.rank)
+      like.at[like.rank] = {"", a.log_decay->shape[like.rank]};
+    c.shape("d_log_decay", *t, like);
+    type_among("d_log_decay", *t, {p.decay_type}, " like log_decay");
+    const View w = c.decay_view("d_log_decay", *t);
+    if (!empty(*t)) p.d_log_decay = w;  // of no sequences: nothing to write
+  }
+  if (backward) {
+    c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
+    if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");
+    if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state)
+      fail(LC_INVALID,
+           "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state), "
+           "got none");
+  }
+  if (a.o) p.o = c.tensor("o", *a.o, output, p.type, " like q", true);
 
-  for (const auto& [name, t] : {std::pair{"o", a.o}, std::pair{"final_state", a.final_state}}) {
+  for (const auto& [name, t] :
+       {std::pair{"o", a.o}, std::pair{"final_state", a.final_state}, std::pair{"d_q", a.d_q}, std::pair{"d_k", a.d_k},
+        std::pair{"d_v", a.d_v}, std::pair{"d_log_decay", a.d_log_decay},
+        std::pair{"d_initial_state", a.d_initial_state}}) {
     if (!t || empty(*t)) continue;
     c.distinct(name, *t);
     c.apart(name, std::strcmp(name, "final_state") ? "" : "initial_state");
@@ -448,8 +495,8 @@ Problem check_structure(const lc_args& args) { return structure(args).p; }
 
 Problem check(const lc_args& args) {
   Checker c = structure(args);
-  c.required("o", args.o);
   const Problem& p = c.p;
+  if (p.op != LC_BACKWARD) c.required("o", args.o);
   if (const lc_tensor* t = args.log_decay; t && !empty(*t) && t->device.type == LC_CPU)
     p.decay_type == Type::f64 ? check_log_decay_values<double>(*t) : check_log_decay_values<float>(*t);
   if (p.log_decay && !args.log_decay->ndim) {

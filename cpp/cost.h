@@ -11,8 +11,15 @@ LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32
 // Every operand read or written once.
 LC_INLINE double least_bytes(const Problem& p) {
   const double n = double(tokens(p)), states = double(p.B * p.Hs) * double(p.K * p.V) * type_bytes(p.state_type);
-  return n * type_bytes(p.type) * double((p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V) +
-         states * (p.op == LC_DECODE ? 2 : int(bool(p.initial_state)) + int(bool(p.final_state)));
+  int64_t row = (p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V;
+  if (p.d_q) row += p.Hq * p.K;
+  if (p.d_k) row += p.Hk * p.K;
+  if (p.d_v) row += p.Hv * p.V;
+  int whole = p.op == LC_DECODE ? 2 : 0;
+  if (p.op != LC_DECODE)
+    for (const View* state : {&p.initial_state, &p.final_state, &p.d_final_state, &p.d_initial_state})
+      whole += bool(*state);
+  return n * type_bytes(p.type) * double(row) + states * whole;
 }
 
 // Of one state.

@@ -50,8 +50,11 @@ struct Problem {
   View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
   double uniform_log_decay;         // of every token of all heads, where log_decay is absent
   View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
-  const void* cu_seqlens;           // [B + 1]
-  const int32_t* state_indices;     // [B], stride 1, or nullptr: sequence b is slot b
+  // LC_BACKWARD: given are d_o and d_final_state, the others are written; each like its forward twin, none required.
+  // Stride 0 of d_log_decay: summed.
+  View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
+  const void* cu_seqlens;        // [B + 1]
+  const int32_t* state_indices;  // [B], stride 1, or nullptr: sequence b is slot b
   void* workspace;
   size_t workspace_bytes;
   void* stream;

@@ -22,8 +22,9 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods: kept by each calling thread, as fresh pages cost as much as the work on them.
-void* scratch(size_t bytes) {
+// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh
+// pages cost as much as the work on them.
+void* host_scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -152,12 +153,14 @@ bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bit
 // One call: its arrays and its lc_args.
 struct Call {
   Library lib;
+  nb::handle like;  // v: beside it lies what is made
   Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
+  Argument d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   lc_args args = {};
 
   Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay, double scale,
        const char* method, bool bnhd, bool tf32, uintptr_t stream)
-      : lib(std::move(library)) {
+      : lib(std::move(library)), like(v_) {
     q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
     if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr()))
       log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
@@ -176,6 +179,9 @@ struct Call {
     args.initial_state = initial_state.tensor(), args.cu_seqlens = cu_seqlens.tensor();
     args.state_indices = state_indices.tensor();
     args.o = o.tensor(), args.final_state = final_state.tensor();
+    args.d_o = d_o.tensor(), args.d_final_state = d_final_state.tensor();
+    args.d_q = d_q.tensor(), args.d_k = d_k.tensor(), args.d_v = d_v.tensor();
+    args.d_log_decay = d_log_decay.tensor(), args.d_initial_state = d_initial_state.tensor();
   }
 
   // Checks everything but values: the shapes may be relied upon afterwards.
@@ -184,9 +190,16 @@ struct Call {
     check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
   }
 
+  // Scratch on a device is an array like the results: the library frees it in the order of the stream.
   void run() {
     fill();
-    args.workspace = scratch(args.workspace_bytes);
+    Argument scratch;
+    if (args.q->device.type == LC_CPU) {
+      args.workspace = host_scratch(args.workspace_bytes);
+    } else if (args.workspace_bytes) {
+      scratch.write(lib, "workspace", lib.empty(nb::make_tuple((args.workspace_bytes + 3) / 4), like, 32));
+      args.workspace = scratch.get().data;
+    }
     lc_status status;
     {
       nb::gil_scoped_release unlocked;
@@ -196,6 +209,15 @@ struct Call {
   }
 
   int64_t heads(int axis) const { return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]}); }
+
+  // Of initial_state, final_state and their gradients.
+  nb::tuple state_shape() const {
+    const int axis = args.flags & LC_LAYOUT_BNHD ? 2 : 1;
+    const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->shape[0] - 1 : args.q->shape[0];
+    return nb::make_tuple(sequences, std::max(args.k->shape[axis], args.v->shape[axis]), args.k->shape[3],
+                          args.v->shape[3]);
+  }
+  int state_bits() const { return is_f64(*args.q) ? 64 : 32; }
 };
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
@@ -208,24 +230,58 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   c.check_structure();
 
   const int axis = bnhd ? 2 : 1;
-  const lc_tensor &tq = *c.args.q, &tk = *c.args.k, &tv = *c.args.v;
-  const int64_t B = tq.shape[0], N = tq.shape[3 - axis], K = tk.shape[3], V = tv.shape[3];
   if (out.is_none()) {
-    const int64_t H = c.heads(axis);
+    const int64_t B = c.args.q->shape[0], H = c.heads(axis), N = c.args.q->shape[3 - axis], V = c.args.v->shape[3];
     out = c.lib.empty(bnhd ? nb::make_tuple(B, N, H, V) : nb::make_tuple(B, H, N, V), v);
     c.o.write(c.lib, "out", out);
   }
   nb::object state;
   if (return_state) {
-    const int64_t sequences = c.args.cu_seqlens ? c.args.cu_seqlens->shape[0] - 1 : B;
-    state =
-        c.lib.empty(nb::make_tuple(sequences, std::max(tk.shape[axis], tv.shape[axis]), K, V), v, is_f64(tq) ? 64 : 32);
+    state = c.lib.empty(c.state_shape(), v, c.state_bits());
     c.final_state.write(c.lib, "final_state", state);
     c.check_structure();  // a state to write may change the scratch needed, or the choice of method
   }
   c.run();
   out = c.lib.result(out);
   return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
+}
+
+// wants: d_q, d_k, d_v, d_log_decay, d_initial_state; None comes back for those not wanted.
+nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
+                   nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_o, nb::handle d_final_state,
+                   double scale, bool bnhd, bool tf32, uintptr_t stream, std::array<bool, 5> wants) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, nullptr, bnhd, tf32, stream);
+  c.initial_state.read(c.lib, "initial_state", initial_state);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.check_structure();  // of the forward pass: gradients have its shapes
+
+  c.args.op = LC_BACKWARD;
+  c.d_o.read(c.lib, "d_o", d_o);
+  c.d_final_state.read(c.lib, "d_final_state", d_final_state);
+  nb::object made[5];
+  const auto make = [&](int i, Argument& gradient, const char* name, const nb::tuple& shape, nb::handle like,
+                        int float_bits) {
+    if (!wants[i]) return;
+    made[i] = c.lib.empty(shape, like, float_bits);
+    gradient.write(c.lib, name, made[i]);
+  };
+  const auto shape_of = [](const lc_tensor* t) {
+    nb::list sizes;
+    for (int i = 0; t && i < t->ndim; ++i) sizes.append(t->shape[i]);
+    return nb::tuple(sizes);
+  };
+  const bool number = !c.args.log_decay || PyFloat_Check(log_decay.ptr()) || PyLong_Check(log_decay.ptr());
+  make(0, c.d_q, "d_q", shape_of(c.args.q), q, 0);
+  make(1, c.d_k, "d_k", shape_of(c.args.k), k, 0);
+  make(2, c.d_v, "d_v", shape_of(c.args.v), v, 0);
+  make(3, c.d_log_decay, "d_log_decay", shape_of(c.args.log_decay), q,
+       number ? c.state_bits() : c.args.log_decay->dtype.bits);
+  make(4, c.d_initial_state, "d_initial_state", c.state_shape(), q, c.state_bits());
+  c.check_structure();
+  c.run();
+  nb::object results[5];
+  for (int i = 0; i < 5; ++i) results[i] = wants[i] ? c.lib.result(made[i]) : nb::none();
+  return nb::make_tuple(results[0], results[1], results[2], results[3], results[4]);
 }
 
 nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
@@ -263,7 +319,7 @@ std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb
 
 // What a call on tensors of these shapes costs: they have addresses, which nobody reads. shape: B, N, K, V, Hq, Hk, Hv.
 nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token,
-               bool initial_state, bool final_state) {
+               bool initial_state, bool final_state, bool cuda) {
   const auto [B, N, K, V, Hq, Hk, Hv] = shape;
   const int64_t Hs = std::max(Hk, Hv);
   int64_t q_shape[] = {B, Hq, N, K}, k_shape[] = {B, Hk, N, K}, v_shape[] = {B, Hv, N, V};
@@ -272,7 +328,7 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
   const lc_dtype exact = {LC_FLOAT, uint8_t(dtype_bits == 64 ? 64 : 32), 1};
   uintptr_t used = 0;
   const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {  // far apart: what is written must not overlap
-    return lc_tensor{reinterpret_cast<void*>(++used << 58), {LC_CPU, 0}, ndim, type, dims, nullptr, 0};
+    return lc_tensor{reinterpret_cast<void*>(++used << 58), {cuda ? LC_CUDA : LC_CPU, 0}, ndim, type, dims, nullptr, 0};
   };
   const lc_tensor q = tensor(q_shape, 4, dtype), k = tensor(k_shape, 4, dtype), v = tensor(v_shape, 4, dtype);
   const lc_tensor before = tensor(state_shape, 4, exact), after = tensor(state_shape, 4, exact);
@@ -292,18 +348,23 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
 
 void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
 
-// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
+// The memory of an array as one of another dtype, which holds `owner`.
 template <class Array>
-nb::object bits_as_bfloat16(nb::handle array, Array bits) {
-  return nb::cast(Array(bits.data(), bits.ndim(), reinterpret_cast<const size_t*>(bits.shape_ptr()), array,
-                        bits.stride_ptr(), nb::dlpack::dtype{uint8_t(LC_BFLOAT), 16, 1}, bits.device_type(),
-                        bits.device_id()));
+nb::object view(const Array& array, nb::dlpack::dtype dtype, nb::handle owner) {
+  return nb::cast(Array(array.data(), array.ndim(), reinterpret_cast<const size_t*>(array.shape_ptr()), owner,
+                        array.stride_ptr(), dtype, array.device_type(), array.device_id()));
 }
+
+// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
 nb::object as_bfloat16(nb::handle array) {
+  const nb::dlpack::dtype bfloat16 = {uint8_t(LC_BFLOAT), 16, 1};
   nb::ndarray<> writable;
-  if (nb::try_cast(array, writable, false)) return bits_as_bfloat16(array, writable);
-  return bits_as_bfloat16(array, nb::cast<nb::ndarray<nb::ro>>(array, false));
+  if (nb::try_cast(array, writable, false)) return view(writable, bfloat16, array);
+  return view(nb::cast<nb::ndarray<nb::ro>>(array, false), bfloat16, array);
 }
+
+// The same array, freed together with `owner`; as a capsule.
+nb::object owned(const nb::ndarray<>& array, nb::handle owner) { return view(array, array.dtype(), owner); }
 
 nb::list methods() {
   nb::list rows;
@@ -328,14 +389,18 @@ NB_MODULE(_core, m) {
   m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a,
         "stream"_a, "return_state"_a);
+  m.def("backward", &backward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_o"_a.none(), "d_final_state"_a.none(), "scale"_a, "bnhd"_a,
+        "tf32"_a, "stream"_a, "wants"_a);
   m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
         "out"_a.none(), "scale"_a, "stream"_a);
   m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
         "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
   m.def("cost", &cost, "method"_a, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a,
-        "final_state"_a);
+        "final_state"_a, "cuda"_a);
   m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
+  m.def("owned", &owned, "array"_a, "owner"_a);
   m.def("methods", &methods);
   m.def("build_info", &build_info);
   m.def("set_num_threads", &lc_set_num_threads, "n"_a);

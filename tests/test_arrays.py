@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from fake_gpu import OtherArray
 
 DECAY = -0.1
 attend = partial(leetcore.linear_attention, method="chunk")  # bitwise comparisons want one method
@@ -152,6 +153,18 @@ def test_sparse_and_meta_tensors_are_refused():
         attend(q.to_sparse(), k, v)
     with pytest.raises(TypeError, match=r"^k: expected a tensor on the CPU or a CUDA device, got meta"):
         attend(q, k.to("meta"), v)
+
+
+def test_arrays_on_a_gpu_that_is_not_there():
+    q, k, v = (OtherArray(x, 63) for x in arrays())
+    where = r"q: is on CUDA device 63, and this build of leetcore has no CUDA methods; move it to the CPU"
+    with pytest.raises(RuntimeError, match=rf"^({where}|CUDA device 63: (this machine has no|expected one of))"):
+        attend(q, k, v, DECAY)
+    with pytest.raises(RuntimeError, match=r"CUDA device"):
+        leetcore.explain(q, k, v, DECAY)
+    if leetcore.build_info()["cuda"] == "no":
+        with pytest.raises(RuntimeError, match="this build of leetcore has no CUDA methods"):
+            leetcore.cost(N=5, K=5, device="cuda")
 
 
 def test_jax_arrays_are_never_written():

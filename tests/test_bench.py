@@ -456,11 +456,14 @@ def test_google_benchmark_is_read(tmp_path):
         "aggregate_name": "median",
     }
     data["benchmarks"] += [data["benchmarks"][0] | {"real_time": 4.0}, aggregate]
+    on_gpu = "cuda/forward/chunk/float32/B:1/H:8/N:9/K:64/V:64/min_time:0.050/manual_time"
+    data["benchmarks"].append(data["benchmarks"][0] | {"name": on_gpu})
     (tmp_path / "g.json").write_text(json.dumps(data))
-    scan, chunk = measurements.read([tmp_path / "g.json"]).timings
+    scan, chunk, gpu = measurements.read([tmp_path / "g.json"]).timings
     assert (scan.method, scan.dtype, scan.shape) == ("scan", "float32", Shape(1, 8, 9, 64, 64))
     assert chunk.seconds == pytest.approx(3e-3) and chunk.flop == pytest.approx(3e6)
     assert chunk.least_bytes == pytest.approx(3e5)
+    assert (gpu.method, gpu.dtype, gpu.shape) == ("chunk (cuda)", "float32", Shape(1, 8, 9, 64, 64))
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 1.585, 2])

@@ -21,7 +21,7 @@ class Core:
 
     def __init__(self, slope: Tensor, dtype: torch.dtype) -> None:
         self.slope = slope.to(dtype)[:, None, None]
-        i = torch.arange(1, BLOCK + 1)
+        i = torch.arange(1, BLOCK + 1, device=slope.device)
         age = self.slope * (i[:, None] - i)
         self.query_decay = torch.exp(-self.slope * i[:, None])
         self.key_decay = torch.exp(-self.slope * (BLOCK - i[:, None]))

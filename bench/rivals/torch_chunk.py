@@ -5,7 +5,7 @@ and over the chunks:                                        P' = gamma^C P + (K 
 Every product is one bmm over (heads x chunks); `heads` heads go through at a time (all of them, or few enough that the
 intermediates stay in cache). Tables and buffers are made once, outside the timing; table entries under 1e-30 are 0, as
 they would make denormals. The scan over chunk states is one addcmul a chunk, or one small matrix product. 16-bit inputs
-are converted to fp32 and back (in torch_chunk_half.py they are not).
+are converted to fp32 and back (in torch_chunk_half.py they are not); on a GPU their fp32 products may be TF32.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Tables:
     """Powers of gamma [heads] for `count` chunks of `chunk` tokens; what meets a big product is in `dtype`."""
 
     def __init__(self, gamma: Tensor, chunk: int, count: int, dtype: torch.dtype) -> None:
-        i = torch.arange(chunk)
-        power = gamma[:, None] ** torch.arange(chunk + 1, dtype=torch.float64)  # [heads, chunk + 1]
+        i = torch.arange(chunk, device=gamma.device)
+        power = gamma[:, None] ** torch.arange(chunk + 1, device=gamma.device).double()  # [heads, chunk + 1]
         age = i[:, None] - i
         self.mask = flush(torch.where(age >= 0, power[:, age.clamp(min=0)], 0.0))[:, None].to(dtype)  # [heads, 1, C, C]
         self.query = flush(power[:, 1:])[:, None, :, None].to(dtype)  # [heads, 1, C, 1]
         self.key = flush(power[:, :-1].flip(1))[:, None, :, None].to(dtype)  # [heads, 1, C, 1]
         self.total = flush(power[:, -1])[:, None, None]  # [heads, 1, 1], fp32
-        c = torch.arange(count)
+        c = torch.arange(count, device=gamma.device)
         lag = c[:, None] - c - 1
         scan = torch.where(lag >= 0, power[:, -1, None, None] ** lag.clamp(min=0), 0.0)
         self.scan = flush(scan).to(dtype)  # [heads, n, n]
@@ -54,18 +54,27 @@ class ChunkForward:
         g, n, dtype = min(heads, s.B * s.H), self.count, matmul_dtype
         self.tables = Tables(p.gamma.repeat(s.B), chunk, n if scan == "matmul" else 0, dtype)  # of B * H heads
         self.cast = p.dtype != matmul_dtype
-        self.inputs = [torch.empty(g, s.N, d, dtype=dtype) for d in (s.K, s.K, s.V)] if self.cast else []
-        self.scores = torch.empty(g * n, chunk, chunk, dtype=dtype)
-        self.weighted = torch.empty(g * n, chunk, s.K, dtype=dtype)
-        self.update = torch.empty(g * n, s.K, s.V, dtype=dtype)
-        self.before = torch.zeros(g * n, s.K, s.V, dtype=dtype)  # states before each chunk
-        self.result = torch.empty(g * n, chunk, s.V, dtype=dtype)
+        empty = partial(torch.empty, dtype=dtype, device=p.device)
+        self.inputs = [empty(g, s.N, d) for d in (s.K, s.K, s.V)] if self.cast else []
+        self.scores = empty(g * n, chunk, chunk)
+        self.weighted = empty(g * n, chunk, s.K)
+        self.update = empty(g * n, s.K, s.V)
+        self.before = empty(g * n, s.K, s.V).zero_()  # states before each chunk
+        self.result = empty(g * n, chunk, s.V)
+
+    def __call__(self) -> Tensor:
+        cuda = torch.backends.cuda.matmul
+        cuda.allow_tf32 = self.cast
+        try:
+            return self.run()
+        finally:
+            cuda.allow_tf32 = False
 
     @torch.inference_mode()
-    def __call__(self) -> Tensor:
+    def run(self) -> Tensor:
         s = self.p.shape
         q, k, v = (x.view(s.B * s.H, s.N, -1) for x in (self.p.q, self.p.k, self.p.v))
-        o = torch.empty(s.B * s.H, s.N, s.V, dtype=self.p.dtype)
+        o = torch.empty(s.B * s.H, s.N, s.V, dtype=self.p.dtype, device=self.p.device)
         for start in range(0, s.B * s.H, self.heads):
             self.group(slice(start, min(start + self.heads, s.B * s.H)), q, k, v, o)
         return o.view(s.B, s.H, s.N, s.V)
@@ -123,7 +132,8 @@ class ChunkForward:
 def configurations(p: Problem, dtype: torch.dtype, quick: bool) -> dict[str, Factory]:
     """Every configuration worth trying, with the big products in `dtype`."""
     s = p.shape
-    groups = sorted({min(g, s.B * s.H) for g in ((4, s.B * s.H) if quick else (1, 2, 4, 8, s.B * s.H))})
+    few = () if p.device == "cuda" else (4,) if quick else (1, 2, 4, 8)  # a GPU wants all heads at once
+    groups = sorted({min(g, s.B * s.H) for g in (*few, s.B * s.H)})
     candidates: dict[str, Factory] = {}
     for chunk, heads, scan in product((64, 128) if quick else CHUNKS, groups, ("loop", "matmul")):
         if scan == "loop" or s.N // chunk <= MAX_MATMUL_SCAN:

@@ -33,7 +33,7 @@ def eager(p: DecodeProblem, outer: str, sequences: int) -> Call:
         q = p.q.reshape(-1, 1, s.K).float()
         k = p.k.reshape(-1, s.K, 1).float()
         v = p.v.reshape(-1, 1, s.V).float()
-        o = torch.empty(s.B * s.H, 1, s.V)
+        o = torch.empty(s.B * s.H, 1, s.V, device=p.device)
         for start in range(0, s.B * s.H, heads):
             part = slice(start, start + heads)
             pool = state[part].mul_(gamma[part])

@@ -18,10 +18,11 @@ def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
         return {}
 
     def make(dtype: torch.dtype) -> Call:
-        age = (torch.arange(s.N)[:, None] - torch.arange(s.N)).float()
-        mask = torch.empty(s.H, s.N, s.N, dtype=dtype)
+        i = torch.arange(s.N, device=p.device)
+        age = (i[:, None] - i).float()
+        mask = torch.empty(s.H, s.N, s.N, dtype=dtype, device=p.device)
         for h in range(s.H):  # exact at gamma = 0: 0^0 = 1
-            power = (p.gamma[h] ** torch.arange(s.N, dtype=torch.float64)).float()
+            power = (p.gamma[h] ** i.double()).float()
             power[power < 1e-30] = 0.0
             mask[h] = power[age.clamp(min=0).long()].mul_(age >= 0)
 

@@ -52,6 +52,16 @@ LC_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // exact for -0 too
 }
 
+// The sum of all elements, halves first.
+template <class T>
+LC_INLINE T sum(Vec<T> x) {
+  T part[kLanes<T>];
+  std::memcpy(part, &x, sizeof x);
+  for (int n = kLanes<T> / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  return part[0];
+}
+
 // 0, 1, 2, ...
 template <class T>
 LC_INLINE typename Simd<T>::Ivec iota() {

@@ -65,10 +65,11 @@ struct State {
   LC_INLINE State(const Problem& problem, T* memory)
       : p(problem), panels(vectors<T>(p.V)), first(0), last(panels.count), data(memory) {}
 
-  LC_INLINE void take(const Task& task) {
+  LC_INLINE void take(const Task& task) { take(task.piece, task.pieces); }
+  LC_INLINE void take(int64_t piece, int64_t pieces) {
     panels = Panels(vectors<T>(p.V));
-    panels.count = int(std::max<int64_t>(panels.count, task.pieces));
-    first = int(panels.count * task.piece / task.pieces), last = int(panels.count * (task.piece + 1) / task.pieces);
+    panels.count = int(std::max<int64_t>(panels.count, pieces));
+    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
   }
 
   LC_INLINE int column(int panel) const { return panels.template column<T>(panel); }
@@ -95,17 +96,20 @@ struct State {
   }
 
   // The chunk's keys must be weighed.
-  LC_INLINE void advance(const Tokens<E>& chunk) {
+  LC_INLINE void advance(const Tokens<E>& chunk) { advance(chunk, *this); }
+
+  // The same from another state.
+  LC_INLINE void advance(const Tokens<E>& chunk, const State& from) {
     const T total = chunk.decay.total, rest = chunk.decay.total_rest;
     for (int i = first; i < last; ++i) {
-      const Matrix<T> S = panel(i);
+      const Matrix<T> S = panel(i), old = from.panel(i);
       for_tiles<T>(0, int(p.K), panels.begin(i), panels.width(i), [&](auto& acc, int r, int c) {
         // The chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S.
         zero(acc);
         mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, i, c), chunk.n);
-        if (live)
+        if (from.live)
           map(acc, [&](int row, int j, Vec<T> x) {
-            const Vec<T> before = load<T>(S.row(r + row) + j);
+            const Vec<T> before = load<T>(old.row(r + row) + j);
             return before * total + (before * rest + x);
           });
         store(Matrix<T>{S.row(r), S.ld}, acc);

@@ -75,10 +75,11 @@ LC_INLINE void map(Tile<T, M, N>& c, F&& f) {
     for (int j = 0; j < N; ++j) c.x[i][j] = f(i, j * kLanes<T>, c.x[i][j]);
 }
 
-// c += a b over depth columns of a and rows of b. One chain of FMAs per element, in order of depth: the result does not
-// depend on how the matrix is cut into tiles.
-template <class T, int M, int N>
-LC_INLINE void mma(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
+namespace detail {
+
+// c_i += sum over l of a(i, l) row l of b
+template <class T, int M, int N, class F>
+LC_INLINE void mma(Tile<T, M, N>& c, F&& a, Matrix<const T> b, int depth) {
   count_flop(int64_t{2} * M * N * kLanes<T> * depth);
   for (int l = 0; l < depth; ++l) {
     Vec<T> row[N];
@@ -86,11 +87,26 @@ LC_INLINE void mma(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int d
     for (int j = 0; j < N; ++j) row[j] = load<T>(b.data + l * b.ld + j * kLanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vec<T> x = broadcast<T>(a.data[i * a.ld + l]);
+      const Vec<T> x = broadcast<T>(a(i, l));
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) c.x[i][j] = x * row[j] + c.x[i][j];
     }
   }
+}
+
+}  // namespace detail
+
+// c += a b over depth columns of a and rows of b. One chain of FMAs per element, in order of depth: the result does not
+// depend on how the matrix is cut into tiles.
+template <class T, int M, int N>
+LC_INLINE void mma(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
+  detail::mma(c, [&](int i, int l) { return a.data[i * a.ld + l]; }, b, depth);
+}
+
+// c += a^T b over depth rows of a and b, in the same order.
+template <class T, int M, int N>
+LC_INLINE void mma_tn(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
+  detail::mma(c, [&](int i, int l) { return a.data[l * a.ld + i]; }, b, depth);
 }
 
 template <class T, int M, int N>

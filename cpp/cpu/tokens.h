@@ -35,8 +35,11 @@ struct Tokens {
   int64_t t = 0;
   int n = 0;
 
-  LC_INLINE Tokens(Arena& arena, const Problem& p)
-      : decay(arena, p, C),
+  LC_INLINE Tokens(Arena& arena, const Problem& p) : Tokens(arena, p, ChunkDecay<T>(arena, p, C)) {}
+
+  // Of tokens that have their weights from other ones, see follow().
+  LC_INLINE Tokens(Arena& arena, const Problem& p, const ChunkDecay<T>& weights)
+      : decay(weights),
         keys(arena.take<T>(p.K * C)),
         scores(arena.take<T>(C * C)),
         q_copy_(arena.take<T>(C * padded<T>(p.K))),
@@ -57,6 +60,9 @@ struct Tokens {
     t = s.begin + begin, n = int(s.length - begin < C ? s.length - begin : C);
     decay.chunk(t, n);
   }
+
+  // The same tokens as the other ones, whose weights they share.
+  LC_INLINE void follow(const Tokens& other) { decay = other.decay, t = other.t, n = other.n; }
 
   LC_INLINE void load_queries(const Problem& p, const Sequence& s, int64_t h) {
     const Matrix<const E> from{p.q.at<const E>(s.row, q_head(p, h), t), p.q.stride[2]};
@@ -90,6 +96,12 @@ struct Tokens {
 
   // scores_ij = scale [j <= i] mask_ij q_i.k_j, zero right of the diagonal as far as a band of rows reaches
   LC_INLINE void score(const Problem& p) {
+    score(p, [](int, int, Vec<T> x, Vec<T> weight) { return x * weight; });
+  }
+
+  // The same with f(i, j, x, weight) for products x = q_i.k_j and weights scale mask_ij of the vector at column j.
+  template <class F>
+  LC_INLINE void score(const Problem& p, F&& f) {
     const auto lanes = iota<T>();
     const T scale = T(p.scale);
     for (int band = 0; band < n; band += kBand) {
@@ -101,7 +113,7 @@ struct Tokens {
                        zero(a);
                        mma(a, {q.row(i0), q.ld}, {keys + j0, C}, int(p.K));
                        map(a, [&](int i, int j, Vec<T> x) {
-                         x = x * (load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
+                         x = f(i0 + i, j0 + j, x, load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
                          return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
                        });
                        store(Matrix<T>{scores + i0 * C + j0, C}, a);

@@ -23,9 +23,27 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-Limits read(int device) {
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+int driver_version() {  // 0: none
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int device_count(int device) {
   int count = 0;
-  check(cudaGetDeviceCount(&count), device);
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  const int driver = driver_version();
+  if (error != cudaSuccess && !driver) fail(LC_DEVICE, "CUDA device %d: this machine has no NVIDIA driver", device);
+  if (error == cudaErrorInsufficientDriver)
+    fail(LC_DEVICE, "CUDA device %d: expected a driver for CUDA %s or later, got one for CUDA %s", device,
+         dotted(CUDART_VERSION).c_str(), dotted(driver).c_str());
+  check(error, device);
+  return count;
+}
+
+Limits read(int device) {
+  const int count = device_count(device);
   if (device < 0 || device >= count) fail(LC_DEVICE, "CUDA device %d: expected one of %d devices", device, count);
   Limits l = {};
   l.capability =
@@ -36,6 +54,7 @@ Limits read(int device) {
   l.processors = attribute(cudaDevAttrMultiProcessorCount, device);
   l.shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   l.shared_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  l.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
   // kHz; two transfers a clock, 128 (or 64) fused multiply-adds a processor and clock.
   const double memory_mhz = attribute(cudaDevAttrMemoryClockRate, device) / 1e3;
   const double core_mhz = attribute(cudaDevAttrClockRate, device) / 1e3;
@@ -62,6 +81,16 @@ const Limits& limits(int device) {
   return known[device];
 }
 
+void launch_failed(const Problem& p, const char* kernel, const char* why) {
+  // An error that every call meets is of earlier work, ours or not, and reported only now.
+  size_t free, total;
+  const cudaError_t lasting = cudaMemGetInfo(&free, &total);
+  cudaGetLastError();
+  if (lasting != cudaSuccess)
+    fail(LC_DEVICE, "CUDA device %d: had failed before this call: %s", p.device.id, cudaGetErrorString(lasting));
+  fail(LC_DEVICE, "kernel %s on CUDA device %d: %s", kernel, p.device.id, why);
+}
+
 DeviceGuard::DeviceGuard(int device) {
   check(cudaGetDevice(&before_), device);
   if (before_ != device) check(cudaSetDevice(device), device);
@@ -72,12 +101,19 @@ DeviceGuard::~DeviceGuard() {
 }
 
 std::string versions() {
-  int driver = 0, devices = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
-  if (!driver || cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0, cudaGetLastError();
-  const auto dotted = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-  return dotted(CUDART_VERSION) + ", driver " + (driver ? dotted(driver) : "none") + ", devices " +
-         std::to_string(devices);
+  const int driver = driver_version();
+  int devices = 0;
+  if (!driver || cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
+  cudaGetLastError();
+  std::string text = dotted(CUDART_VERSION) + ", driver " + (driver ? dotted(driver) : "none") + ", devices " +
+                     std::to_string(devices);
+  for (int i = 0; i < devices; ++i) {
+    cudaDeviceProp facts;
+    if (cudaGetDeviceProperties(&facts, i) != cudaSuccess) continue;
+    text += std::string(i ? ", " : ": ") + facts.name + " (" + std::to_string(facts.major) + "." +
+            std::to_string(facts.minor) + ")";
+  }
+  return text;
 }
 
 }  // namespace lc::cuda

@@ -35,7 +35,7 @@ template <class K>
 void start(const Problem& p, dim3 grid, int block, int smem, const typename K::Params& params) {
   if (!grid.x || !grid.y || !grid.z) return;
   if (const char* why = launch<K>(grid, block, smem, static_cast<Stream>(p.stream), params))
-    fail(LC_DEVICE, "kernel %s: %s", K::kName, why);
+    launch_failed(p, K::kName, why);
 }
 
 }  // namespace lc::cuda

@@ -13,15 +13,20 @@ SIMT_DEV gptr<T> row(const View& w, int64_t b, int64_t h, int64_t n) {
   return {w.at<T>(b, h, n)};
 }
 
-// sequence() of problem.h.
+// sequence() of problem.h. The host cannot check bounds that are on the device: here they are brought into [0, N].
+SIMT_DEV Sequence sequence_between(const Problem& p, int64_t begin, int64_t end) {
+  begin = begin < 0 ? 0 : begin > p.N ? p.N : begin;
+  end = end < begin ? begin : end > p.N ? p.N : end;
+  return {0, begin, end - begin};
+}
 SIMT_DEV Sequence sequence_at(const Problem& p, int64_t b) {
   if (!p.cu_bits) return {b, 0, p.N};
   if (p.cu_bits == 64) {
     const gptr<const int64_t> bounds{static_cast<const int64_t*>(p.cu_seqlens)};
-    return {0, bounds.ld(b), bounds.ld(b + 1) - bounds.ld(b)};
+    return sequence_between(p, bounds.ld(b), bounds.ld(b + 1));
   }
   const gptr<const int32_t> bounds{static_cast<const int32_t*>(p.cu_seqlens)};
-  return {0, bounds.ld(b), bounds.ld(b + 1) - bounds.ld(b)};
+  return sequence_between(p, bounds.ld(b), bounds.ld(b + 1));
 }
 
 // log2_decay() of problem.h.
@@ -33,6 +38,7 @@ SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n
 
 // 2^x - 1, exact where x is close to 0.
 SIMT_DEV double ex2m1(double x) { return ::expm1(x * 0.6931471805599453); }
+SIMT_DEV float ex2m1(float x) { return ::expm1f(x * 0.693147181f); }
 
 // Inclusive sum over the lanes of a warp.
 template <class T>

@@ -6,6 +6,7 @@
 
 #define SIMT_DEV __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_LOOP _Pragma("unroll 1")
 
 namespace simt {
 
@@ -14,6 +15,11 @@ using Stream = cudaStream_t;
 SIMT_DEV int tid() { return int(threadIdx.x); }
 SIMT_DEV int nthreads() { return int(blockDim.x); }
 SIMT_DEV dim3 bid() { return dim3(blockIdx.x, blockIdx.y, blockIdx.z); }
+// x, but the compiler does not know: what follows from it is computed again instead of kept in registers.
+SIMT_DEV int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
@@ -21,17 +27,24 @@ SIMT_DEV dim3 bid() { return dim3(blockIdx.x, blockIdx.y, blockIdx.z); }
 template <class T>
 struct gptr {
   T* p;
-  SIMT_DEV T ld(int64_t i) const { return p[i]; }
-  SIMT_DEV void st(int64_t i, T x) const { p[i] = x; }
+  SIMT_DEV T ld(int64_t i) const { return *at(i); }
+  SIMT_DEV void st(int64_t i, T x) const { *at(i) = x; }
   template <class V>
   SIMT_DEV V ldv(int64_t i) const {
-    return *reinterpret_cast<const V*>(p + i);
+    return *reinterpret_cast<const V*>(at(i));
   }
   template <class V>
   SIMT_DEV void stv(int64_t i, V x) const {
-    *reinterpret_cast<V*>(p + i) = x;
+    *reinterpret_cast<V*>(at(i)) = x;
   }
   SIMT_DEV gptr sub(int64_t offset) const { return {p + offset}; }
+
+ private:
+  // The compiler learns that this is global memory, wherever the pointer came from.
+  SIMT_DEV T* at(int64_t i) const {
+    __builtin_assume(__isGlobal(p));
+    return p + i;
+  }
 };
 
 // Shared memory: n numbers, which the emulator checks.
@@ -103,6 +116,9 @@ SIMT_DEV float ex2(float x) {
   return y;
 }
 SIMT_DEV double ex2(double x) { return exp2(x); }
+// Of pi x, exact to the last places at both ends of 0 <= x <= 1 and in the middle.
+SIMT_DEV double sin_pi(double x) { return sinpi(x); }
+SIMT_DEV double cos_pi(double x) { return cospi(x); }
 SIMT_DEV float mul_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SIMT_DEV double mul_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 
@@ -239,10 +255,12 @@ const char* launch(dim3 grid, int block, int smem, Stream stream, const typename
   cudaError_t error = cudaSuccess;
   if (smem > 48 * 1024) error = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
   if (error == cudaSuccess) {
-    entry<K><<<grid, block, size_t(smem), stream>>>(p);
-    error = cudaGetLastError();
+    void* arguments[] = {const_cast<typename K::Params*>(&p)};
+    error = cudaLaunchKernel(entry<K>, grid, dim3(unsigned(block)), arguments, size_t(smem), stream);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // not for the next call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace simt

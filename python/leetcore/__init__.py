@@ -4,13 +4,23 @@ import contextlib
 from pathlib import Path
 
 from . import _core, decay, reference, tuning
-from .api import build_info, decode_step, explain, linear_attention, num_threads, set_num_threads
+from .api import (
+    Gradients,
+    build_info,
+    decode_step,
+    explain,
+    linear_attention,
+    linear_attention_backward,
+    num_threads,
+    set_num_threads,
+)
 from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
 __version__ = _core.version
 
 __all__ = [
     "Cost",
+    "Gradients",
     "Method",
     "build_info",
     "cost",
@@ -20,6 +30,7 @@ __all__ = [
     "get_cmake_dir",
     "get_include",
     "linear_attention",
+    "linear_attention_backward",
     "methods",
     "num_threads",
     "reference",

@@ -20,6 +20,22 @@ def forward(
     stream: int,
     return_state: bool,
 ) -> Any: ...
+def backward(
+    lib: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    d_o: Any,
+    d_final_state: Any,
+    scale: float,
+    bnhd: bool,
+    tf32: bool,
+    stream: int,
+    wants: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def decode(
     lib: Any,
     q: Any,
@@ -54,9 +70,11 @@ def cost(
     per_token: bool,
     initial_state: bool,
     final_state: bool,
+    cuda: bool,
 ) -> tuple[str, float, float, float, int, float, float]: ...
 def set_tuning(text: str | None) -> None: ...
 def as_bfloat16(bits: Any) -> Any: ...
+def owned(array: Any, owner: Any) -> Any: ...
 def methods() -> list[tuple[str, str, str, str]]: ...
 def build_info() -> str: ...
 def set_num_threads(n: int) -> None: ...

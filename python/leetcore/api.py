@@ -1,19 +1,32 @@
-"""The operator for arrays of any DLPack library: numpy, torch, jax and others in, the same kind out."""
+"""The operator for arrays of any DLPack library: numpy, torch, cupy, jax and others in, the same kind out."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from . import _core
-from .arrays import Array, library_of
+from .arrays import Array, Stream, library_of
 from .methods import registered, run_registered
 
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["ieee", "tf32"]
 
+
+class Gradients(NamedTuple):
+    """What linear_attention_backward returns: like the arguments they are named after, None where not wanted."""
+
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_log_decay: Any
+    d_initial_state: Any
+
+
 _FORWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "out")
+_BACKWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "d_o", "d_final_state")
 _DECODE = ("q", "k", "v", "state", "log_decay", "state_indices", "out")
 
 
@@ -31,7 +44,7 @@ def linear_attention(
     method: str = "auto",
     precision: Precision | None = None,
     out: Array | None = None,
-    stream: int | None = None,
+    stream: Stream | None = None,
 ) -> Any:
     """Causal linear attention with exponential decay.
 
@@ -55,7 +68,11 @@ def linear_attention(
         method: "auto", or a name of `leetcore.methods()` (a registered function's too), or "lightning" for "chunk".
         precision: "ieee" (default) or "tf32", which lets GPUs round float32 products; the CPU never does.
         out: receives o; writable, its own memory.
-        stream: for GPU arrays; None on the CPU.
+        stream: for GPU arrays, where the work is put: a cudaStream_t as a number, or a stream of torch, cupy or
+            cuda.core. None: the current stream of torch or cupy, jax's own order, else the legacy default stream.
+
+    All arrays are on one device, and a call on a GPU returns before its work is done: o is ready for what is put on the
+    same stream. The stream waits for what the library is still writing to the inputs. Values on a GPU are not checked.
 
     H = max(Hq, Hk, Hv) heads; each of Hq, Hk, Hv divides H, and a head reads q head h * Hq // H and so on.
     Hs = max(Hk, Hv) states.
@@ -66,9 +83,10 @@ def linear_attention(
     Raises:
         ValueError, TypeError: an argument breaks the rules above; the text names it, what it was and what is allowed.
         NotImplementedError: no method, or not the named one, serves the problem.
+        RuntimeError: a GPU cannot be used, or reported an error.
     """
     log_decay = _scalar(log_decay)
-    lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens, out)
+    lib, queue = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens, out).at(q, stream)
     if registered and method in registered:
         explain(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, layout=layout)
         return run_registered(
@@ -98,13 +116,75 @@ def linear_attention(
             _name(method),
             _bnhd(layout),
             _tf32(precision),
-            stream or 0,
+            queue,
             return_state,
         )
     except ValueError as error:
         if registered and "unknown method" in str(error):
             raise ValueError(f"{error}, {', '.join(registered)}") from None
         raise
+
+
+def linear_attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | float | None = None,
+    *,
+    d_o: Array | None = None,
+    d_final_state: Array | None = None,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    layout: Layout = "bhnd",
+    precision: Precision | None = None,
+    wants: Collection[str] | None = None,
+    stream: Stream | None = None,
+) -> Gradients:
+    """The gradients of `linear_attention`, whichever method computed it: of a loss whose gradients by its results are
+    d_o and d_final_state.
+
+    Args:
+        q, k, v, log_decay, scale, initial_state, cu_seqlens, layout, precision, stream: as `linear_attention` had them.
+        d_o: [B, H, N, V], the dtype of q. None: zeros.
+        d_final_state: shaped like the state that return_state=True returns, of its dtype. None: zeros; not both.
+        wants: names of the gradients to compute. Default: all whose argument was given.
+
+    Returns:
+        Gradients(d_q, d_k, d_v, d_log_decay, d_initial_state), each of the shape and dtype of what it is named after
+        (d_initial_state may be asked for without one) and in the caller's array library. A decay that tokens, sequences
+        or heads share has the sum over them. The gradient of log_decay = -inf is 0.
+
+    Raises:
+        ValueError, TypeError: as `linear_attention`.
+    """
+    log_decay = _scalar(log_decay)
+    lib, queue = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state).at(q, stream)
+    if wants is None:
+        given = (True, True, True, log_decay is not None, initial_state is not None)
+    else:
+        if isinstance(wants, str) or not set(wants) <= set(Gradients._fields):
+            raise ValueError(f"wants: expected names among {', '.join(Gradients._fields)}, got {wants!r}")
+        d_q, d_k, d_v, d_log_decay, d_initial_state = (name in wants for name in Gradients._fields)
+        given = (d_q, d_k, d_v, d_log_decay, d_initial_state)
+    return Gradients(
+        *_core.backward(
+            lib,
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            d_o,
+            d_final_state,
+            _real("scale", scale),
+            _bnhd(layout),
+            _tf32(precision),
+            queue,
+            given,
+        )
+    )
 
 
 def decode_step(
@@ -117,7 +197,7 @@ def decode_step(
     scale: float = 1.0,
     state_indices: Array | None = None,
     out: Array | None = None,
-    stream: int | None = None,
+    stream: Stream | None = None,
 ) -> Any:
     """One step (or a few tokens) of generation: updates states in place and returns the outputs.
 
@@ -130,14 +210,14 @@ def decode_step(
         state_indices: int32 [B], the slot of each sequence, all different; -1 skips a sequence, whose output is 0.
             Default: sequence b uses slot b.
         out: receives the output.
-        stream: for GPU arrays; None on the CPU.
+        stream: as in `linear_attention`.
 
     Returns:
         o, [B, H, V] or [B, H, T, V]. Raises as `linear_attention`.
     """
     log_decay = _scalar(log_decay)
-    lib = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out)
-    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), stream or 0)
+    lib, queue = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out).at(q, stream)
+    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), queue)
 
 
 def explain(
@@ -155,7 +235,7 @@ def explain(
 ) -> str:
     """Which method `linear_attention` would run (marked *), what each predicts, why others refuse; a line each."""
     log_decay = _scalar(log_decay)
-    lib = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens)
+    lib, queue = library_of(_FORWARD, q, k, v, log_decay, initial_state, cu_seqlens).at(q, None)
     text = _core.explain(
         lib,
         q,
@@ -168,7 +248,7 @@ def explain(
         _name(method),
         _bnhd(layout),
         _tf32(precision),
-        0,
+        queue,
     )
     return text + "".join(f"  {name:10} python  runs when it is named\n" for name in registered)
 

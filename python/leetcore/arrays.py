@@ -1,28 +1,73 @@
 """The only module that knows which array libraries exist: how each exports, allocates and takes back arrays.
 
-A library here is an object with
-
-- ``plain``: whether ``export`` and ``result`` return what they are given, so that they need not be called;
-- ``owns(array)``: whether the array is of this library;
-- ``export(name, array, writable)``: what the extension module imports through DLPack or the buffer protocol, usually
-  the array itself; raises for an array that must not be used as it is;
-- ``repair(name, array, writable)``: a second try where that import failed, or an error that says why;
-- ``contiguous(array)``: a copy whose last dimension is contiguous;
-- ``empty(shape, like, float_bits)``: a new array beside `like`, of its dtype (0) or of float32 / float64;
-- ``result(array)``: a finished array of ``empty`` as the caller's kind of array;
-- ``numpy(array)``, ``from_numpy(array)``: as numpy's array, sharing memory where both can, and back.
+A library (`Library`) finds its arrays of one call where they are (`Place`): on the host, or on a GPU and its stream. On
+a GPU the host waits for nothing. The stream is the caller's, else the library's current one; the library makes it wait
+for what it is still writing to the inputs (DLPack's ``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import _core
 
 Array = Any
+Stream = Any  # a number, or an object that has one
+
+_CUDA = 2  # DLPack's name of the device, ...
+_LEGACY = 1  # ... and of the stream that CUDA calls 0
+
+
+class Library(Protocol):
+    """A kind of arrays."""
+
+    name: str
+
+    def owns(self, array: Array) -> bool:
+        """Whether the array is of this library."""
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        """Where the arrays of a call lie, by one of them, and the call's stream as a number."""
+
+    def numpy(self, array: Array) -> Array:
+        """As numpy's array, sharing memory where both can."""
+
+
+class Place(Protocol):
+    """The arrays of a library in one place; on a GPU, an object for one call."""
+
+    plain: bool  # whether export and result return what they are given, so that they need not be called
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        """What the extension module imports through DLPack or the buffer protocol, usually the array itself.
+
+        Raises for an array that must not be used as it is.
+        """
+
+    def repair(self, name: str, array: Array, writable: bool) -> Any:
+        """A second try where that import failed, or an error that says why."""
+
+    def contiguous(self, array: Array) -> Array:
+        """A copy whose last dimension is contiguous."""
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        """A new array beside `like`, of its dtype (0) or of float32 / float64."""
+
+    def result(self, array: Array) -> Array:
+        """A finished array of `empty` as the caller's kind of array."""
+
+    def numpy(self, array: Array) -> Array:
+        """As numpy's array, sharing memory where both can."""
+
+    def from_numpy(self, array: Array) -> Array:
+        """numpy's array as one of the caller's kind, in this place."""
+
+    def assign(self, array: Array, values: Array) -> None:
+        """Writes numpy's values into an array."""
 
 
 class NumPy:
@@ -31,6 +76,9 @@ class NumPy:
 
     def owns(self, array: Array) -> bool:
         return isinstance(array, np.ndarray)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        return self, _number(stream)
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         return array
@@ -57,6 +105,9 @@ class NumPy:
     def from_numpy(self, array: Array) -> Array:
         return array
 
+    def assign(self, array: Array, values: Array) -> None:
+        self.numpy(array)[...] = values
+
 
 class Torch:
     name = "torch"
@@ -65,6 +116,12 @@ class Torch:
     def owns(self, array: Array) -> bool:
         torch = sys.modules.get("torch")
         return torch is not None and isinstance(array, torch.Tensor)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        if not array.is_cuda:
+            return self, _number(stream)
+        place = TorchOnGpu(array, stream)
+        return place, place.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         import torch
@@ -117,11 +174,158 @@ class Torch:
             return torch.from_numpy(array)
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
+    def assign(self, array: Array, values: Array) -> None:
+        array.copy_(self.from_numpy(values))
+
+
+class TorchOnGpu(Torch):
+    """What torch does under ``with torch.cuda.stream(stream)``, with inputs that other streams may still be writing."""
+
+    def __init__(self, array: Array, stream: Stream) -> None:
+        import torch
+
+        self._device = array.device
+        current = torch.cuda.current_stream(self._device)
+        self.stream = current.cuda_stream if stream is None else _gpu_number(stream)
+        self._other = None
+        if self.stream != current.cuda_stream:
+            self._other = (  # ExternalStream(0) would be a new stream
+                torch.cuda.ExternalStream(self.stream, device=self._device)
+                if self.stream
+                else torch.cuda.default_stream(self._device)
+            )
+            self._other.wait_stream(current)
+
+    def _on_stream(self) -> Any:
+        import torch
+
+        return contextlib.nullcontext() if self._other is None else torch.cuda.stream(self._other)
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        exported = super().export(name, array, writable)
+        if self._other is not None and array.is_cuda:
+            array.record_stream(self._other)  # its memory is not used anew before that stream is done with it
+        return exported
+
+    def contiguous(self, array: Array) -> Array:
+        with self._on_stream():
+            return super().contiguous(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        with self._on_stream():
+            return super().empty(shape, like, float_bits)
+
+    def from_numpy(self, array: Array) -> Array:
+        return super().from_numpy(array).to(self._device)
+
+
+class OnGpu:
+    """Arrays of any library with the functions of the array API standard, on a GPU, during one call.
+
+    Without a stream of the caller's the work goes to the legacy default stream: nothing more is known of the library.
+    """
+
+    plain = False
+
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
+        self.stream = _gpu_number(stream)
+        if not hasattr(array, "__array_namespace__"):
+            raise TypeError(
+                f"q: expected an array of torch, cupy, jax or a library with __array_namespace__, got one of {library}"
+            )
+        self._functions = array.__array_namespace__()
+        self._device = array.device
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        stream = (self.stream or _LEGACY) if _is_on_gpu(array) else None
+        try:
+            with contextlib.suppress(BufferError):
+                return array.__dlpack__(stream=stream)
+            return array.__dlpack__(stream=stream, max_version=(1, 0))  # read-only memory may be exported by no other
+        except (BufferError, TypeError) as error:
+            raise BufferError(f"{name}: {error}") from None
+
+    def repair(self, name: str, array: Array, writable: bool) -> Any:
+        if writable:
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
+        raise TypeError(f"{name}: expected an array that exports a float dtype, got {type(array).__name__}")
+
+    def contiguous(self, array: Array) -> Array:
+        return self._functions.asarray(array, copy=True)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        dtype = getattr(self._functions, f"float{float_bits}") if float_bits else like.dtype
+        return self._functions.empty(shape, dtype=dtype, device=self._device)
+
+    def result(self, array: Array) -> Array:
+        return array
+
+    def numpy(self, array: Array) -> Array:
+        return np.from_dlpack(array, device="cpu")
+
+    def from_numpy(self, array: Array) -> Array:
+        return self._functions.asarray(array, device=self._device)
+
+    def assign(self, array: Array, values: Array) -> None:
+        array[...] = self.from_numpy(values)
+
+
+class CuPy:
+    name = "cupy"
+    plain = False
+
+    def owns(self, array: Array) -> bool:
+        cupy = sys.modules.get("cupy")
+        return cupy is not None and isinstance(array, cupy.ndarray)
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        place = CuPyOnGpu(self.name, array, stream)
+        return place, place.stream
+
+    def numpy(self, array: Array) -> Array:
+        return array.get()
+
+
+class CuPyOnGpu(OnGpu):
+    """Memory is of the pool of the call's stream, which gives it out anew in that stream's order.
+
+    The inputs are of the pools of other streams: with a stream of their own callers keep them until it is done.
+    """
+
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
+        self._cupy = cupy = sys.modules["cupy"]
+        self._device = array.device
+        with self._device:
+            self._queue = (
+                cupy.cuda.get_current_stream() if stream is None else cupy.cuda.ExternalStream(_gpu_number(stream))
+            )
+        self.stream = self._queue.ptr
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        with self._device:  # on the stream that is current there: it is what the call's stream has to wait for
+            return super().export(name, array, writable)
+
+    def contiguous(self, array: Array) -> Array:
+        with self._device, self._queue:
+            return self._cupy.ascontiguousarray(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        with self._device, self._queue:
+            return self._cupy.empty(shape, f"float{float_bits}" if float_bits else like.dtype)
+
+    def numpy(self, array: Array) -> Array:
+        return array.get()
+
+    def from_numpy(self, array: Array) -> Array:
+        with self._device:
+            return self._cupy.asarray(array)
+
 
 class Immutable(NumPy):
     """Libraries whose arrays are never written: results are made by numpy and handed over."""
 
     plain = False
+    _on_gpu: type[OnGpu] = OnGpu
 
     def __init__(self, name: str, convert: Any) -> None:
         self.name = name
@@ -129,6 +333,12 @@ class Immutable(NumPy):
 
     def owns(self, array: Array) -> bool:
         return _package(array) == self.name
+
+    def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        if not _is_on_gpu(array):
+            return self, _number(stream)
+        place = self._on_gpu(self.name, array, stream)
+        return place, place.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not isinstance(array, np.ndarray):
@@ -159,7 +369,71 @@ class Immutable(NumPy):
         return self.result(array)
 
 
+class JaxOnGpu(OnGpu):
+    """New arrays share the memory of arrays that jax made (zeros: XLA knows no empty ones) and nobody else has seen.
+
+    The work goes to the stream on which jax waits for memory that comes from outside, so that jax.dlpack.from_dlpack
+    orders everything that jax does with a result behind it. jax does not learn when that stream has read an input: the
+    results keep the inputs, and the scratch, alive.
+    """
+
+    def __init__(self, library: str, array: Array, stream: Stream) -> None:
+        if stream is not None:
+            raise ValueError("stream: expected None with jax arrays, as jax orders its work by streams of its own")
+        (self._device,) = array.devices()
+        self.stream = self._device.get_stream_for_external_ready_events()
+        self._made: list[Array] = []
+        self._held: list[Array] = []
+
+    def export(self, name: str, array: Array, writable: bool) -> Any:
+        if writable and not any(array is made for made in self._made):
+            raise TypeError(f"{name}: expected an array that can be written, got one of jax, which are immutable")
+        self._held.append(array)
+        return super().export(name, array, writable)
+
+    def contiguous(self, array: Array) -> Array:
+        import jax.numpy as jnp
+
+        return jnp.array(array)
+
+    def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
+        import jax.numpy as jnp
+
+        array = jnp.empty(shape, f"float{float_bits}" if float_bits else like.dtype, device=self._device)
+        self._made.append(array)
+        return array
+
+    def result(self, array: Array) -> Array:
+        import jax
+
+        capsule = _core.owned(array.__dlpack__(stream=self.stream), tuple(self._held))
+        return jax.dlpack.from_dlpack(_Producer(capsule, array.__dlpack_device__()))
+
+    def numpy(self, array: Array) -> Array:
+        return np.asarray(array)
+
+    def from_numpy(self, array: Array) -> Array:
+        import jax
+
+        return jax.device_put(array, self._device)
+
+
+class _Producer:
+    """What jax.dlpack.from_dlpack wants around a capsule whose stream it waits on anyway."""
+
+    def __init__(self, capsule: Any, device: tuple[int, int]) -> None:
+        self._capsule, self._device = capsule, device
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+
 class Jax(Immutable):
+    _on_gpu = JaxOnGpu
+
     def __init__(self) -> None:
         super().__init__("jax", None)
 
@@ -185,6 +459,33 @@ class Jax(Immutable):
 
     def numpy(self, array: Array) -> Array:
         return np.asarray(array)
+
+
+def _number(stream: Stream) -> int:
+    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba. None: 0."""
+    if stream is None:
+        return 0
+    if hasattr(stream, "__cuda_stream__"):
+        _, number = stream.__cuda_stream__()
+    else:
+        number = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        expected = "None, a cudaStream_t as a number, or a stream of torch, cupy or cuda.core"
+        raise TypeError(f"stream: expected {expected}, got {stream!r}")
+    return number
+
+
+def _gpu_number(stream: Stream) -> int:
+    """The same, with one name for the legacy default stream: CUDA's."""
+    number = _number(stream)
+    return 0 if number == _LEGACY else number
+
+
+def _is_on_gpu(array: Array) -> bool:
+    try:
+        return bool(array.__dlpack_device__()[0] == _CUDA)
+    except (AttributeError, BufferError):  # export and repair say what is wrong with it
+        return False
 
 
 def _package(array: Array) -> str:
@@ -220,10 +521,8 @@ def _other_library(array: Array) -> Immutable:
     return Immutable(_package(array), getattr(namespace, "from_dlpack", lambda x: x))
 
 
-Library = NumPy | Torch
-
 _NUMPY, TORCH = NumPy(), Torch()
-_SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax())
+_SHARED: tuple[Library, ...] = (_NUMPY, TORCH, Jax(), CuPy())
 _of_type: dict[type, Library] = {np.ndarray: _NUMPY}
 
 

@@ -80,7 +80,7 @@ def register_method(
         name: a new name, or one registered before, which is replaced.
         fn: fn(q, k, v, log_decay, scale) -> o, with q and k [B, H, N, K], v and o [B, H, N, V] of the caller's dtype
             (as many heads everywhere) and log_decay [B, H] in float32 (float64 with float64 inputs), zeros for none.
-        library: whose arrays fn takes and returns; torch's are on the CPU.
+        library: whose arrays fn takes and returns, always on the CPU: arrays on a GPU are copied there and back.
         states: fn(q, k, v, log_decay, scale, initial_state) -> (o, final_state), with states [B, H, K, V]. Without it
             the method does not serve calls with an initial_state or return_state.
         per_token: log_decay is always [B, H, N]. Without it the method does not serve data-dependent decays.
@@ -122,6 +122,7 @@ def cost(
     per_token: bool = False,
     initial_state: bool = False,
     return_state: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Cost:
     """What linear_attention costs on arrays of these shapes, by a method or by the one that "auto" takes.
 
@@ -131,9 +132,11 @@ def cost(
         dtype: of q, k and v.
         per_token: a decay for each token, not for each head.
         initial_state, return_state: whether there is one.
+        device: "cuda" is GPU 0.
 
     Raises:
         NotImplementedError: the method does not serve this, or is a registered one: those have no model.
+        RuntimeError: there is no such device, or this build has no CUDA methods.
     """
     if method in registered:
         raise NotImplementedError(f"method: {method!r} is a registered function, whose cost is not known")
@@ -145,7 +148,9 @@ def cost(
         if not isinstance(size, int):
             raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
     shape = tuple(sizes[name] for name in ("B", "N", "K", "V", "Hq", "Hk", "Hv"))
-    return Cost(*_core.cost(method, shape, *_DTYPES[dtype], per_token, initial_state, return_state))
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    return Cost(*_core.cost(method, shape, *_DTYPES[dtype], per_token, initial_state, return_state, device == "cuda"))
 
 
 def run_registered(
@@ -162,7 +167,7 @@ def run_registered(
     out: Array | None,
 ) -> Any:
     """linear_attention by a registered function; what leetcore refuses by shape and dtype has been refused."""
-    lib, name = library_of(("q",), q), method.row.name
+    (lib, _), name = library_of(("q",), q).at(q, None), method.row.name
     if (initial_state is not None or return_state) and not method.states:
         raise NotImplementedError(f"method: {name!r} was registered without states")
     Q, K, V = (lib.numpy(x).swapaxes(1, 2) if bnhd else lib.numpy(x) for x in (q, k, v))
@@ -197,7 +202,7 @@ def run_registered(
     if out is None:
         out = lib.from_numpy(given_back)
     else:
-        lib.numpy(out)[...] = given_back
+        lib.assign(out, given_back)
     return (out, lib.from_numpy(np.ascontiguousarray(final[:, :: H // Hs]))) if return_state else out
 
 

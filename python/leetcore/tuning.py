@@ -1,15 +1,14 @@
 """The table of measured times that corrects what "auto" predicts: `leetcore tune` writes it for this machine.
 
-It lies in the user's cache directory, one file for each instruction set, and is read when leetcore is imported; without
-one the table that was shipped holds.
+It lies in the user's cache directory ($XDG_CACHE_HOME, else ~/.cache), one file for each instruction set, and is read
+when leetcore is imported; without one the table that was shipped holds.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
-
-import platformdirs
 
 from . import _core
 
@@ -18,7 +17,7 @@ source = "shipped"  # or the path of the table in use
 
 def path(isa: str) -> Path:
     """Where the table of an instruction set belongs."""
-    return Path(platformdirs.user_cache_dir("leetcore")) / f"tuning-{isa}.txt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "leetcore" / f"tuning-{isa}.txt"
 
 
 def header() -> str:

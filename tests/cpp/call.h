@@ -145,9 +145,60 @@ struct Tensor : lc_tensor {
   void fill(F&& f) {
     for_each_element(*this, [&](const Position& i) { store(at(*this, i), dtype, f()); });
   }
+
+  // Every element NaN, where there is a tensor.
+  void poison() {
+    if (memory.empty()) return;
+    for_each_element(*this, [&](const Position& i) { std::memset(at(*this, i), 0xFF, dtype.bits / 8); });
+  }
 };
 
 // ---- the definition ------------------------------------------------------------------------------------------------
+
+// The inputs of a call as the definition reads them, whatever their layout, sharing of heads and form of decay.
+struct Inputs {
+  const lc_args& a;
+  const bool absolute = false;  // of q, k, v, states and gradients
+  const bool bnhd = a.flags & LC_LAYOUT_BNHD;
+  const int head_axis = bnhd ? 2 : 1, token_axis = bnhd ? 1 : 2;
+  const int64_t B = a.q->shape[0], N = a.q->shape[token_axis], K = a.q->shape[3], V = a.v->shape[3];
+  const int64_t Hq = a.q->shape[head_axis], Hk = a.k->shape[head_axis], Hv = a.v->shape[head_axis];
+  const int64_t Hs = std::max(Hk, Hv), H = std::max(Hq, Hs);
+  const int64_t sequences = a.cu_seqlens ? a.cu_seqlens->shape[0] - 1 : B;
+
+  static double read(const lc_tensor& t, const Position& i) { return load(at(t, i), t.dtype); }
+  std::vector<double> token(const lc_tensor& t, int64_t b, int64_t h, int64_t n) const {
+    std::vector<double> x(t.shape[3]);
+    for (int64_t d = 0; d < t.shape[3]; ++d) x[d] = read(t, bnhd ? Position{b, n, h, d} : Position{b, h, n, d});
+    return absolute ? magnitudes(x) : x;
+  }
+  std::vector<double> state(const lc_tensor* t) const {
+    if (!t) return std::vector<double>(sequences * Hs * K * V);
+    return absolute ? magnitudes(values(*t)) : values(*t);
+  }
+  static std::vector<double> magnitudes(std::vector<double> x) {
+    for (double& y : x) y = std::fabs(y);
+    return x;
+  }
+  // Where a token of a tensor with so many heads and columns lies in a row-major copy.
+  int64_t place(int64_t heads, int64_t columns, int64_t b, int64_t h, int64_t n) const {
+    return (bnhd ? (b * N + n) * heads + h : (b * heads + h) * N + n) * columns;
+  }
+  // The same for log_decay, in its own form.
+  int64_t decay_place(int64_t b, int64_t h, int64_t n) const {
+    const int rank = a.log_decay->ndim;
+    return rank == 0 ? 0 : rank == 1 ? h : rank == 2 ? b * Hs + h : place(Hs, 1, b, h, n);
+  }
+  double decay(int64_t b, int64_t h, int64_t n) const {
+    if (!a.log_decay) return 1;
+    const Position forms[] = {{}, {h}, {b, h}, bnhd ? Position{b, n, h} : Position{b, h, n}};
+    return std::exp(read(*a.log_decay, forms[a.log_decay->ndim]));
+  }
+  int64_t row(int64_t s) const { return a.cu_seqlens ? 0 : s; }
+  int64_t bound(int64_t s, bool end) const {
+    return a.cu_seqlens ? static_cast<int64_t>(read(*a.cu_seqlens, {s + end})) : end ? N : 0;
+  }
+};
 
 struct Answer {
   std::vector<double> o, state;            // row-major in the shapes of o and final_state
@@ -157,36 +208,12 @@ struct Answer {
 // S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, token by token in double, for any valid lc_args.
 // Reads the states that a call may overwrite, so it comes first.
 inline Answer reference(const lc_args& a) {
-  const bool bnhd = a.flags & LC_LAYOUT_BNHD;
-  const int head_axis = bnhd ? 2 : 1, token_axis = bnhd ? 1 : 2;
-  const auto read = [](const lc_tensor& t, const Position& i) { return load(at(t, i), t.dtype); };
-  const auto token = [&](const lc_tensor& t, int64_t b, int64_t h, int64_t n) {
-    std::vector<double> x(t.shape[3]);
-    for (int64_t d = 0; d < t.shape[3]; ++d) x[d] = read(t, bnhd ? Position{b, n, h, d} : Position{b, h, n, d});
-    return x;
-  };
-  const int64_t B = a.q->shape[0], N = a.q->shape[token_axis], K = a.q->shape[3], V = a.v->shape[3];
-  const int64_t Hq = a.q->shape[head_axis], Hk = a.k->shape[head_axis], Hv = a.v->shape[head_axis];
-  const int64_t Hs = std::max(Hk, Hv), H = std::max(Hq, Hs);
-  const auto decay = [&](int64_t b, int64_t h, int64_t n) {
-    if (!a.log_decay) return 1.0;
-    switch (a.log_decay->ndim) {
-      case 0:
-        return std::exp(read(*a.log_decay, {}));
-      case 1:
-        return std::exp(read(*a.log_decay, {h}));
-      case 2:
-        return std::exp(read(*a.log_decay, {b, h}));
-      default:
-        return std::exp(read(*a.log_decay, bnhd ? Position{b, n, h} : Position{b, h, n}));
-    }
-  };
-
+  const Inputs in{a};
+  const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H;
   const bool decode = a.op == LC_DECODE;
-  const int64_t sequences = a.cu_seqlens ? a.cu_seqlens->shape[0] - 1 : B;
-  const int64_t states = decode ? a.final_state->shape[0] : sequences;
+  const int64_t states = decode ? a.final_state->shape[0] : in.sequences;
   Answer answer;
-  answer.o.assign(B * H * N * V, 0);
+  answer.o.assign(in.B * H * N * V, 0);
   answer.o_size = answer.o;
   answer.state.assign(states * Hs * K * V, 0);
   const lc_tensor* start = decode ? a.final_state : a.initial_state;
@@ -194,18 +221,17 @@ inline Answer reference(const lc_args& a) {
   answer.state_size = answer.state;
   for (double& x : answer.state_size) x = std::fabs(x);
 
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t row = a.cu_seqlens ? 0 : s;
-    const int64_t first = a.cu_seqlens ? static_cast<int64_t>(read(*a.cu_seqlens, {s})) : 0;
-    const int64_t end = a.cu_seqlens ? static_cast<int64_t>(read(*a.cu_seqlens, {s + 1})) : N;
-    const int64_t slot = a.state_indices ? static_cast<int64_t>(read(*a.state_indices, {s})) : s;
+  for (int64_t s = 0; s < in.sequences; ++s) {
+    const int64_t row = in.row(s), first = in.bound(s, false), end = in.bound(s, true);
+    const int64_t slot = a.state_indices ? static_cast<int64_t>(Inputs::read(*a.state_indices, {s})) : s;
     if (slot < 0 || slot >= states) continue;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       double* S = answer.state.data() + (slot * Hs + hs) * K * V;
       double* S_size = answer.state_size.data() + (slot * Hs + hs) * K * V;
       for (int64_t n = first; n < end; ++n) {
-        const double w = decay(row, hs, n);
-        const std::vector<double> k = token(*a.k, row, hs * Hk / Hs, n), v = token(*a.v, row, hs * Hv / Hs, n);
+        const double w = in.decay(row, hs, n);
+        const std::vector<double> k = in.token(*a.k, row, hs * in.Hk / Hs, n);
+        const std::vector<double> v = in.token(*a.v, row, hs * in.Hv / Hs, n);
         for (int64_t i = 0; i < K; ++i) {
           for (int64_t j = 0; j < V; ++j) {
             S[i * V + j] = w * S[i * V + j] + k[i] * v[j];
@@ -213,8 +239,8 @@ inline Answer reference(const lc_args& a) {
           }
         }
         for (int64_t h = hs * (H / Hs); h < (hs + 1) * (H / Hs); ++h) {
-          const std::vector<double> q = token(*a.q, row, h * Hq / H, n);
-          const int64_t at_o = (bnhd ? (row * N + n) * H + h : (row * H + h) * N + n) * V;
+          const std::vector<double> q = in.token(*a.q, row, h * in.Hq / H, n);
+          const int64_t at_o = in.place(H, V, row, h, n);
           for (int64_t i = 0; i < K; ++i) {
             for (int64_t j = 0; j < V; ++j) {
               answer.o[at_o + j] += a.scale * q[i] * S[i * V + j];
@@ -226,6 +252,76 @@ inline Answer reference(const lc_args& a) {
     }
   }
   return answer;
+}
+
+struct Gradients {
+  std::vector<double> d_q, d_k, d_v, d_log_decay,
+      d_initial_state;  // row-major in the shapes of what they are named after
+  // Of the tensor that a call has it written to.
+  const std::vector<double>& of(const lc_args& a, const lc_tensor* t) const {
+    return t == a.d_q ? d_q : t == a.d_k ? d_k : t == a.d_v ? d_v : t == a.d_log_decay ? d_log_decay : d_initial_state;
+  }
+  std::vector<double> d_log_decay_size;  // the root of the sum of squares of what tokens add to each of its values
+};
+
+// The derivative of `reference`, token by token backward in time, all states being kept: with S_t, and dS the gradient
+// of S_t,
+//   dq_t = scale S_t dO_t,  dk_t = dS v_t,  dv_t = dS^T k_t,  dg_t = exp(g_t) <dS, S_{t-1}>
+// absolute: the same sums over absolute values, which is what rounding errors are relative to.
+inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
+  const Inputs in{a, absolute};
+  const double scale = absolute ? std::fabs(a.scale) : a.scale;
+  const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H, KV = K * V;
+  Gradients d;
+  d.d_q.assign(in.B * in.Hq * N * K, 0);
+  d.d_k.assign(in.B * in.Hk * N * K, 0);
+  d.d_v.assign(in.B * in.Hv * N * V, 0);
+  d.d_initial_state = in.state(a.d_final_state);
+  if (a.log_decay) d.d_log_decay.assign(values(*a.log_decay).size(), 0);
+  d.d_log_decay_size = d.d_log_decay;
+  const std::vector<double> initial = in.state(a.initial_state);
+  for (int64_t s = 0; s < in.sequences; ++s) {
+    const int64_t row = in.row(s), first = in.bound(s, false), length = in.bound(s, true) - first;
+    for (int64_t hs = 0; hs < Hs; ++hs) {
+      const int64_t hk = hs * in.Hk / Hs, hv = hs * in.Hv / Hs, at_state = (s * Hs + hs) * KV;
+      std::vector<double> states((length + 1) * KV);  // before each token, and at the end
+      std::copy_n(initial.begin() + at_state, KV, states.begin());
+      for (int64_t t = 0; t < length; ++t) {
+        const std::vector<double> k = in.token(*a.k, row, hk, first + t), v = in.token(*a.v, row, hv, first + t);
+        const double w = in.decay(row, hs, first + t);
+        for (int64_t i = 0; i < KV; ++i) states[(t + 1) * KV + i] = w * states[t * KV + i] + k[i / V] * v[i % V];
+      }
+      double* dS = d.d_initial_state.data() + at_state;
+      for (int64_t t = length - 1; t >= 0; --t) {
+        const int64_t n = first + t;
+        const double *before = &states[t * KV], *S = before + KV;
+        for (int64_t h = hs * (H / Hs); a.d_o && h < (hs + 1) * (H / Hs); ++h) {
+          const int64_t hq = h * in.Hq / H;
+          const std::vector<double> q = in.token(*a.q, row, hq, n), d_o = in.token(*a.d_o, row, h, n);
+          double* d_q = &d.d_q[in.place(in.Hq, K, row, hq, n)];
+          for (int64_t i = 0; i < KV; ++i) {
+            d_q[i / V] += scale * S[i] * d_o[i % V];
+            dS[i] += scale * q[i / V] * d_o[i % V];
+          }
+        }
+        const std::vector<double> k = in.token(*a.k, row, hk, n), v = in.token(*a.v, row, hv, n);
+        double *d_k = &d.d_k[in.place(in.Hk, K, row, hk, n)], *d_v = &d.d_v[in.place(in.Hv, V, row, hv, n)];
+        const double w = in.decay(row, hs, n);
+        double d_decay = 0;
+        for (int64_t i = 0; i < KV; ++i) {
+          d_k[i / V] += dS[i] * v[i % V];
+          d_v[i % V] += dS[i] * k[i / V];
+          d_decay += w * dS[i] * before[i];
+          dS[i] *= w;
+        }
+        if (!a.log_decay) continue;
+        d.d_log_decay[in.decay_place(row, hs, n)] += d_decay;
+        d.d_log_decay_size[in.decay_place(row, hs, n)] += d_decay * d_decay;
+      }
+    }
+  }
+  for (double& x : d.d_log_decay_size) x = std::sqrt(x);
+  return d;
 }
 
 // ||x - want|| / ||size||; infinite when x is not finite.
@@ -243,6 +339,7 @@ inline double relative_error(const std::vector<double>& x, const std::vector<dou
 // The accuracy the project promises for inputs, or a state, of this dtype.
 inline double output_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF32 ? 5e-6 : t == kF16 ? 1e-3 : 4e-3; }
 inline double state_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF32 ? 5e-6 : t == kF16 ? 5e-4 : 3e-3; }
+inline double gradient_tolerance(lc_dtype t) { return t == kF64 ? 1e-11 : t == kF32 ? 2e-5 : t == kF16 ? 1e-3 : 1e-2; }
 
 // ---- a call ---------------------------------------------------------------------------------------------------------
 
@@ -257,22 +354,27 @@ struct Spec {
   Decay decay = Decay::head;
   double gamma = kMixed;
   double scale = 0.5;
+  double magnitude = 1;  // of k and v
   bool bnhd = false;
   bool strided = false;  // axes in another order in memory, gaps between the rows, an offset of one element
-  bool initial = false, final = false;
-  bool in_place = false;  // final_state is initial_state
-  Index cu;               // packed: cu_seqlens
+  bool initial = false, final = false;  // LC_BACKWARD: whether there is an initial_state, a d_final_state
+  bool in_place = false;                // final_state is initial_state
+  Index cu;                             // packed: cu_seqlens
   lc_dtype cu_dtype = kI32;
   int64_t slots = 0;          // LC_DECODE: of the pool; 0: B
   Index indices;              // LC_DECODE: state_indices
   lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; default: that of states
+  bool d_o = true;            // LC_BACKWARD: whether it is given
+  unsigned wants = 31;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Spec& s) {
-  out << (s.op == LC_DECODE ? "decode" : "forward") << " " << name(s.dtype) << " B=" << s.B << " H=" << s.Hq << "/"
-      << s.Hk << "/" << s.Hv << " N=" << s.N << " K=" << s.K << " V=" << s.V << " decay rank " << int(s.decay) - 1
-      << " gamma=" << s.gamma << (s.bnhd ? " bnhd" : "") << (s.strided ? " strided" : "")
-      << (s.initial ? " initial" : "") << (s.final ? " final" : "") << (s.in_place ? " in place" : "");
+  constexpr const char* ops[] = {"forward", "backward", "decode"};
+  out << ops[s.op] << " " << name(s.dtype) << " B=" << s.B << " H=" << s.Hq << "/" << s.Hk << "/" << s.Hv
+      << " N=" << s.N << " K=" << s.K << " V=" << s.V << " decay rank " << int(s.decay) - 1 << " gamma=" << s.gamma
+      << (s.bnhd ? " bnhd" : "") << (s.strided ? " strided" : "") << (s.initial ? " initial" : "")
+      << (s.final ? " final" : "") << (s.in_place ? " in place" : "");
+  if (s.op == LC_BACKWARD) out << (s.d_o ? "" : " no d_o") << " wants " << s.wants;
   if (!s.cu.empty()) out << " packed in " << s.cu.size() - 1;
   return out;
 }
@@ -282,6 +384,7 @@ struct Call {
   Spec spec;
   lc_args args = {};
   Tensor q, k, v, log_decay, initial_state, state_indices, cu_seqlens, o, final_state;
+  Tensor d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   Bytes scratch;
 
   explicit Call(const Spec& s, unsigned seed = 1, bool even = false) : spec(s) {
@@ -290,7 +393,6 @@ struct Call {
     std::uniform_real_distribution<double> uniform(0.5, 1.5);
     const auto number = [&] { return !even ? normal(random) : random() % 2 ? uniform(random) : -uniform(random); };
     const int64_t Hs = std::max(s.Hk, s.Hv), H = std::max(s.Hq, Hs);
-    const lc_dtype wide = s.dtype == kF64 ? kF64 : kF32;
     const auto token_tensor = [&](Tensor& t, lc_dtype type, Index size) {  // size in the order b, h, n, d
       if (s.bnhd) std::swap(size[1], size[2]);
       if (s.strided && size.size() == 4)
@@ -309,24 +411,27 @@ struct Call {
     token_tensor(q, s.dtype, {s.B, s.Hq, s.N, s.K});
     token_tensor(k, s.dtype, {s.B, s.Hk, s.N, s.K});
     token_tensor(v, s.dtype, {s.B, s.Hv, s.N, s.V});
-    token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
-    for (Tensor* t : {&q, &k, &v}) t->fill(number);
-    switch (s.decay) {
-      case Decay::none:
-        break;
-      case Decay::scalar:
-        log_decay.make(wide, {});
-        break;
-      case Decay::head:
-        log_decay.make(wide, {Hs});
-        break;
-      case Decay::batch:
-        log_decay.make(wide, {s.B, Hs});
-        break;
-      case Decay::token:
-        token_tensor(log_decay, wide, {s.B, Hs, s.N});
-        break;
-    }
+    q.fill(number);
+    for (Tensor* t : {&k, &v}) t->fill([&] { return s.magnitude * number(); });
+    const auto decay_tensor = [&](Tensor& t) {
+      switch (s.decay) {
+        case Decay::none:
+          break;
+        case Decay::scalar:
+          t.make(wide(), {});
+          break;
+        case Decay::head:
+          t.make(wide(), {Hs});
+          break;
+        case Decay::batch:
+          t.make(wide(), {s.B, Hs});
+          break;
+        case Decay::token:
+          token_tensor(t, wide(), {s.B, Hs, s.N});
+          break;
+      }
+    };
+    decay_tensor(log_decay);
     if (s.decay != Decay::none)
       log_decay.fill([&] {
         constexpr double kGammas[] = {0, 1e-4, 0.5, 0.9, 0.99, 1 - 1e-6, 1};
@@ -338,14 +443,24 @@ struct Call {
     }
     const int64_t states = s.cu.empty() ? s.B : static_cast<int64_t>(s.cu.size()) - 1;
     if (s.op == LC_DECODE) {
-      state_tensor(final_state, s.pool.bits ? s.pool : wide, s.slots ? s.slots : s.B);
+      state_tensor(final_state, s.pool.bits ? s.pool : wide(), s.slots ? s.slots : s.B);
       if (!s.indices.empty()) {
         state_indices.make(kI32, {static_cast<int64_t>(s.indices.size())});
         fill(state_indices, s.indices);
       }
     } else {
-      if (s.initial || s.in_place) state_tensor(initial_state, wide, states);
-      if (s.final) state_tensor(final_state, wide, states);
+      if (s.initial || s.in_place) state_tensor(initial_state, wide(), states);
+      if (s.final) state_tensor(s.op == LC_BACKWARD ? d_final_state : final_state, wide(), states);
+    }
+    if (s.op == LC_BACKWARD) {
+      if (s.d_o) token_tensor(d_o, s.dtype, {s.B, H, s.N, s.V}), d_o.fill(number);
+      if (s.wants & 1) token_tensor(d_q, s.dtype, {s.B, s.Hq, s.N, s.K});
+      if (s.wants & 2) token_tensor(d_k, s.dtype, {s.B, s.Hk, s.N, s.K});
+      if (s.wants & 4) token_tensor(d_v, s.dtype, {s.B, s.Hv, s.N, s.V});
+      if (s.wants & 8) decay_tensor(d_log_decay);
+      if (s.wants & 16) state_tensor(d_initial_state, wide(), states);
+    } else {
+      token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
     }
 
     for (Tensor* t : tensors())
@@ -365,6 +480,13 @@ struct Call {
     args.cu_seqlens = given(cu_seqlens);
     args.o = given(o);
     args.final_state = s.in_place ? given(initial_state) : given(final_state);
+    args.d_o = given(d_o);
+    args.d_final_state = given(d_final_state);
+    args.d_q = given(d_q);
+    args.d_k = given(d_k);
+    args.d_v = given(d_v);
+    args.d_log_decay = given(d_log_decay);
+    args.d_initial_state = given(d_initial_state);
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -375,7 +497,31 @@ struct Call {
   }
 
   std::vector<Tensor*> tensors() {
-    return {&q, &k, &v, &log_decay, &initial_state, &state_indices, &cu_seqlens, &o, &final_state};
+    return {&q,
+            &k,
+            &v,
+            &log_decay,
+            &initial_state,
+            &state_indices,
+            &cu_seqlens,
+            &o,
+            &final_state,
+            &d_o,
+            &d_final_state,
+            &d_q,
+            &d_k,
+            &d_v,
+            &d_log_decay,
+            &d_initial_state};
+  }
+  std::vector<Tensor*> gradients() { return {&d_q, &d_k, &d_v, &d_log_decay, &d_initial_state}; }
+  lc_dtype wide() const { return spec.dtype == kF64 ? kF64 : kF32; }  // of states and decays
+  std::vector<const lc_tensor*> written() const {
+    std::vector<const lc_tensor*> all;
+    for (const lc_tensor* t :
+         {args.o, args.final_state, args.d_q, args.d_k, args.d_v, args.d_log_decay, args.d_initial_state})
+      if (t) all.push_back(t);
+    return all;
   }
   std::vector<Bytes> memory() {
     std::vector<Bytes> all;
@@ -393,9 +539,10 @@ struct Call {
     args.workspace = nullptr;
     const lc_status status = lc_workspace(&args, &args.workspace_bytes);
     if (status != LC_OK) return status;
-    scratch.assign(args.workspace_bytes + 64 + 2 * Tensor::kGuard, Tensor::kUntouched);
+    const size_t alignment = spec.device.type == LC_CUDA ? 256 : 64;
+    scratch.assign(args.workspace_bytes + alignment + 2 * Tensor::kGuard, Tensor::kUntouched);
     const auto start = reinterpret_cast<uintptr_t>(scratch.data()) + Tensor::kGuard;
-    args.workspace = scratch.data() + Tensor::kGuard + (64 - start % 64) % 64;
+    args.workspace = scratch.data() + Tensor::kGuard + (alignment - start % alignment) % alignment;
     std::memset(args.workspace, 0xFF, args.workspace_bytes);
     return LC_OK;
   }
@@ -404,24 +551,24 @@ struct Call {
     return status == LC_OK ? lc_run(&args) : status;
   }
 
-  // Whether the bytes around the workspace, and every byte of the tensors but the elements of o and final_state, are
-  // those of `before`.
+  // Whether the bytes around the workspace, and every byte of the tensors but the elements of those that are written,
+  // are those of `before`.
   bool stayed_inside(const std::vector<Bytes>& before) {
     const auto* begin = static_cast<unsigned char*>(args.workspace);
     for (const unsigned char& byte : scratch)
       if ((&byte < begin || &byte >= begin + args.workspace_bytes) && byte != Tensor::kUntouched) return false;
     std::vector<Bytes> now = memory();
-    for (const lc_tensor* written : {args.o, args.final_state}) {
-      if (!written || std::count(written->shape, written->shape + written->ndim, 0)) continue;
-      const auto* first = static_cast<unsigned char*>(at(*written, {}));
+    for (const lc_tensor* output : written()) {
+      if (std::count(output->shape, output->shape + output->ndim, 0)) continue;
+      const auto* first = static_cast<unsigned char*>(at(*output, {}));
       const std::vector<Tensor*> all = tensors();
       size_t i = 0;
       while (i < all.size() &&
              (first < all[i]->memory.data() || first >= all[i]->memory.data() + all[i]->memory.size()))
         ++i;
-      for_each_element(*written, [&](const Position& position) {
-        const size_t where = static_cast<unsigned char*>(at(*written, position)) - all[i]->memory.data();
-        std::copy_n(before[i].begin() + where, written->dtype.bits / 8, now[i].begin() + where);
+      for_each_element(*output, [&](const Position& position) {
+        const size_t where = static_cast<unsigned char*>(at(*output, position)) - all[i]->memory.data();
+        std::copy_n(before[i].begin() + where, output->dtype.bits / 8, now[i].begin() + where);
       });
     }
     return now == before;

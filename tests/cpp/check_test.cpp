@@ -60,6 +60,13 @@ void accepted(const Spec& spec, const Spoil& change = nullptr, int line = __buil
   SCOPED_TRACE("line " + std::to_string(line) + ": " + describe(spec));
   Call call(spec);
   if (change) change(call);
+  if (call.args.op == LC_BACKWARD) {
+    ASSERT_EQ(LC_OK, call.run()) << lc_last_error();
+    const Gradients want = reference_gradients(call.args), size = reference_gradients(call.args, true);
+    for (const lc_tensor* t : call.written())
+      EXPECT_LE(relative_error(values(*t), want.of(call.args, t), size.of(call.args, t)), gradient_tolerance(t->dtype));
+    return;
+  }
   const Answer answer = reference(call.args);
   ASSERT_EQ(LC_OK, call.run()) << lc_last_error();
   const double o_error = relative_error(values(*call.args.o), answer.o, answer.o);
@@ -94,9 +101,14 @@ Spec decode() {
   return spec;
 }
 
+Spec backward(Spec spec = with_states()) {
+  spec.op = LC_BACKWARD;
+  return spec;
+}
+
 std::vector<Spec> all_kinds() {
-  std::vector<Spec> kinds = {with_states(), packed(), decode()};
-  for (int i = 0; i < 3; ++i) kinds.push_back(kinds[i]), kinds.back().bnhd = true;
+  std::vector<Spec> kinds = {with_states(), packed(), decode(), backward(), backward(packed())};
+  for (int i = 0; i < 5; ++i) kinds.push_back(kinds[i]), kinds.back().bnhd = true;
   for (Spec& spec : kinds) spec.decay = Decay::token;
   return kinds;
 }
@@ -114,7 +126,20 @@ constexpr Named kAllTensors[] = {{"q", &Call::q},
                                  {"initial_state", &Call::initial_state},
                                  {"final_state", &Call::final_state},
                                  {"cu_seqlens", &Call::cu_seqlens},
-                                 {"state_indices", &Call::state_indices}};
+                                 {"state_indices", &Call::state_indices},
+                                 {"d_o", &Call::d_o},
+                                 {"d_final_state", &Call::d_final_state},
+                                 {"d_q", &Call::d_q},
+                                 {"d_k", &Call::d_k},
+                                 {"d_v", &Call::d_v},
+                                 {"d_log_decay", &Call::d_log_decay},
+                                 {"d_initial_state", &Call::d_initial_state}};
+// With the axis that may be broadcast or reversed, but not overlap.
+constexpr Named kGradients[] = {{"d_q", &Call::d_q},
+                                {"d_k", &Call::d_k},
+                                {"d_v", &Call::d_v},
+                                {"d_log_decay", &Call::d_log_decay},
+                                {"d_initial_state", &Call::d_initial_state}};
 
 // Every tensor argument that the call of `spec` has.
 std::vector<Named> tensors(const Spec& spec) {
@@ -180,7 +205,7 @@ TEST(Refuses, MissingTensors) {
     invalid(spec, [](Call& c) { c.args.q = nullptr; }, "q", {});
     invalid(spec, [](Call& c) { c.args.k = nullptr; }, "k", {});
     invalid(spec, [](Call& c) { c.args.v = nullptr; }, "v", {});
-    invalid(spec, [](Call& c) { c.args.o = nullptr; }, "o", {}, SeenBy::run_only);
+    if (spec.op != LC_BACKWARD) invalid(spec, [](Call& c) { c.args.o = nullptr; }, "o", {}, SeenBy::run_only);
     if (spec.op == LC_DECODE) invalid(spec, [](Call& c) { c.args.final_state = nullptr; }, "final_state", {});
   }
 }
@@ -611,16 +636,107 @@ TEST(Refuses, Scalars) {
   }
 }
 
-TEST(Refuses, WhatNoMethodServes) {
-  for (const Spec& spec : all_kinds()) {
-    Call call(spec);
-    call.args.op = LC_BACKWARD;
-    if (spec.op == LC_DECODE) call.args.state_indices = nullptr;
-    const auto before = call.memory();
-    EXPECT_EQ(LC_UNSUPPORTED, lc_run(&call.args));
-    EXPECT_STRNE("", lc_last_error());
-    EXPECT_TRUE(before == call.memory());
+TEST(Refuses, WhatBackwardDoesNotTake) {
+  const Spec spec = backward();
+  Call other(with_states());
+  invalid(spec, [&](Call& c) { c.args.o = &other.o; }, "o", {"LC_FORWARD"});
+  invalid(spec, [&](Call& c) { c.args.final_state = &other.final_state; }, "final_state", {"LC_FORWARD"});
+  Call indexed(decode());
+  invalid(spec, [&](Call& c) { c.args.state_indices = &indexed.state_indices; }, "state_indices", {"LC_DECODE"});
+  invalid(spec, [](Call& c) { c.args.d_o = c.args.d_final_state = nullptr; }, "d_o", {"d_final_state"});
+  invalid(spec,
+          [](Call& c) { c.args.d_q = c.args.d_k = c.args.d_v = c.args.d_log_decay = c.args.d_initial_state = nullptr; },
+          "d_q", {"at least one", "d_initial_state"});
+  invalid(spec, [](Call& c) { c.args.log_decay = nullptr; }, "d_log_decay", {"log_decay is absent"});
+
+  // The other operations have no gradients.
+  Call gradients(spec);
+  for (const lc_tensor* lc_args::* member : {&lc_args::d_o, &lc_args::d_final_state, &lc_args::d_q, &lc_args::d_k,
+                                             &lc_args::d_v, &lc_args::d_log_decay, &lc_args::d_initial_state})
+    for (const Spec& wrong : {with_states(), decode()}) {
+      Call call(wrong);
+      call.args.*member = gradients.args.*member;
+      EXPECT_EQ(LC_INVALID, lc_run(&call.args));
+      EXPECT_EQ(0, std::strncmp(lc_last_error(), "d_", 2)) << lc_last_error();
+      EXPECT_NE(nullptr, std::strstr(lc_last_error(), "LC_BACKWARD")) << lc_last_error();
+    }
+}
+
+TEST(Refuses, DLogDecayUnlikeLogDecay) {
+  for (Decay decay : {Decay::scalar, Decay::head, Decay::batch, Decay::token}) {
+    Spec spec = backward();
+    spec.decay = decay;
+    accepted(spec);
+    for (Decay other : {Decay::scalar, Decay::head, Decay::batch, Decay::token}) {
+      if (other == decay) continue;
+      Spec wrong = spec;
+      wrong.decay = other;
+      Call donor(wrong);
+      invalid(spec, [&](Call& c) { c.args.d_log_decay = &donor.d_log_decay; }, "d_log_decay", {"expected shape"});
+    }
   }
+  // Its dtype is that of log_decay, whatever that is.
+  Spec spec = backward();
+  spec.dtype = kF64;
+  refused(spec, [](Call& c) { c.log_decay.make(kF32, {2}), c.log_decay.fill([] { return -0.25; }); }, LC_DTYPE,
+          "d_log_decay", {"float32", "float64"});
+  accepted(spec, [](Call& c) {
+    for (Tensor* t : {&c.log_decay, &c.d_log_decay}) t->make(kF32, {2});
+    c.log_decay.fill([] { return -0.25; });
+  });
+}
+
+TEST(Refuses, GradientsOverOneAnother) {
+  Spec spec = backward();
+  spec.dtype = kF32;
+  spec.N = spec.K = spec.V;  // all of one shape
+  const lc_tensor* lc_args::* const inputs[] = {
+      &lc_args::q, &lc_args::k, &lc_args::v, &lc_args::d_o, &lc_args::d_final_state, &lc_args::initial_state};
+  const struct {
+    const char* name;
+    const lc_tensor* lc_args::* member;
+  } outputs[] = {{"d_q", &lc_args::d_q},
+                 {"d_k", &lc_args::d_k},
+                 {"d_v", &lc_args::d_v},
+                 {"d_initial_state", &lc_args::d_initial_state}};
+  for (const auto& output : outputs) {
+    for (const lc_tensor* lc_args::* input : inputs)
+      invalid(
+          spec, [&](Call& c) { c.args.*output.member = c.args.*input; }, output.name, {"overlap"}, SeenBy::run_only);
+    for (const auto& other : outputs) {
+      if (&other <= &output) continue;
+      invalid(
+          spec, [&](Call& c) { c.args.*output.member = c.args.*other.member; }, output.name, {"overlap", other.name},
+          SeenBy::run_only);
+    }
+  }
+  spec.decay = Decay::batch;
+  invalid(
+      spec, [](Call& c) { c.args.d_log_decay = c.args.log_decay; }, "d_log_decay", {"overlap", "log_decay"},
+      SeenBy::run_only);
+  for (const Named& t : kGradients)
+    for (int axis = 0; axis < std::min(3, (Call(spec).*t.tensor).ndim); ++axis)
+      invalid(spec, [&](Call& c) { (c.*t.tensor).strides[axis] = 0; }, t.name, {"overlap"}, SeenBy::run_only);
+}
+
+TEST(Accepts, ReversedGradients) {
+  for (Decay decay : {Decay::batch, Decay::token}) {
+    Spec spec = backward();
+    spec.decay = decay;
+    for (const Named& named : kGradients)
+      for (int axis = 0; axis < std::min(3, (Call(spec).*named.tensor).ndim); ++axis)
+        accepted(spec, [&](Call& c) {
+          Tensor& t = c.*named.tensor;
+          t.byte_offset += (t.shape[axis] - 1) * t.strides[axis] * (t.dtype.bits / 8);
+          t.strides[axis] *= -1;
+        });
+  }
+}
+
+TEST(Refuses, WhatNoMethodServes) {
+  for (const char* method : {"recurrent", "parallel", "block", "recursive", "scan", "fleet", "fft"})
+    refused(backward(), [&](Call& c) { c.args.method = method; }, LC_UNSUPPORTED, "method",
+            {method, "gradients", "chunk: serves it"});
   refused(decode(), [](Call& c) { c.args.method = "chunk"; }, LC_UNSUPPORTED, "method", {"chunk", "recurrent"});
   refused(decode(), [](Call& c) { c.args.method = "parallel"; }, LC_UNSUPPORTED, "method", {"parallel", "recurrent"});
 }

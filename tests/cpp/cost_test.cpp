@@ -95,6 +95,51 @@ TEST(Cost, RaggedLengthsAreNeverOverestimated) {
   }
 }
 
+// The triangles of up to five products, two of them scores, are computed with the same waste.
+double backward_allowance(const Spec& spec) {
+  return triangle(spec) / double(spec.K + spec.V) * double(3 * spec.K + 2 * spec.V);
+}
+
+void check_backward(const Spec& spec, int threads, bool exact) {
+  SCOPED_TRACE(describe(spec));
+  const Counts c = run(spec, "chunk", threads);
+  EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
+  if (exact) {
+    EXPECT_LE(c.flop, c.predicted.flop * (1 + 1e-12) + backward_allowance(spec));
+  }
+}
+
+TEST(Cost, BackwardFlopAreThoseThatWereDone) {
+  for (lc_dtype dtype : {kF64, kBf16})
+    for (int64_t N : {64, 320})
+      for (int states = 0; states < 4; ++states)
+        for (unsigned wants = 1; wants < 32; ++wants) {
+          Spec spec = shape(dtype, N, 32, 16);
+          spec.op = LC_BACKWARD, spec.initial = states & 1, spec.final = states & 2, spec.wants = wants;
+          check_backward(spec, 1, true);
+        }
+}
+
+// Segments whose states are computed again, by one worker for all of a head or by three for some of each.
+TEST(Cost, BackwardFlopOfSegments) {
+  for (int threads : {1, 3})
+    for (int64_t heads : {1, 2}) {
+      Spec spec = shape(kF64, 64 * 20, 128, 128);
+      spec.op = LC_BACKWARD, spec.B = 1, spec.Hq = 2 * heads, spec.Hk = spec.Hv = heads;
+      check_backward(spec, threads, true);
+    }
+}
+
+TEST(Cost, BackwardOfGroupedHeadsAndRaggedLengths) {
+  constexpr int64_t heads[][3] = {{4, 2, 1}, {1, 4, 2}, {6, 3, 3}};
+  for (const auto& h : heads)
+    for (int64_t N : {1, 63, 65, 640, 777}) {
+      Spec spec = shape(kF32, N, 24, 40);
+      spec.op = LC_BACKWARD, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2];
+      check_backward(spec, 1, N == 640);
+    }
+}
+
 TEST(Cost, WorkspaceIsUsedToTheLastByte) {
   for (lc_dtype dtype : {kF32, kF64, kF16})
     for (int threads : {1, 3})
@@ -106,6 +151,9 @@ TEST(Cost, WorkspaceIsUsedToTheLastByte) {
           const Counts c = run(spec, method, threads);
           EXPECT_EQ(double(c.predicted.workspace), c.workspace);
         });
+        spec.op = LC_BACKWARD;
+        const Counts c = run(spec, "chunk", threads);
+        EXPECT_EQ(double(c.predicted.workspace), c.workspace);
       }
 }
 

@@ -65,7 +65,7 @@ class Fuzz {
 
 Spec Fuzz::random_spec() {
   Spec s;
-  s.op = chance(3) ? LC_DECODE : LC_FORWARD;
+  s.op = among({LC_FORWARD, LC_BACKWARD, LC_DECODE});
   s.B = below(4);
   const int64_t Hs = 1 + below(4), divisor = among<int64_t>({1, Hs});
   s.Hk = Hs, s.Hv = divisor;
@@ -90,7 +90,12 @@ Spec Fuzz::random_spec() {
       if (chance(2)) s.indices[below(s.B)] = -1;
     }
   } else {
-    s.initial = chance(2), s.final = chance(2), s.in_place = chance(4);
+    s.initial = chance(2), s.final = chance(2), s.in_place = s.op == LC_FORWARD && chance(4);
+    if (s.op == LC_BACKWARD) {
+      s.d_o = !s.final || chance(2);
+      s.wants = static_cast<unsigned>(1 + below(31));
+      if (s.decay == Decay::none) s.wants = s.wants & ~8u ? s.wants & ~8u : 1;
+    }
     if (chance(3)) {
       s.B = 1;
       s.cu = {0};
@@ -260,7 +265,8 @@ lc_args visible(const lc_args& a) {
 std::vector<const lc_tensor*> given(const lc_args& a) {
   std::vector<const lc_tensor*> all;
   for (const lc_tensor* t :
-       {a.q, a.k, a.v, a.log_decay, a.initial_state, a.state_indices, a.cu_seqlens, a.o, a.final_state})
+       {a.q, a.k, a.v, a.log_decay, a.initial_state, a.state_indices, a.cu_seqlens, a.o, a.final_state, a.d_o,
+        a.d_final_state, a.d_q, a.d_k, a.d_v, a.d_log_decay, a.d_initial_state})
     if (t) all.push_back(t);
   return all;
 }
@@ -397,13 +403,22 @@ void Fuzz::step() {
 
   call.args = visible(call.args);
   EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
-  const std::vector<double> o = values(*call.args.o);
-  const std::vector<double> state = call.args.final_state ? values(*call.args.final_state) : std::vector<double>{};
+  const std::vector<const lc_tensor*> written = call.written();
+  std::vector<std::vector<double>> results;
+  for (const lc_tensor* t : written) results.push_back(values(*t));
   call.restore(before);
   const lc_tensor* start = call.args.op == LC_DECODE ? call.args.final_state : call.args.initial_state;
-  for (const lc_tensor* t : {call.args.q, call.args.k, call.args.v, start})
+  for (const lc_tensor* t : {call.args.q, call.args.k, call.args.v, start, call.args.d_o, call.args.d_final_state})
     if (t && !tame(*t)) return;
   ++compared;
+  if (call.args.op == LC_BACKWARD) {
+    const Gradients want = reference_gradients(call.args), bound = reference_gradients(call.args, true);
+    for (size_t i = 0; i < written.size(); ++i)
+      EXPECT_LE(relative_error(results[i], want.of(call.args, written[i]), bound.of(call.args, written[i])),
+                gradient_tolerance(written[i]->dtype));
+    return;
+  }
+  const std::vector<double>&o = results[0], &state = results.back();
   const Answer answer = reference(call.args);
   const lc_dtype inputs = call.args.q->dtype;
   EXPECT_LE(relative_error(o, answer.o, answer.o_size), output_tolerance(inputs));

@@ -1,6 +1,7 @@
 // hpp_test.cpp - the C++ face: what it passes on, what it throws, how it reuses scratch.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <leetcore/leetcore.hpp>
 
 namespace {
@@ -109,6 +110,25 @@ TEST(Hpp, Errors) {
   EXPECT_TRUE((std::is_base_of_v<std::runtime_error, leetcore::Error>));
 }
 
+// o = q k v for one token: each gradient is the product of the others.
+TEST(Hpp, Backward) {
+  float q = 2, k = 3, v = 5, d_o = 7, g = -1, initial = 0, d_q = 0, d_k = 0, d_v = 0, d_g = -1, d_initial = 0;
+  const auto one = [](float& x) { return Tensor(&x, {1, 1, 1, 1}); };
+  leetcore::Gradients gradients;
+  gradients.d_o = one(d_o), gradients.d_q = one(d_q), gradients.d_k = one(d_k), gradients.d_v = one(d_v);
+  gradients.d_log_decay = Tensor(&d_g, {1}), gradients.d_initial_state = one(d_initial);
+  leetcore::Options options;
+  options.initial_state = one(initial);
+  leetcore::linear_attention_backward(one(q), one(k), one(v), Tensor(&g, {1}), gradients, options);
+  EXPECT_FLOAT_EQ(7 * 3 * 5, d_q);
+  EXPECT_FLOAT_EQ(7 * 2 * 5, d_k);
+  EXPECT_FLOAT_EQ(7 * 2 * 3, d_v);
+  EXPECT_FLOAT_EQ(0, d_g);  // nothing was there to decay
+  EXPECT_FLOAT_EQ(std::exp(-1.f) * 2 * 7, d_initial);
+  gradients.d_o = {};
+  EXPECT_THROW(leetcore::linear_attention_backward(one(q), one(k), one(v), {}, gradients, options), leetcore::Error);
+}
+
 TEST(Hpp, Workspace) {
   leetcore::Workspace workspace;
   EXPECT_EQ(0u, workspace.size());
@@ -124,10 +144,39 @@ TEST(Hpp, Workspace) {
   leetcore::Options options;
   options.workspace = &workspace;
   for (const lc_method_info& method : leetcore::methods()) {
+    if (std::string(method.device) != "cpu") continue;
     options.method = method.name;
     leetcore::linear_attention(t, t, t, {}, Tensor(o.data(), {1, 1, 300, 32}), options);
     EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6) << method.name;
   }
+}
+
+TEST(Hpp, WorkspaceOfTheCaller) {
+  std::vector<float> x(300 * 32, 0.01f), o(x.size());
+  const Tensor t(x.data(), {1, 1, 300, 32}), to(o.data(), {1, 1, 300, 32});
+  leetcore::Options options;
+  options.method = "chunk";
+  const std::size_t bytes = leetcore::linear_attention_workspace(t, t, t, {}, options);
+  ASSERT_GT(bytes, 0u);
+  EXPECT_EQ(bytes, leetcore::cost(t, t, t, {}, options).workspace);
+  alignas(64) static unsigned char memory[1 << 22];
+  ASSERT_LE(bytes, sizeof memory);
+  leetcore::Workspace enough(memory, sizeof memory), little(memory, bytes - 1);
+  EXPECT_EQ(memory, enough.reserve(1));
+  EXPECT_EQ(sizeof memory, enough.size());
+  options.workspace = &enough;
+  leetcore::linear_attention(t, t, t, {}, to, options);
+  EXPECT_NEAR(300 * 32e-6, o.back(), 1e-6);
+  options.workspace = &little;
+  try {
+    leetcore::linear_attention(t, t, t, {}, to, options);
+    ADD_FAILURE() << "nothing thrown";
+  } catch (const leetcore::Error& e) {
+    EXPECT_EQ(LC_MEMORY, e.status());
+    EXPECT_EQ(0u, std::string(e.what()).find("workspace: method chunk needs"));
+  }
+  const Tensor step(x.data(), {1, 1, 1, 32}), state(o.data(), {1, 1, 32, 32});
+  EXPECT_LE(leetcore::decode_step_workspace(step, step, step, {}, state), sizeof memory);
 }
 
 TEST(Hpp, WhatThereIs) {

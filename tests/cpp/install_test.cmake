@@ -26,6 +26,13 @@ foreach(program forward decode)
   run(${work}/cmake/${program})
   message("${output}")
 endforeach()
+if(EXISTS ${work}/cmake/gpu)  # where there is a CUDA compiler
+  execute_process(COMMAND ${work}/cmake/gpu RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT result MATCHES "^(0|77)$")  # 77: no GPU
+    message(FATAL_ERROR "gpu: ${result}\n${output}")
+  endif()
+  message("${output}")
+endif()
 
 find_program(PKG_CONFIG NAMES pkg-config pkgconf REQUIRED)
 set(ENV{PKG_CONFIG_PATH} ${pc_dir})

@@ -8,42 +8,14 @@
 #include <set>
 
 #include "call.h"
+#include "isa.h"
 
 namespace {
 
 using namespace test;
 
-// "key=value" of lc_build_info
-std::string build_info(const std::string& key) {
-  std::istringstream lines(lc_build_info());
-  for (std::string line; std::getline(lines, line);)
-    if (line.compare(0, key.size() + 1, key + "=") == 0) return line.substr(key.size() + 1);
-  return "";
-}
-
-bool machine_has(const std::string& isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == "avx2") return avx2;
-  if (isa == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  return isa == "generic";
-}
-
-class Methods : public ::testing::Test {
+class Methods : public WithIsa {
  protected:
-  void SetUp() override {
-    const char* wanted = std::getenv("LEETCORE_ISA");
-    if (wanted && !machine_has(wanted)) GTEST_SKIP() << "this machine lacks " << wanted;
-    if (wanted) {
-      ASSERT_EQ(wanted, build_info("isa")) << lc_last_error();
-    }
-  }
-  void TearDown() override { lc_set_num_threads(0); }
-
   // Runs every CPU method on the call that `spec` describes.
   void check(const Spec& spec) {
     SCOPED_TRACE(describe(spec));
@@ -59,7 +31,7 @@ class Methods : public ::testing::Test {
         call.args.method = method->name;
         if (answer.o.empty() && answer.state.empty()) answer = reference(call.args);
         for (Tensor* t : {&call.o, &call.final_state})
-          if (t != &call.final_state || spec.op == LC_FORWARD) poison(*t);
+          if (t != &call.final_state || spec.op == LC_FORWARD) t->poison();
         const auto before = call.memory();
         const lc_status status = call.run();
         if (status == LC_UNSUPPORTED) {
@@ -91,12 +63,6 @@ class Methods : public ::testing::Test {
   }
 
   std::set<std::string> refusals_;
-
- private:
-  static void poison(Tensor& t) {
-    if (t.memory.empty()) return;
-    for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
-  }
 };
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};

@@ -1,5 +1,7 @@
-// device_host.cpp - device.h for the emulator: one device, number 0, whose limits tests set.
+// device_host.cpp - device.h for the emulator: devices 0 and 1, of limits that tests set.
 #include "device_host.h"
+
+#include "../../cpp/simt/simt.h"
 
 namespace simt {
 
@@ -8,17 +10,29 @@ lc::cuda::Limits& device() {
   return l;
 }
 
+int most_shared() { return device().shared_block; }
+
+int& current_device() {
+  static thread_local int number = 0;
+  return number;
+}
+
 }  // namespace simt
 
 namespace lc::cuda {
 
 const Limits& limits(int device) {
-  if (device) fail(LC_DEVICE, "CUDA device %d: expected one of 1 devices", device);
+  constexpr int kDevices = 2;
+  if (device < 0 || device >= kDevices) fail(LC_DEVICE, "CUDA device %d: expected one of %d devices", device, kDevices);
   return simt::device();
 }
 
-DeviceGuard::DeviceGuard(int) : before_(-1) {}
-DeviceGuard::~DeviceGuard() = default;
+void launch_failed(const Problem& p, const char* kernel, const char* why) {
+  fail(LC_DEVICE, "kernel %s on CUDA device %d: %s", kernel, p.device.id, why);
+}
+
+DeviceGuard::DeviceGuard(int device) : before_(simt::current_device()) { simt::current_device() = device; }
+DeviceGuard::~DeviceGuard() { simt::current_device() = before_; }
 
 std::string versions() { return "emulated"; }
 

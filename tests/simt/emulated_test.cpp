@@ -22,6 +22,9 @@ constexpr Schedule kSchedules[] = {{simt::Policy::lockstep, 1},
                                    {simt::Policy::warp_priority, 1},
                                    {simt::Policy::warp_priority, 2}};
 
+// Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
+const int kCufftIsChosen = setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
+
 class Emulated : public ::testing::Test {
  protected:
   void TearDown() override {
@@ -37,7 +40,7 @@ class Emulated : public ::testing::Test {
     SCOPED_TRACE(describe(spec));
     Answer answer;
     for (int i = 0; const lc_method_info* method = lc_method(i); ++i) {
-      if (std::strcmp(method->device, "cuda")) continue;
+      if (std::strcmp(method->device, "cuda") || left_out_.count(method->name)) continue;
       SCOPED_TRACE(method->name);
       Bytes first_o, first_state;
       for (int n = 0; n < schedules; ++n) {
@@ -48,6 +51,7 @@ class Emulated : public ::testing::Test {
         poison(call.o);
         if (spec.op == LC_FORWARD) poison(call.final_state);
         const auto before = call.memory();
+        const long launches = simt::report().launches;
         const lc_status status = run(call, kSchedules[n]);
         if (status == LC_UNSUPPORTED) {
           EXPECT_EQ(0, n) << "served under another schedule";
@@ -57,6 +61,9 @@ class Emulated : public ::testing::Test {
         }
         ASSERT_EQ(LC_OK, status) << lc_last_error();
         ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+        if (!answer.o.empty()) {
+          EXPECT_GT(simt::report().launches, launches);
+        }
         EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
         Tensor& state = spec.in_place ? call.initial_state : call.final_state;
         if (!n) {
@@ -82,14 +89,17 @@ class Emulated : public ::testing::Test {
     simt::forget();
     for (const Tensor* t : call.tensors()) {
       const bool written = call.args.o == t || call.args.final_state == t;
+      const bool filled =
+          call.args.o != t && (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
       if (t->ndim && !t->memory.empty())
-        simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written);
+        simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
     }
-    simt::allow(call.args.workspace, call.args.workspace_bytes, true);
+    simt::allow(call.args.workspace, call.args.workspace_bytes, true, false);
     return lc_run(&call.args);
   }
   std::set<std::string> refusals_;
   std::map<std::string, int> served_;
+  std::set<std::string> left_out_;  // methods that check() does not run
 
  private:
   static void poison(Tensor& t) {
@@ -100,14 +110,32 @@ class Emulated : public ::testing::Test {
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
-// At least three chunks of 64, ragged, unequal head dims, every schedule.
-TEST_F(Emulated, Schedules) {
+// Every row serves every dtype that it is there for; the smallest call with a second chunk in it.
+TEST_F(Emulated, EveryRowServes) {
+  const std::set<std::string> wide = {"recurrent", "parallel"};
   for (lc_dtype dtype : kInputs) {
     Spec spec;
-    spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = Decay::token;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 65, spec.K = spec.V = 16;
     spec.initial = spec.final = true;
-    check(spec, std::size(kSchedules));
+    served_.clear();
+    check(spec);
+    for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
+      if (!std::strcmp(method->device, "cuda") && (dtype != kF64 || wide.count(method->name))) {
+        EXPECT_EQ(1, served_[method->name]) << method->name << " " << name(dtype);
+      }
   }
+}
+
+// At least three chunks of 64, ragged, unequal head dims, every schedule.
+TEST_F(Emulated, Schedules) {
+  for (lc_dtype dtype : kInputs)
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = decay;
+      if (decay == Decay::head) spec.K = 9, spec.V = 12;
+      spec.initial = spec.final = true;
+      check(spec, std::size(kSchedules));
+    }
 }
 
 TEST_F(Emulated, TokensAndHeadDims) {
@@ -131,6 +159,44 @@ TEST_F(Emulated, LargeHeadDims) {
   }
 }
 
+// Less shared memory, and so few processors that blocks need not be small.
+TEST_F(Emulated, Devices) {
+  for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kInputs)
+      for (int64_t K : {40, 256}) {
+        device.processors = 1;
+        simt::device() = device;
+        Spec spec;
+        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 35, spec.K = K, spec.V = 72;
+        spec.decay = Decay::token, spec.in_place = true;
+        check(spec);
+      }
+}
+
+// A cache so small that fft takes several passes, over units and over pairs of ranks.
+TEST_F(Emulated, SmallCaches) {
+  for (lc_dtype dtype : kInputs)
+    for (int kilobytes : {1, 40, 200}) {
+      simt::device().l2_bytes = kilobytes * 1024;
+      Spec spec;
+      spec.dtype = dtype, spec.Hq = 4, spec.N = 70, spec.K = 7, spec.V = 19, spec.initial = spec.final = true;
+      check(spec);
+    }
+}
+
+// More than 128 chunks: a third round of merges in the tree of recursive.
+TEST_F(Emulated, LongSequences) {
+  left_out_ = {"parallel"};  // quadratic
+  for (Decay decay : {Decay::head, Decay::token}) {
+    Spec spec;
+    spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
+    spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
+    check(spec);
+    spec.N = 1500, spec.cu = {0, 590, 590, 600, 1500}, spec.gamma = kMixed;
+    check(spec);
+  }
+}
+
 TEST_F(Emulated, Decays) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
@@ -146,12 +212,13 @@ TEST_F(Emulated, Decays) {
 TEST_F(Emulated, GroupedHeads) {
   constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
   for (const auto& h : heads)
-    for (bool in_place : {false, true}) {
-      Spec spec;
-      spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
-      spec.decay = Decay::token, spec.final = !in_place, spec.in_place = in_place;
-      check(spec);
-    }
+    for (Decay decay : {Decay::batch, Decay::token})
+      for (bool in_place : {false, true}) {
+        Spec spec;
+        spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
+        spec.decay = decay, spec.final = !in_place, spec.in_place = in_place;
+        check(spec);
+      }
 }
 
 TEST_F(Emulated, Layouts) {
@@ -160,7 +227,7 @@ TEST_F(Emulated, Layouts) {
       for (bool strided : {false, true}) {
         Spec spec;
         spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
-        spec.decay = Decay::token, spec.initial = spec.final = true;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
         check(spec);
       }
 }
@@ -174,6 +241,80 @@ TEST_F(Emulated, PackedSequences) {
         spec.initial = spec.final = true;
         check(spec);
       }
+}
+
+// More than one segment of scan and block; constant decays that a segment forgets, and such that it does not.
+TEST_F(Emulated, Segments) {
+  for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = gamma == 0.5 ? kF32 : kBf16, spec.B = 1, spec.N = 700, spec.K = 8, spec.V = 16, spec.decay = decay;
+      spec.gamma = gamma, spec.initial = spec.final = true;
+      check(spec);
+    }
+  for (const Index& bounds : {Index{0, 0, 300, 300, 310, 950, 1000}, Index{0, 1000}, Index{0, 256, 512, 1000}})
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = kBf16, spec.B = 1, spec.N = 1000, spec.cu = bounds, spec.decay = decay, spec.K = 8, spec.V = 16;
+      spec.initial = spec.final = true;
+      check(spec);
+    }
+  for (bool in_place : {false, true}) {
+    Spec spec;
+    spec.dtype = kBf16, spec.Hq = 4, spec.N = 520, spec.K = 16, spec.V = 16, spec.decay = Decay::token;
+    spec.final = !in_place, spec.in_place = in_place;
+    check(spec);
+  }
+}
+
+// The ways in which the columns of V and shared memory are dealt out: by how many processors wait for blocks, by how
+// much memory they have.
+TEST_F(Emulated, Devices) {
+  for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
+    for (int processors : {1, device.processors})
+      for (lc_dtype dtype : {kF32, kF16, kBf16})
+        for (int64_t K : {64, 128, 256}) {
+          simt::device() = device, simt::device().processors = processors;
+          Spec spec;
+          spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = K, spec.V = 144;
+          spec.final = true;
+          check(spec);
+        }
+  const std::set<std::string> small = {"K is too large for the shared memory of this device"};
+  for (const std::string& refusal : refusals_) EXPECT_NE(std::string::npos, refusal.find(*small.begin())) << refusal;
+}
+
+TEST_F(Emulated, NoBankConflicts) {
+  for (lc_dtype dtype : {kF16, kBf16}) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = 128, spec.V = 64;
+    check(spec);
+  }
+  EXPECT_GT(simt::report().ldmatrix_phases, 0);
+  EXPECT_EQ(0, simt::report().ldmatrix_conflicts);
+}
+
+// States, and scores, that float16 could not hold.
+TEST_F(Emulated, LargeStates) {
+  for (lc_dtype dtype : {kF16, kBf16}) {
+    Spec spec;
+    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 200, spec.K = 64, spec.V = 16;
+    spec.decay = Decay::none, spec.scale = 1e-6, spec.initial = spec.final = true, spec.magnitude = 100;
+    check(spec);
+  }
+}
+
+// Rounding errors do not grow with the sequence.
+TEST_F(Emulated, LongSequences) {
+  left_out_ = {"parallel"};  // quadratic
+  for (lc_dtype dtype : {kF32, kF16, kBf16})
+    for (double gamma : {1 - 1e-6, 1.}) {
+      Spec spec;
+      left_out_ = {"parallel"};  // quadratic; its sums grow from tile to tile as well
+      spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8192, spec.K = 16, spec.V = 16;
+      spec.decay = gamma == 1 ? Decay::token : Decay::head, spec.gamma = gamma, spec.final = true;
+      check(spec);
+    }
 }
 
 // Every pool; slots that are skipped, and one outside of the pool, which no kernel may touch.
@@ -231,30 +372,31 @@ TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
   EXPECT_LE(relative_error(values(call.initial_state), answer.state, answer.state), state_tolerance(kF32));
 }
 
-// What a block may use of shared memory, and what the grid is made for, differs between devices.
-TEST_F(Emulated, Devices) {
+// What a block may use of shared memory, and the processors that a grid is made for, differ between devices.
+TEST_F(Emulated, DecodeDevices) {
   for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
-      for (lc_op op : {LC_FORWARD, LC_DECODE}) {
+      for (int64_t K : {256, 1100}) {
         simt::device() = device;
         Spec spec;
-        spec.op = op, spec.dtype = dtype, spec.B = 1, spec.Hq = spec.Hk = spec.Hv = 1, spec.K = 256, spec.V = 136;
-        spec.decay = Decay::token, spec.initial = spec.final = op == LC_FORWARD;
+        spec.op = LC_DECODE, spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 2;
+        spec.K = K, spec.V = 136, spec.decay = Decay::token;
+        served_.clear();
         check(spec);
+        EXPECT_EQ(K == 256, served_["recurrent"]);
       }
+  Spec spec;
+  spec.dtype = kF64, spec.N = 1, spec.K = 1100;
+  check(spec);
+  EXPECT_EQ(0u, served_.count("recurrent"));
 }
 
-TEST_F(Emulated, RefusesHeadDimsThatDoNotFit) {
-  simt::device() = simt::kAda;
-  for (lc_op op : {LC_FORWARD, LC_DECODE}) {
-    Spec spec;
-    spec.op = op, spec.dtype = kF64, spec.B = spec.N = 1, spec.K = 1100;
-    refusals_.clear();
-    check(spec);
-    EXPECT_TRUE(std::any_of(refusals_.begin(), refusals_.end(), [](const std::string& why) {
-      return why.find("recurrent: K is too large for a block of this GPU") != std::string::npos;
-    }));
-  }
+// No row computes gradients, or takes them for something else.
+TEST_F(Emulated, Gradients) {
+  Spec spec;
+  spec.op = LC_BACKWARD;
+  check(spec);
+  EXPECT_TRUE(served_.empty());
 }
 
 TEST_F(Emulated, NothingToDo) {
@@ -263,6 +405,21 @@ TEST_F(Emulated, NothingToDo) {
     spec.B = B, spec.N = 0, spec.initial = spec.final = true;
     check(spec);
   }
+}
+
+// Of a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
+TEST(WithoutCufft, IsRefusedWithWhatToDo) {
+  const std::string chosen = std::getenv("LEETCORE_CUFFT");
+  if (chosen == CUFFT_DOUBLE) GTEST_SKIP() << "there is one";
+  Spec spec;
+  spec.device = {LC_CUDA, 0};
+  Call call(spec);
+  char text[4096];
+  ASSERT_EQ(LC_OK, lc_explain(&call.args, text, sizeof text)) << lc_last_error();
+  EXPECT_NE(nullptr, std::strstr(text, "cannot: needs cuFFT, which was not found: pip install nvidia-cufft"));
+  call.args.method = "fft";
+  EXPECT_EQ(LC_UNSUPPORTED, call.run());
+  EXPECT_NE(nullptr, std::strstr(lc_last_error(), "fft: needs cuFFT"));
 }
 
 }  // namespace

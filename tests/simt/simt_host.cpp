@@ -1,12 +1,14 @@
-// simt_host.cpp - the emulator behind simt_host.h: fibers, the scheduler, the shadow of shared memory, what cp.async
-// and the matrix unit do.
+// simt_host.cpp - the emulator behind simt_host.h: fibers, the scheduler, the shadow of shared and of global memory,
+// what cp.async and the matrix unit do.
 #include <algorithm>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
+#include <map>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "../../cpp/simt/simt.h"
 
@@ -29,22 +31,6 @@ Report& report() {
   return r;
 }
 
-namespace {
-
-struct Range {
-  const unsigned char *begin, *end;
-  bool writable;
-};
-std::vector<Range> ranges;
-
-}  // namespace
-
-void allow(const void* p, size_t bytes, bool writable) {
-  const auto* begin = static_cast<const unsigned char*>(p);
-  ranges.push_back({begin, begin + bytes, writable});
-}
-void forget() { ranges.clear(); }
-
 namespace emulator {
 
 Fiber* current;
@@ -54,12 +40,14 @@ unsigned char* shared;
 
 namespace {
 
-constexpr int kMostThreads = 1024, kMostShared = 228 * 1024, kBarriers = 16;
+constexpr int kMostThreads = 1024, kMostWarps = kMostThreads / 32, kMostShared = 228 * 1024, kBarriers = 16;
+constexpr size_t kMostMessages = 20;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStack = 256 * 1024;
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
+constexpr size_t kGuard = 64 * 1024;  // below each stack; no page of it can be touched
 enum State { kReady, kInWarp, kAtBarrier, kDone };
 
 Fiber fibers[kMostThreads], home;
@@ -72,7 +60,7 @@ const char* kernel_name = "";
 void fail(int Report::* kind, const char* format, ...) {
   Report& r = report();
   ++(r.*kind);
-  if (r.messages.size() > 20 && !r.messages.empty()) return;
+  if (r.messages.size() == kMostMessages) return;
   char text[400];
   va_list list;
   va_start(list, format);
@@ -82,6 +70,11 @@ void fail(int Report::* kind, const char* format, ...) {
   std::snprintf(whole, sizeof whole, "%s: %s [block %u,%u,%u thread %d]", kernel_name, text, block_index.x,
                 block_index.y, block_index.z, current && current != &home ? current->tid : -1);
   r.messages.push_back(whole);
+}
+
+std::string text(Line line) {
+  const char* slash = std::strrchr(line.file, '/');
+  return std::string(slash ? slash + 1 : line.file) + ":" + std::to_string(line.number);
 }
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
@@ -164,14 +157,16 @@ void switch_to(Fiber* next) {
 
 struct Warp {
   uint32_t ready = ~0u, priority = 0;
-  int arrived = 0, line = 0;
+  int arrived = 0;
+  Line line = {};
   const char* what = nullptr;
   void* arguments[32];
 };
 struct Barrier {
-  int arrived = 0, threads = 0, line = 0;
+  int arrived = 0, threads = 0;
+  Line line = {};
 };
-Warp warps[kMostThreads / 32];
+Warp warps[kMostWarps];
 Barrier barriers[kBarriers];
 int warp_count, alive, turn;
 bool abandoned;
@@ -236,9 +231,29 @@ void make_ready(int t) { warps[t >> 5].ready |= 1u << (t & 31); }
   __builtin_unreachable();
 }
 
+// Time: counted in barriers, of a block or a warp. What warp u did before clocks[w][u] is ordered before what warp w
+// does from now on; [w][w]: what its other lanes did.
+uint32_t now = 1;
+uint32_t clocks[kMostWarps][kMostWarps];
+
+// Lets go the threads that wait at a barrier: all that they did before is ordered before all that they do next.
 void release(int id) {
-  for (int t = 0; t < block_threads; ++t)
-    if (fibers[t].state == kAtBarrier + 16 * id) make_ready(t), ++fibers[t].cta_epoch;
+  uint32_t joined[kMostWarps] = {};
+  std::vector<int> waiting;
+  for (int w = 0; w < warp_count; ++w) {
+    int lanes = 0;
+    for (int t = w * 32; t < w * 32 + 32; ++t)
+      if (fibers[t].state == kAtBarrier + 16 * id) ++lanes, make_ready(t);
+    if (!lanes) continue;
+    if (id && lanes < 32)
+      fail(&Report::diverge, "%d threads of warp %d meet at the barrier of %s", lanes, w,
+           text(barriers[id].line).c_str());
+    waiting.push_back(w);
+    for (int u = 0; u < warp_count; ++u) joined[u] = std::max(joined[u], clocks[w][u]);
+  }
+  ++now;
+  for (int w : waiting) joined[w] = now;
+  for (int w : waiting) std::copy_n(joined, warp_count, clocks[w]);
   barriers[id].arrived = 0;
   ++report().barriers;
   for (int i = 0; i < warp_count; ++i) warps[i].priority = random_number();
@@ -248,41 +263,46 @@ void fiber_exit() {
   Fiber* f = current;
   f->state = kDone;
   if (!f->copies.empty())
-    fail(&Report::inflight, "thread ends with a cp.async of line %d under way", f->copies[0].line), f->copies.clear();
+    fail(&Report::inflight, "thread ends with the cp.async of %s under way", text(f->copies[0].line).c_str()),
+        f->copies.clear();
   --alive;
   Barrier& b = barriers[0];
-  if (b.arrived && b.arrived == alive) {
-    fail(&Report::diverge, "thread ends while others wait at the barrier of line %d", b.line);
-    release(0);
-  }
+  if (b.arrived) fail(&Report::diverge, "thread ends while others wait at the barrier of %s", text(b.line).c_str());
+  if (b.arrived && b.arrived == alive) release(0);
   switch_to(pick());
   __builtin_unreachable();
 }
 
 }  // namespace
 
-void barrier(int id, int threads, int line) {
-  if (id < 0 || id >= kBarriers || threads % 32 || threads > block_threads) {
-    fail(&Report::other, "barrier %d for %d threads at line %d", id, threads, line);
+void barrier(int id, int threads, Line line) {
+  if (id < 0 || id >= kBarriers || threads <= 0 || threads % 32 || threads > block_threads) {
+    fail(&Report::other, "barrier %d for %d threads at %s", id, threads, text(line).c_str());
     abandon();
   }
   Barrier& b = barriers[id];
-  if (!b.arrived)
+  if (!b.arrived) {
     b.line = line, b.threads = threads;
-  else if (b.line != line || b.threads != threads)
-    fail(&Report::diverge, "the barrier of line %d meets that of line %d", line, b.line);
+    if (!id && alive < block_threads)
+      fail(&Report::diverge, "%d threads have ended before the barrier of %s", block_threads - alive,
+           text(line).c_str());
+  } else if (b.threads != threads || (!id && b.line != line)) {
+    fail(&Report::diverge, "the barrier of %s for %d threads meets that of %s for %d", text(line).c_str(), threads,
+         text(b.line).c_str(), b.threads);
+  }
   current->state = kAtBarrier + 16 * id, current->wait_line = line, current->wait_what = "a barrier";
   const int expected = id ? threads : alive;
   if (++b.arrived == expected) release(id);
   yield();
 }
 
-void collective(const char* what, int line, void* argument, void (*all)(void* const*)) {
+void collective(const char* what, Line line, void* argument, void (*all)(void* const*)) {
   Warp& w = warps[current->tid >> 5];
   if (!w.arrived) {
     w.what = what, w.line = line;
   } else if (w.line != line || w.what != what) {
-    fail(&Report::diverge, "warp diverged: %s of line %d meets %s of line %d", what, line, w.what, w.line);
+    fail(&Report::diverge, "warp diverged: %s of %s meets %s of %s", what, text(line).c_str(), w.what,
+         text(w.line).c_str());
     abandon();
   }
   w.arguments[current->tid & 31] = argument;
@@ -295,18 +315,171 @@ void collective(const char* what, int line, void* argument, void (*all)(void* co
   yield();
 }
 
-void warp_barrier(int line) {
+void warp_barrier(Line line) {
   collective("sync_warp", line, nullptr, [](void* const*) {
-    const int first = current->tid & ~31;
-    for (int l = 0; l < 32; ++l) ++fibers[first + l].warp_epoch;
+    const int w = current->tid >> 5;
+    clocks[w][w] = ++now;
   });
 }
 
-// ---- global memory --------------------------------------------------------------------------------------------------
+// ---- the shadow of memory -------------------------------------------------------------------------------------------
 
 namespace {
 
-const Range* range_of(const void* p, size_t bytes) {
+// A source line in four bytes; `lane` that read there.
+constexpr uint8_t kSeveral = 32;
+struct Place {
+  uint16_t number;
+  uint8_t file, lane;
+};
+std::vector<const char*> files;
+
+Place place(Line line, int lane = kSeveral) {
+  static size_t last = 0;
+  if (last >= files.size() || files[last] != line.file) {
+    last = size_t(std::find(files.begin(), files.end(), line.file) - files.begin());
+    if (last == files.size()) files.push_back(line.file);
+  }
+  return {uint16_t(line.number), uint8_t(last), uint8_t(lane)};
+}
+std::string text(Place p) { return text(Line{files[p.file], p.number}); }
+
+// Of two bytes: who wrote them and who read them since, and when.
+struct Cell {
+  uint32_t written;      // 0: never
+  uint32_t readers;      // warps
+  uint32_t read_before;  // by an earlier block
+  uint16_t writer, in_flight;
+  Place writer_place;
+};
+struct Read {
+  uint32_t when;
+  Place place;
+};
+
+// Memory and its cells; reads[cell * warp_count + warp]. Accesses before `start` are ordered before all later ones,
+// those before block_start are of another block.
+struct Shadow {
+  const unsigned char* begin = nullptr;
+  std::vector<Cell> cells;
+  std::vector<Read> reads;
+  uint32_t start = 1;
+  std::string name;
+  bool filled = false;
+
+  void cover(const void* p, size_t bytes) {
+    begin = static_cast<const unsigned char*>(p), cells.assign((bytes + 1) / 2, Cell());
+  }
+  void prepare(uint32_t when) {
+    start = when;
+    if (reads.size() == cells.size() * size_t(warp_count)) return;
+    reads.assign(cells.size() * size_t(warp_count), Read());
+    for (Cell& c : cells) c.readers = 0;
+  }
+};
+struct Range {
+  const unsigned char *begin, *end;
+  bool writable;
+  Shadow shadow;  // of what is writable
+};
+std::vector<Range> ranges;
+Shadow shared_shadow;
+uint32_t block_start;
+
+class Access {
+ public:
+  Access(Shadow& s, const void* p, size_t bytes, Line line)
+      : s_(s),
+        first_(size_t(static_cast<const unsigned char*>(p) - s.begin) / 2),
+        end_(first_ + (bytes + 1) / 2),
+        line_(line),
+        warp_(current->tid >> 5) {}
+
+  void read(bool whole_warp) {
+    const Place mine = place(line_, whole_warp ? kSeveral : current->tid & 31);
+    for (size_t i = first_; i < end_; ++i) {
+      Cell& c = s_.cells[i];
+      if (c.in_flight)
+        under_way("read", i);
+      else if (c.written < s_.start)
+        require_filled(i);
+      else if (c.written < block_start)
+        race("read", i, "write of another block", text(c.writer_place));
+      else if (!follows(c.written, c.writer))
+        race("read", i, "write", text(c.writer_place));
+      Read& r = s_.reads[i * size_t(warp_count) + size_t(warp_)];
+      if (c.readers >> warp_ & 1 && r.when < block_start) c.read_before = std::max(c.read_before, r.when);
+      const bool again = c.readers >> warp_ & 1 && r.when >= clocks[warp_][warp_] && r.place.lane != mine.lane;
+      r = {now, mine};
+      if (again) r.place.lane = kSeveral;
+      c.readers |= 1u << warp_;
+    }
+  }
+  void write() {
+    const Place mine = place(line_);
+    for (size_t i = first_; i < end_; ++i) {
+      Cell& c = s_.cells[i];
+      check_write(i);
+      c.written = now, c.writer = uint16_t(current->tid), c.writer_place = mine, c.readers = 0;
+    }
+  }
+  void issue() {
+    for (size_t i = first_; i < end_; ++i) check_write(i), s_.cells[i].in_flight = uint16_t(current->tid + 1);
+  }
+  void land() {
+    for (size_t i = first_; i < end_; ++i) s_.cells[i].in_flight = 0;
+    write();
+  }
+
+ private:
+  bool follows(uint32_t when, int thread) const { return thread == current->tid || when < clocks[warp_][thread >> 5]; }
+  void check_write(size_t i) {
+    Cell& c = s_.cells[i];
+    if (c.in_flight) under_way("write", i);
+    if (c.written >= s_.start && c.written < block_start)
+      race("write", i, "write of another block", text(c.writer_place));
+    else if (c.written >= s_.start && !follows(c.written, c.writer))
+      race("write", i, "write", text(c.writer_place));
+    bool another_block = c.read_before >= s_.start;
+    for (uint32_t left = c.readers; left; left &= left - 1) {
+      const int w = __builtin_ctz(left);
+      const Read& r = s_.reads[i * size_t(warp_count) + size_t(w)];
+      const bool same_thread = w == warp_ && r.place.lane == (current->tid & 31);
+      if (r.when >= s_.start && r.when < block_start)
+        another_block = true;
+      else if (r.when >= s_.start && !same_thread && r.when >= clocks[warp_][w])
+        race("write", i, "read", text(r.place));
+    }
+    if (another_block) race("write", i, "read of another block", "the same launch");
+  }
+  void race(const char* mine, size_t i, const char* other, const std::string& where) {
+    fail(&Report::race, "%s byte %zu: %s of %s and %s, %s, are not ordered", s_.name.c_str(), 2 * i, mine,
+         text(line_).c_str(), other, where.c_str());
+  }
+  void under_way(const char* mine, size_t i) {
+    fail(&Report::inflight, "%s of %s of %s byte %zu, where a cp.async of thread %d is under way", mine,
+         text(line_).c_str(), s_.name.c_str(), 2 * i, s_.cells[i].in_flight - 1);
+  }
+  void require_filled(size_t i) {
+    if (s_.filled || (&s_ != &shared_shadow && s_.cells[i].written)) return;
+    fail(&Report::uninit, "read of %s of %s byte %zu, which was never written", text(line_).c_str(), s_.name.c_str(),
+         2 * i);
+  }
+
+  Shadow& s_;
+  size_t first_, end_;
+  Line line_;
+  int warp_;
+};
+
+bool aligned(const void* p, size_t bytes, const char* what, Line line) {
+  const bool yes = reinterpret_cast<uintptr_t>(p) % bytes == 0;
+  if (!yes)
+    fail(&Report::align, "%s of %zu bytes at %s: the address is no multiple of that", what, bytes, text(line).c_str());
+  return yes;
+}
+
+Range* range_of(const void* p, size_t bytes) {
   static size_t last = 0;
   const auto* q = static_cast<const unsigned char*>(p);
   const auto holds = [&](const Range& r) { return q >= r.begin && q + bytes <= r.end; };
@@ -316,94 +489,49 @@ const Range* range_of(const void* p, size_t bytes) {
   return nullptr;
 }
 
+bool readable(const void* p, size_t bytes, Line line) {
+  Range* r = range_of(p, bytes);
+  if (!r) {
+    fail(&Report::bounds, "global read of %zu bytes at %p, %s, is outside of every argument", bytes, p,
+         text(line).c_str());
+    return false;
+  }
+  if (r->writable) Access(r->shadow, p, bytes, line).read(false);
+  return true;
+}
+
 }  // namespace
 
-bool global_read(const void* p, size_t bytes, int line) {
-  if (range_of(p, bytes)) return true;
-  fail(&Report::bounds, "global read of %zu bytes at %p, line %d, is outside of every argument", bytes, p, line);
-  return false;
+bool outside(int i, int count, int n, Line line) {
+  const bool yes = i < 0 || i + count > n;
+  if (yes) fail(&Report::bounds, "shared index %d (+%d) outside of [0, %d) at %s", i, count, n, text(line).c_str());
+  return yes;
 }
-bool global_write(const void* p, size_t bytes, int line) {
-  const Range* r = range_of(p, bytes);
-  if (r && r->writable) return true;
-  fail(&Report::bounds, "global write of %zu bytes at %p, line %d, is %s", bytes, p, line,
+
+bool global_read(const void* p, size_t bytes, Line line) {
+  return aligned(p, bytes, "global read", line) && readable(p, bytes, line);
+}
+bool global_write(const void* p, size_t bytes, Line line) {
+  if (!aligned(p, bytes, "global write", line)) return false;
+  Range* r = range_of(p, bytes);
+  if (r && r->writable) {
+    Access(r->shadow, p, bytes, line).write();
+    return true;
+  }
+  fail(&Report::bounds, "global write of %zu bytes at %p, %s, is %s", bytes, p, text(line).c_str(),
        r ? "to an argument that is read only" : "outside of every argument");
   return false;
 }
 
-// ---- the shadow of shared memory ------------------------------------------------------------------------------------
-
-namespace {
-
-// Of two bytes. An access is ordered before this one when its thread is the same, a barrier of the block lies between
-// them or, in one warp, a sync_warp.
-struct Cell {
-  uint32_t write_cta, write_warp, read_cta, read_warp_epoch;
-  uint16_t writer, write_line, read_line, in_flight;
-  int16_t read_warp, read_lane;  // -2: several
-};
-Cell* shadow;
-uint32_t first_epoch = 1;
-
-Cell* cell(const void* p) { return shadow + (static_cast<const unsigned char*>(p) - shared) / 2; }
-int offset(const Cell* c) { return int(c - shadow) * 2; }
-
-bool write_is_ordered(const Cell& c) {
-  return c.writer == current->tid || c.write_cta < current->cta_epoch ||
-         (c.writer >> 5 == current->tid >> 5 && c.write_warp < current->warp_epoch);
+bool shared_read(const void* p, int bytes, Line line, bool whole_warp) {
+  if (!aligned(p, size_t(bytes), "shared read", line)) return false;
+  Access(shared_shadow, p, size_t(bytes), line).read(whole_warp);
+  return true;
 }
-bool read_is_ordered(const Cell& c) {
-  if (c.read_cta < current->cta_epoch) return true;
-  if (c.read_warp != current->tid >> 5) return false;
-  return c.read_warp_epoch < current->warp_epoch || c.read_lane == (current->tid & 31);
-}
-
-void check_write(const Cell* c, int line) {
-  if (c->in_flight)
-    fail(&Report::inflight, "write of line %d to shared byte %d, where a cp.async of thread %d is under way", line,
-         offset(c), c->in_flight - 1);
-  if (c->write_cta >= first_epoch && !write_is_ordered(*c))
-    fail(&Report::race, "shared byte %d: write of line %d and write of thread %d, line %d, are not ordered", offset(c),
-         line, c->writer, c->write_line);
-  if (c->read_cta >= first_epoch && !read_is_ordered(*c))
-    fail(&Report::race, "shared byte %d: write of line %d and read of line %d are not ordered", offset(c), line,
-         c->read_line);
-}
-void mark_write(Cell* c, int line) {
-  c->write_cta = current->cta_epoch, c->write_warp = current->warp_epoch;
-  c->writer = uint16_t(current->tid), c->write_line = uint16_t(line);
-}
-
-}  // namespace
-
-void shared_read(const void* p, int bytes, int line, bool whole_warp) {
-  const auto warp = int16_t(current->tid >> 5), lane = int16_t(whole_warp ? -2 : current->tid & 31);
-  Cell* c = cell(p);
-  for (int k = 0; k < (bytes + 1) / 2; ++k, ++c) {
-    if (c->in_flight)
-      fail(&Report::inflight, "read of line %d of shared byte %d, where a cp.async of thread %d is under way", line,
-           offset(c), c->in_flight - 1);
-    else if (c->write_cta < first_epoch)
-      fail(&Report::uninit, "read of line %d of shared byte %d, which was never written", line, offset(c));
-    else if (!write_is_ordered(*c))
-      fail(&Report::race, "shared byte %d: read of line %d and write of thread %d, line %d, are not ordered", offset(c),
-           line, c->writer, c->write_line);
-    if (c->read_cta != current->cta_epoch)
-      c->read_cta = current->cta_epoch, c->read_warp_epoch = current->warp_epoch, c->read_warp = warp,
-      c->read_lane = lane;
-    else if (c->read_warp != warp)
-      c->read_warp = -2;
-    else if (c->read_warp_epoch != current->warp_epoch)
-      c->read_warp_epoch = current->warp_epoch, c->read_lane = lane;
-    else if (c->read_lane != lane)
-      c->read_lane = -2;
-    c->read_line = uint16_t(line);
-  }
-}
-
-void shared_write(const void* p, int bytes, int line) {
-  Cell* c = cell(p);
-  for (int k = 0; k < (bytes + 1) / 2; ++k, ++c) check_write(c, line), mark_write(c, line);
+bool shared_write(const void* p, int bytes, Line line) {
+  if (!aligned(p, size_t(bytes), "shared write", line)) return false;
+  Access(shared_shadow, p, size_t(bytes), line).write();
+  return true;
 }
 
 // ---- cp.async -------------------------------------------------------------------------------------------------------
@@ -417,16 +545,17 @@ void land(const Copy& c) {
 
 }  // namespace
 
-void copy_issue(void* to, const void* from, int valid, int line) {
-  const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), valid, current->groups,
-                  line};
-  Cell* c = cell(to);
-  for (int k = 0; k < 8; ++k) check_write(c + k, line), c[k].in_flight = uint16_t(current->tid + 1);
+void copy(void* to, const void* from, int valid, Line line) {
+  if (!aligned(to, 16, "cp.async destination", line) || !aligned(from, 16, "cp.async source", line) ||
+      (valid > 0 && !readable(from, size_t(valid), line)))
+    return;
+  const Copy c{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), valid, current->groups, line};
+  Access(shared_shadow, to, 16, line).issue();
   if (options().cp_async == CpAsync::immediate)
-    land(copy);
+    land(c);
   else if (options().cp_async == CpAsync::poison)
     std::memset(to, 0xFF, 16);
-  current->copies.push_back(copy);
+  current->copies.push_back(c);
 }
 
 void copy_wait(int groups) {
@@ -434,8 +563,7 @@ void copy_wait(int groups) {
   size_t done = 0;
   for (; done < copies.size() && copies[done].group < current->groups - groups; ++done) {
     if (options().cp_async != CpAsync::immediate) land(copies[done]);
-    Cell* c = cell(copies[done].to);
-    for (int k = 0; k < 8; ++k) c[k].in_flight = 0, mark_write(c + k, copies[done].line);
+    Access(shared_shadow, copies[done].to, 16, copies[done].line).land();
   }
   copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(done));
 }
@@ -514,7 +642,7 @@ void mma_all(void* const* all, F of) {
 
 }  // namespace
 
-void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, int line) {
+void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, Line line) {
   LdmatrixArgument a{r, row};
   if (trans)
     collective("ldmatrix.trans", line, &a, ldmatrix_all<true>);
@@ -522,7 +650,7 @@ void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, int line) {
     collective("ldmatrix", line, &a, ldmatrix_all<false>);
 }
 
-uint32_t movmatrix(uint32_t x, int line) {
+uint32_t movmatrix(uint32_t x, Line line) {
   return gather<uint32_t, uint32_t>("movmatrix", line, x, [](const uint32_t* v, int l) {
     const int i = l / 4, j = l % 4 * 2;  // element (i, j) of the transposed is (j, i)
     const auto at = [&](int row, int column) { return v[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
@@ -530,19 +658,19 @@ uint32_t movmatrix(uint32_t x, int line) {
   });
 }
 
-void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Line line) {
   MmaArgument<uint32_t> x{c, a, {b0, b1}};
   collective("mma.bf16", line, &x, [](void* const* all) {
     mma_all<uint32_t, 16>(all, [](uint32_t u, int h) { return double(to_float(bf16{uint16_t(u >> 16 * h)})); });
   });
 }
-void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Line line) {
   MmaArgument<uint32_t> x{c, a, {b0, b1}};
   collective("mma.f16", line, &x, [](void* const* all) {
     mma_all<uint32_t, 16>(all, [](uint32_t u, int h) { return double(to_float(f16{uint16_t(u >> 16 * h)})); });
   });
 }
-void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, int line) {
+void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line) {
   MmaArgument<float> x{c, a, {b0, b1}};
   collective("mma.tf32", line, &x, [](void* const* all) {  // the unit ignores the low bits
     mma_all<float, 8>(all, [](float f, int) { return double(bits_as<float>(bits(f) & ~0x1fffu)); });
@@ -553,17 +681,36 @@ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, int line) 
 
 namespace {
 
+// Which threads wait for what, one line for each place where some do.
+void tell_deadlock() {
+  std::map<std::string, std::pair<int, int>> places;  // -> threads, the first of them
+  for (int t = block_threads - 1; t >= 0; --t)
+    if (fibers[t].state != kDone) {
+      auto& place = places[std::string(fibers[t].wait_what) + " of " + text(fibers[t].wait_line)];
+      ++place.first, place.second = t;
+    }
+  std::string list;
+  for (const auto& [where, threads] : places)
+    list += (list.empty() ? "" : "; ") + std::to_string(threads.first) + " from thread " +
+            std::to_string(threads.second) + " wait in " + where;
+  fail(&Report::deadlock, "%d of %d threads left: %s", alive, block_threads, list.c_str());
+}
+
 void run_block(dim3 index, int smem) {
   block_index = index;
-  const uint32_t base = ++first_epoch;
+  block_start = ++now;
   std::memset(shared, 0xFF, size_t(smem));  // NaN
-  for (int k = 0; k < smem / 2; ++k) shadow[k].in_flight = 0;
+  for (int k = 0; k < smem / 2; ++k) shared_shadow.cells[size_t(k)].in_flight = 0;
+  shared_shadow.start = block_start;
   abandoned = false, alive = block_threads, turn = 0;
   std::fill_n(barriers, kBarriers, Barrier());
-  for (int w = 0; w < warp_count; ++w) warps[w] = Warp(), warps[w].priority = random_number();
+  for (int w = 0; w < warp_count; ++w) {
+    warps[w] = Warp(), warps[w].priority = random_number();
+    std::fill_n(clocks[w], warp_count, block_start);
+  }
   for (int t = 0; t < block_threads; ++t) {
     Fiber& f = fibers[t];
-    f.state = kReady, f.cta_epoch = base, f.warp_epoch = 0, f.groups = 0, f.fake_stack = nullptr;
+    f.state = kReady, f.groups = 0, f.fake_stack = nullptr;
     f.copies.clear();
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(f.stack, kStack);
@@ -572,43 +719,73 @@ void run_block(dim3 index, int smem) {
   }
   current = &home;
   switch_to(pick());
-  if (alive && !abandoned)
-    for (int t = 0, shown = 0; t < block_threads && shown < 2; ++t)
-      if (fibers[t].state != kDone)
-        ++shown, fail(&Report::deadlock, "%d threads left; thread %d waits in %s of line %d", alive, t,
-                      fibers[t].wait_what, fibers[t].wait_line);
-  for (int t = 0; t < block_threads; ++t) first_epoch = std::max(first_epoch, fibers[t].cta_epoch);
+  if (alive && !abandoned) tell_deadlock();
+}
+
+// A thread that runs off its stack says so before it ends the process.
+void on_fault(int, siginfo_t* info, void*) {
+  const auto* at = static_cast<const unsigned char*>(info->si_addr);
+  if (current && current != &home && at >= current->stack - kGuard && at < current->stack) {
+    char told[200];
+    const int n = std::snprintf(told, sizeof told, "%s: thread %d has used up its stack of %zu bytes\n", kernel_name,
+                                current->tid, kStack);
+    if (write(STDERR_FILENO, told, size_t(n)) < 0) _exit(1);
+  }
+  std::signal(SIGSEGV, SIG_DFL);
 }
 
 void make_memory() {
   constexpr int kAccess = PROT_READ | PROT_WRITE, kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   if (!shared) {
     shared = static_cast<unsigned char*>(mmap(nullptr, kMostShared, kAccess, kFlags, -1, 0));
-    shadow = static_cast<Cell*>(std::calloc(kMostShared / 2, sizeof(Cell)));
+    shared_shadow.cover(shared, kMostShared);
+    shared_shadow.name = "shared";
+#ifndef __SANITIZE_ADDRESS__  // which tells of it itself
+    static char handler_stack[32 * 1024];
+    stack_t other = {};
+    other.ss_sp = handler_stack, other.ss_size = sizeof handler_stack;
+    sigaltstack(&other, nullptr);
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+#endif
   }
   for (int t = 0; t < block_threads; ++t) {
     if (fibers[t].stack) continue;
-    auto* memory = static_cast<unsigned char*>(mmap(nullptr, kStack + 4096, kAccess, kFlags, -1, 0));
-    mprotect(memory, 4096, PROT_NONE);  // below the stack
-    fibers[t].stack = memory + 4096, fibers[t].stack_size = kStack, fibers[t].tid = t;
+    auto* memory = static_cast<unsigned char*>(mmap(nullptr, kStack + kGuard, kAccess, kFlags, -1, 0));
+    mprotect(memory, kGuard, PROT_NONE);
+    fibers[t].stack = memory + kGuard, fibers[t].stack_size = kStack, fibers[t].tid = t;
   }
 }
 
 }  // namespace
+
+// What the runtime of a device says to such a launch.
+const char* refuse_launch(dim3 grid, int block, int most_threads, int smem) {
+  if (block <= 0 || block > std::min(most_threads, kMostThreads) || !grid.x || !grid.y || !grid.z ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return "invalid configuration argument";
+  if (block % 32) return "a block of this library is a multiple of 32 threads";
+  if (smem < 0 || smem > most_shared()) return "invalid argument";
+  return nullptr;
+}
 
 void run(dim3 grid, int block, int smem, void (*body)(const void*), const void* params, const char* name) {
   kernel_body = body, kernel_params = params, kernel_name = name, block_threads = block, warp_count = block / 32;
   shared_bytes = smem;
   current = &home;
   ++report().launches;
-  if (smem > kMostShared) return fail(&Report::other, "%d bytes of shared memory", smem);
   random_state = options().seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   make_memory();
+  const uint32_t launch_start = ++now;
+  shared_shadow.prepare(launch_start);
+  for (Range& r : ranges)
+    if (r.writable) r.shadow.prepare(launch_start);
 #ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(shared, size_t(smem));
   ASAN_POISON_MEMORY_REGION(shared + smem, size_t(kMostShared - smem));
 #endif
-  const unsigned blocks = grid.x * grid.y * grid.z, start = blocks ? random_number() % blocks : 0;
+  const unsigned blocks = grid.x * grid.y * grid.z, start = random_number() % blocks;
   for (unsigned n = 0; n < blocks; ++n) {
     const unsigned i = options().policy == Policy::lockstep ? n : (n + start) % blocks;
     run_block(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), smem);
@@ -616,4 +793,17 @@ void run(dim3 grid, int block, int smem, void (*body)(const void*), const void* 
 }
 
 }  // namespace emulator
+
+void allow(const void* p, size_t bytes, bool writable, bool filled) {
+  using emulator::ranges;
+  const auto* begin = static_cast<const unsigned char*>(p);
+  ranges.push_back({begin, begin + bytes, writable, {}});
+  if (!writable) return;
+  emulator::Shadow& shadow = ranges.back().shadow;
+  shadow.cover(p, bytes);
+  shadow.filled = filled;
+  shadow.name = "range " + std::to_string(ranges.size() - 1);
+}
+void forget() { emulator::ranges.clear(); }
+
 }  // namespace simt

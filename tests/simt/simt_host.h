@@ -1,14 +1,16 @@
 // simt_host.h - the primitives of simt.h for g++: the emulator that tests run kernels in. One fiber a thread; barriers
-// and collectives hand over to another one. Every access is checked: shared memory for bounds, for reads of what was
-// never written, for accesses that no barrier orders; global memory against the ranges a test has allowed.
+// and collectives hand over to another one. Every access is checked: bounds, alignment, reads of what was never
+// written, accesses that no barrier orders, of one block and of several. README.md says what is found and what is not.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
 #define SIMT_DEV inline
 #define SIMT_UNROLL
-#define SIMT_LOC int line = __builtin_LINE()
+#define SIMT_LOOP
+#define SIMT_LOC ::simt::emulator::Line line = {__builtin_FILE(), __builtin_LINE()}  // of the caller
 
 struct dim3 {
   unsigned x, y, z;
@@ -47,31 +49,47 @@ struct Options {
 struct Report {
   int race = 0, uninit = 0, inflight = 0, bounds = 0, align = 0, diverge = 0, deadlock = 0, other = 0;
   long launches = 0, barriers = 0, collectives = 0, mma = 0, ldmatrix_phases = 0, ldmatrix_conflicts = 0;
+  Stream stream = nullptr;            // of the last launch, ...
+  int device = -1;                    // ... and what was the current device
   std::vector<std::string> messages;  // the first few
   int errors() const { return race + uninit + inflight + bounds + align + diverge + deadlock + other; }
 };
 Options& options();
 Report& report();
 
-// The ranges of global memory that kernels may touch from now on; forget() empties the list.
-void allow(const void* p, size_t bytes, bool writable);
+// The ranges of global memory that kernels may touch from now on; forget() empties the list. What is not `filled` has
+// to be written, in this launch or an earlier one, before it is read.
+void allow(const void* p, size_t bytes, bool writable, bool filled = true);
 void forget();
 
+// Bytes of shared memory that a block may have: those of the device that the tests pretend to have.
+int most_shared();
+int& current_device();  // of this thread
+
 namespace emulator {
+
+struct Line {
+  const char* file;
+  int number;
+  bool operator==(const Line& l) const { return file == l.file && number == l.number; }
+  bool operator!=(const Line& l) const { return !(*this == l); }
+};
+std::string text(Line line);  // "chunk.cuh:12"
 
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int valid, group, line;
+  int valid, group;
+  Line line;
 };
 struct Fiber {
   void* context = nullptr;
   unsigned char* stack = nullptr;
   size_t stack_size = 0;
   void* fake_stack = nullptr;  // of the address sanitizer
-  int tid = 0, state = 0, wait_line = 0;
+  int tid = 0, state = 0;
   const char* wait_what = "";
-  uint32_t cta_epoch = 0, warp_epoch = 0;
+  Line wait_line = {};
   int groups = 0;
   std::vector<Copy> copies;
 };
@@ -81,26 +99,29 @@ extern int block_threads, shared_bytes;
 extern unsigned char* shared;
 
 void fail(int Report::* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
-void collective(const char* what, int line, void* argument, void (*all)(void* const*));
-void barrier(int id, int threads, int line);
-void warp_barrier(int line);
-void shared_read(const void* p, int bytes, int line, bool whole_warp = false);
-void shared_write(const void* p, int bytes, int line);
-bool global_read(const void* p, size_t bytes, int line);
-bool global_write(const void* p, size_t bytes, int line);
-void copy_issue(void* to, const void* from, int valid, int line);
+void collective(const char* what, Line line, void* argument, void (*all)(void* const*));
+void barrier(int id, int threads, Line line);
+void warp_barrier(Line line);
+bool outside(int i, int count, int n, Line line);
+// Whether the access may be made; `bytes` is a power of two, and the address has to be a multiple of it.
+bool shared_read(const void* p, int bytes, Line line, bool whole_warp = false);
+bool shared_write(const void* p, int bytes, Line line);
+bool global_read(const void* p, size_t bytes, Line line);
+bool global_write(const void* p, size_t bytes, Line line);
+void copy(void* to, const void* from, int valid, Line line);
 void copy_wait(int groups);
+const char* refuse_launch(dim3 grid, int block, int most_threads, int smem);
 void run(dim3 grid, int block, int smem, void (*body)(const void*), const void* params, const char* name);
 
-inline bool outside(int i, int count, int n, int line) {
-  const bool bad = i < 0 || i + count > n;
-  if (bad) fail(&Report::bounds, "shared index %d (+%d) outside of [0, %d) at line %d", i, count, n, line);
-  return bad;
+template <class V>
+V load(bool may, const void* p) {
+  V x = {};
+  if (may) std::memcpy(static_cast<void*>(&x), p, sizeof x);
+  return x;
 }
-inline bool misaligned(const void* p, size_t alignment, const char* what, int line) {
-  const bool bad = reinterpret_cast<uintptr_t>(p) % alignment;
-  if (bad) fail(&Report::align, "%s at line %d: address is no multiple of %zu", what, line, alignment);
-  return bad;
+template <class V>
+void store(bool may, void* p, const V& x) {
+  if (may) std::memcpy(p, static_cast<const void*>(&x), sizeof x);
 }
 
 }  // namespace emulator
@@ -108,6 +129,7 @@ inline bool misaligned(const void* p, size_t alignment, const char* what, int li
 inline int tid() { return emulator::current->tid; }
 inline int nthreads() { return emulator::block_threads; }
 inline dim3 bid() { return emulator::block_index; }
+inline int fresh(int x) { return x; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
@@ -115,23 +137,15 @@ template <class T>
 struct gptr {
   T* p;
   using Value = std::remove_const_t<T>;
-  Value ld(int64_t i, SIMT_LOC) const { return emulator::global_read(p + i, sizeof(T), line) ? p[i] : Value(); }
-  void st(int64_t i, Value x, SIMT_LOC) const {
-    if (emulator::global_write(p + i, sizeof(T), line)) p[i] = x;
-  }
+  Value ld(int64_t i, SIMT_LOC) const { return ldv<Value>(i, line); }
+  void st(int64_t i, Value x, SIMT_LOC) const { stv(i, x, line); }
   template <class V>
   V ldv(int64_t i, SIMT_LOC) const {
-    V x = {};
-    if (!emulator::misaligned(p + i, sizeof(V), "global vector load", line) &&
-        emulator::global_read(p + i, sizeof(V), line))
-      std::memcpy(&x, static_cast<const void*>(p + i), sizeof x);
-    return x;
+    return emulator::load<V>(emulator::global_read(p + i, sizeof(V), line), p + i);
   }
   template <class V>
   void stv(int64_t i, V x, SIMT_LOC) const {
-    if (!emulator::misaligned(p + i, sizeof(V), "global vector store", line) &&
-        emulator::global_write(p + i, sizeof(V), line))
-      std::memcpy(static_cast<void*>(p + i), &x, sizeof x);
+    emulator::store(emulator::global_write(p + i, sizeof(V), line), p + i, x);
   }
   gptr sub(int64_t offset) const { return {p + offset}; }
 };
@@ -140,33 +154,19 @@ template <class T>
 struct sptr {
   T* p;
   int n;
-  T ld(int i, SIMT_LOC) const {
-    if (emulator::outside(i, 1, n, line)) return T();
-    emulator::shared_read(p + i, sizeof(T), line);
-    return p[i];
-  }
-  void st(int i, T x, SIMT_LOC) const {
-    if (emulator::outside(i, 1, n, line)) return;
-    emulator::shared_write(p + i, sizeof(T), line);
-    p[i] = x;
-  }
+  T ld(int i, SIMT_LOC) const { return ldv<T>(i, line); }
+  void st(int i, T x, SIMT_LOC) const { stv(i, x, line); }
   template <class V>
   V ldv(int i, SIMT_LOC) const {
-    V x = {};
-    if (emulator::outside(i, sizeof(V) / sizeof(T), n, line) ||
-        emulator::misaligned(p + i, sizeof(V), "shared vector load", line))
-      return x;
-    emulator::shared_read(p + i, sizeof(V), line);
-    std::memcpy(&x, static_cast<const void*>(p + i), sizeof x);
-    return x;
+    const bool may =
+        !emulator::outside(i, sizeof(V) / sizeof(T), n, line) && emulator::shared_read(p + i, sizeof(V), line);
+    return emulator::load<V>(may, p + i);
   }
   template <class V>
   void stv(int i, V x, SIMT_LOC) const {
-    if (emulator::outside(i, sizeof(V) / sizeof(T), n, line) ||
-        emulator::misaligned(p + i, sizeof(V), "shared vector store", line))
-      return;
-    emulator::shared_write(p + i, sizeof(V), line);
-    std::memcpy(static_cast<void*>(p + i), &x, sizeof x);
+    const bool may =
+        !emulator::outside(i, sizeof(V) / sizeof(T), n, line) && emulator::shared_write(p + i, sizeof(V), line);
+    emulator::store(may, p + i, x);
   }
   sptr sub(int offset, int count, SIMT_LOC) const {
     emulator::outside(offset, count, n, line);
@@ -182,8 +182,8 @@ struct Smem {  // the layout of the device, so that swizzles and banks agree
     const sptr<T> view{reinterpret_cast<T*>(emulator::shared + used), n};
     used += n * int(sizeof(T));
     if (used > emulator::shared_bytes)
-      emulator::fail(&Report::bounds, "line %d asks for %d bytes of shared memory, the launch has %d", line, used,
-                     emulator::shared_bytes);
+      emulator::fail(&Report::bounds, "%s asks for %d bytes of shared memory, the launch has %d",
+                     emulator::text(line).c_str(), used, emulator::shared_bytes);
     return view;
   }
 };
@@ -200,7 +200,7 @@ namespace emulator {
 
 // result = of(values of all lanes, lane)
 template <class T, class R, class F>
-R gather(const char* what, int line, T value, F of) {
+R gather(const char* what, Line line, T value, F of) {
   struct Argument {
     T value;
     R result;
@@ -218,7 +218,7 @@ R gather(const char* what, int line, T value, F of) {
 }
 
 template <class T>
-T shuffle(const char* what, int line, T x, int from) {
+T shuffle(const char* what, Line line, T x, int from) {
   return gather<T, T>(what, line, x, [=](const T* v, int l) { return from >= 0 && from < 32 ? v[from] : v[l]; });
 }
 
@@ -273,6 +273,8 @@ inline float ex2(float x) {
   return y < 1.17549435e-38f ? 0 : y;
 }
 inline double ex2(double x) { return std::exp2(x); }
+inline double sin_pi(double x) { return std::sin(3.14159265358979323846 * (x > 0.5 ? 1 - x : x)); }
+inline double cos_pi(double x) { return sin_pi(0.5 - x < 0 ? x - 0.5 : 0.5 - x) * (x > 0.5 ? -1 : 1); }
 inline float mul_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double mul_add(double a, double b, double c) { return std::fma(a, b, c); }
 
@@ -311,12 +313,7 @@ inline float to_tf32(float x) { return x != x ? x : emulator::bits_as<float>((em
 
 template <class T, class U>
 void cp_async16(sptr<T> to, int at, gptr<U> from, int64_t i, int valid = 16, SIMT_LOC) {
-  if (emulator::outside(at, 16 / int(sizeof(T)), to.n, line) ||
-      emulator::misaligned(to.p + at, 16, "cp.async destination", line) ||
-      emulator::misaligned(from.p + i, 16, "cp.async source", line) ||
-      (valid > 0 && !emulator::global_read(from.p + i, size_t(valid), line)))
-    return;
-  emulator::copy_issue(to.p + at, from.p + i, valid, line);
+  if (!emulator::outside(at, 16 / int(sizeof(T)), to.n, line)) emulator::copy(to.p + at, from.p + i, valid, line);
 }
 inline void cp_commit() { ++emulator::current->groups; }
 template <int N>
@@ -328,20 +325,17 @@ void cp_wait() {
 
 namespace emulator {
 
-void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, int line);
-uint32_t movmatrix(uint32_t x, int line);
-void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line);
-void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line);
-void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, int line);
+void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, Line line);
+uint32_t movmatrix(uint32_t x, Line line);
+void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Line line);
+void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Line line);
+void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line);
 
 template <class T>
-void ldmatrix(bool trans, uint32_t (&r)[4], sptr<T> s, int i, int line) {
+void ldmatrix(bool trans, uint32_t (&r)[4], sptr<T> s, int i, Line line) {
   alignas(16) static const unsigned char nothing[16] = {};
   const void* row = s.p + i;
-  if (outside(i, 16 / int(sizeof(T)), s.n, line) || misaligned(row, 16, "ldmatrix row", line))
-    row = nothing;
-  else
-    shared_read(row, 16, line, true);
+  if (outside(i, 16 / int(sizeof(T)), s.n, line) || !shared_read(row, 16, line, true)) row = nothing;
   ldmatrix(trans, r, row, line);
 }
 
@@ -382,13 +376,17 @@ struct Mma<float> {
 
 // Runs the kernel to its end; what goes wrong is in report(), and is a failed launch as well.
 template <class K>
-const char* launch(dim3 grid, int block, int smem, Stream, const typename K::Params& p) {
-  if (block > K::kMaxThreads || block % 32 || block <= 0) return "invalid configuration argument";
-  const int before = report().errors();
+const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
+  static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof p <= 4096, "kernel parameters");
+  if (const char* why = emulator::refuse_launch(grid, block, K::kMaxThreads, smem)) return why;
+  Report& r = report();
+  r.stream = stream, r.device = current_device();
+  const size_t told = r.messages.size();
+  const int before = r.errors();
   emulator::run(
       grid, block, smem, [](const void* params) { K::run(*static_cast<const typename K::Params*>(params)); }, &p,
       K::kName);
-  return report().errors() == before ? nullptr : report().messages.back().c_str();
+  return r.errors() == before ? nullptr : r.messages[std::min(told, r.messages.size() - 1)].c_str();
 }
 
 }  // namespace simt

@@ -3,9 +3,16 @@
  *     S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T        S in R^{K x V}
  *     o_t = scale * S_t^T q_t                           (token t itself counts, with weight 1)
  *
+ * forward (LC_FORWARD), its gradients (LC_BACKWARD), and a few tokens at a time with states in place (LC_DECODE).
  * One validated call by one method: fill an lc_args, ask lc_workspace how much scratch it needs, call lc_run.
  * The library keeps no state between calls, allocates no tensors, never prints, never aborts and throws nothing.
  * Every function may be called from any number of threads at once.
+ *
+ * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns: it allocates nothing,
+ * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph (the method fft once it has run
+ * with these shapes: it keeps cuFFT's plans). The device that is current does not matter and does not change. All
+ * tensors are on one device; a rank-0 log_decay alone is on the host and read at once. Memory, the workspace too, stays
+ * valid until the stream has done the work.
  */
 #ifndef LEETCORE_H
 #define LEETCORE_H
@@ -31,7 +38,7 @@ typedef enum lc_status {
   LC_OK = 0,
   LC_INVALID = 1,     /* the arguments contradict the contract; nothing was written           */
   LC_UNSUPPORTED = 2, /* valid, but no method (or not the named one) serves it; nothing written */
-  LC_DEVICE = 3,      /* the device reported an error, or this build has no such device        */
+  LC_DEVICE = 3,      /* no such device, too old, not in this build, a kernel did not start: the output is undefined */
   LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
   LC_INTERNAL = 5,    /* a bug in leetcore                                                     */
   LC_DTYPE = 6        /* a tensor of a dtype that is not allowed; nothing was written           */
@@ -77,7 +84,13 @@ typedef struct lc_tensor {
  *
  * dtypes: q, k, v, o alike: float64, float32, float16 or bfloat16. States: float64 with float64 inputs, else float32
  * (LC_DECODE also takes float16 and bfloat16 pools: rounded once per call). log_decay: float32, or float64 with
- * float64 inputs. */
+ * float64 inputs.
+ *
+ * LC_BACKWARD reads what LC_FORWARD read and the gradients of what it wrote, d_o and d_final_state (NULL: zeros, but
+ * not both), and writes those of d_q, d_k, d_v, d_log_decay and d_initial_state that are not NULL. Each has the shape,
+ * the dtype and the rules of its forward twin; o and final_state must be NULL. Heads of q, k, v that several heads
+ * share, and decays that tokens, heads or sequences share, get the sum. d_log_decay is 0 where log_decay is -inf. It
+ * does not matter which method computed the forward pass. */
 typedef struct lc_args {
   uint32_t struct_size; /* sizeof(lc_args): an older, shorter struct is widened with zeros */
   int32_t op;           /* lc_op */
@@ -93,28 +106,35 @@ typedef struct lc_args {
   const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
   const lc_tensor* state_indices; /* LC_DECODE: int32 [B], the slot of each sequence in final_state, -1 skips it (its
                                      output rows become 0). Absent: sequence b uses slot b */
-  const lc_tensor* cu_seqlens; /* LC_FORWARD: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S sequences
-                                  packed one behind the other along the token axis */
-  const lc_tensor* o;          /* [B, H, N, V], written */
+  const lc_tensor* cu_seqlens;    /* not LC_DECODE: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S
+                                     sequences packed one behind the other along the token axis */
+  const lc_tensor* o;             /* [B, H, N, V], written; not LC_BACKWARD */
   const lc_tensor* final_state; /* LC_FORWARD: [B, Hs, K, V] ([S, ...] with cu_seqlens), written; may be initial_state.
                                    LC_DECODE: the pool [slots, Hs, K, V], read and updated in place */
-  const lc_tensor* d_o;         /* LC_BACKWARD: gradients of o and final_state, read; the others written */
-  const lc_tensor* d_final_state;
-  const lc_tensor* d_q;
-  const lc_tensor* d_k;
-  const lc_tensor* d_v;
-  const lc_tensor* d_log_decay;
-  const lc_tensor* d_initial_state;
-  void* workspace;        /* scratch for this call alone, aligned to 64 bytes */
+  const lc_tensor* d_o;         /* LC_BACKWARD: [B, H, N, V], read */
+  const lc_tensor* d_final_state;   /* [B, Hs, K, V] ([S, ...] with cu_seqlens), read */
+  const lc_tensor* d_q;             /* [B, Hq, N, K], written; so are the others */
+  const lc_tensor* d_k;             /* [B, Hk, N, K] */
+  const lc_tensor* d_v;             /* [B, Hv, N, V] */
+  const lc_tensor* d_log_decay;     /* shaped like log_decay, which must be there */
+  const lc_tensor* d_initial_state; /* [B, Hs, K, V]; initial_state need not be there */
+  void* workspace;        /* scratch for this call alone, where the tensors are; aligned to 64 bytes, 256 on a GPU */
   size_t workspace_bytes; /* at least what lc_workspace says */
-  void* stream;           /* cudaStream_t; must be NULL on the CPU */
+  void* stream;           /* cudaStream_t of the tensors' device; must be NULL on the CPU */
 } lc_args;
 
-/* Runs the problem. Everything is validated before anything is written. */
+/* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there. No value
+ * makes a kernel touch memory outside of the tensors, but for right answers the caller sees to these:
+ *
+ * - log_decay <= 0, and not NaN: else the answers for that head of that sequence, from that token on, are undefined;
+ * - cu_seqlens as above: bounds are brought into [0, N], and an end before its begin makes an empty sequence; rows of o
+ *   in no sequence are not written, rows in several are undefined;
+ * - state_indices all different: else the states and answers of those sequences are undefined. A slot outside of the
+ *   pool skips its sequence, as -1 does. */
 LC_API lc_status lc_run(const lc_args* args);
 
 /* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no
- * tensor's values; o may be absent (an LC_FORWARD caller can size o from a validated problem). */
+ * tensor's values; o may be absent (an LC_FORWARD caller can size o, and gradients, from a validated problem). */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
 /* What a call costs, by the method that args names or "auto" chooses. */

@@ -5,6 +5,9 @@
 //
 // A Tensor is a view of the caller's memory. Every function may be called from any number of threads at once, with a
 // Workspace for each. Shapes, dtypes and what is refused: leetcore.h.
+//
+// On a GPU: Tensor(data, shape, {}, {LC_CUDA, 0}) for every tensor but a scalar, Options::stream, and a Workspace of
+// the caller's device memory where a method needs scratch. Calls return before their work is done.
 #ifndef LEETCORE_HPP
 #define LEETCORE_HPP
 #include <leetcore/leetcore.h>
@@ -117,10 +120,16 @@ class Tensor {
   std::int64_t shape_[kMaxRank] = {}, strides_[kMaxRank] = {};
 };
 
-// Scratch for CPU calls, one call at a time: 64-byte aligned, grows when it must, freed at the end.
+// Scratch, one call at a time. Of its own: host memory, 64-byte aligned, that grows when it must and is freed at the
+// end. Or the caller's, which stays as it is: on a GPU, where this library allocates nothing, aligned to 256 bytes and
+// free again when the stream has done the call.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(void* memory, std::size_t bytes) noexcept : given_(memory), size_(bytes), is_given_(true) {}
+
   void* reserve(std::size_t bytes) {
+    if (is_given_) return given_;
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
@@ -130,6 +139,7 @@ class Workspace {
     return memory_.get();
   }
   std::size_t size() const noexcept { return size_; }
+  bool is_given() const noexcept { return is_given_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
@@ -137,7 +147,9 @@ class Workspace {
     void operator()(void* p) const noexcept { ::operator delete(p, kAlignment); }
   };
   std::unique_ptr<void, Free> memory_;
+  void* given_ = nullptr;
   std::size_t size_ = 0;
+  bool is_given_ = false;
 };
 
 enum class Layout { bhnd, bnhd };  // order of heads and tokens in every tensor that has both
@@ -148,11 +160,11 @@ struct Options {
   const char* method = "auto";  // a name of methods()
   Layout layout = Layout::bhnd;
   bool allow_tf32 = false;         // GPU: float32 products rounded to tf32
-  Tensor initial_state;            // linear_attention: [S, Hs, K, V], zeros when absent
+  Tensor initial_state;            // not decode_step: [S, Hs, K, V], zeros when absent
   Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
-  Tensor cu_seqlens;               // linear_attention: int32 or int64 [S + 1], packed sequences, B = 1
+  Tensor cu_seqlens;               // not decode_step: int32 or int64 [S + 1], packed sequences, B = 1
   Tensor state_indices;            // decode_step: int32 [B], slot of each sequence, -1 skips; absent: slot b
-  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one
+  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one, on the CPU
   void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
 };
 
@@ -192,17 +204,29 @@ class Call {
     if (status != LC_OK) throw Error(status, lc_last_error());
   }
 
+  std::size_t workspace_bytes() const {
+    std::size_t bytes = 0;
+    require(lc_workspace(&args, &bytes));
+    return bytes;
+  }
+
   void run(Workspace* workspace) {
     Workspace local;
-    require(lc_workspace(&args, &args.workspace_bytes));
-    args.workspace = (workspace ? workspace : &local)->reserve(args.workspace_bytes);
+    if (!workspace) workspace = &local;
+    if (const std::size_t bytes = workspace_bytes()) {
+      if (args.q->device.type != LC_CPU && !workspace->is_given())
+        throw Error(LC_MEMORY, "workspace: expected Workspace(memory, bytes) with " + std::to_string(bytes) +
+                                   " bytes on the device of q, got none");
+      args.workspace = workspace->reserve(bytes);
+      args.workspace_bytes = workspace->size();
+    }
     require(lc_run(&args));
   }
 
   lc_args args = {};
 
  private:
-  lc_tensor tensors_[9];  // as many as the members of lc_args set here and in run's callers
+  lc_tensor tensors_[15];  // as many as the members of lc_args set here and in run's callers
   std::size_t used_ = 0;
 };
 
@@ -219,7 +243,29 @@ inline void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   call.run(options.workspace);
 }
 
-// The same for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
+// What linear_attention_backward reads and writes: gradients of a loss, each with the shape and dtype of what it is
+// named after.
+struct Gradients {
+  Tensor d_o, d_final_state;                           // read; zeros when absent, but not both
+  Tensor d_q, d_k, d_v, d_log_decay, d_initial_state;  // written where present
+};
+
+// The gradients of linear_attention, whichever method computed it.
+// Throws Error, and then has written nothing.
+inline void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                                      const Gradients& gradients, const Options& options = {}) {
+  detail::Call call(LC_BACKWARD, q, k, v, log_decay, options);
+  call.args.d_o = call.add(gradients.d_o);
+  call.args.d_final_state = call.add(gradients.d_final_state);
+  call.args.d_q = call.add(gradients.d_q);
+  call.args.d_k = call.add(gradients.d_k);
+  call.args.d_v = call.add(gradients.d_v);
+  call.args.d_log_decay = call.add(gradients.d_log_decay);
+  call.args.d_initial_state = call.add(gradients.d_initial_state);
+  call.run(options.workspace);
+}
+
+// linear_attention for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
 // Throws Error, and then has written nothing.
 inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Tensor& state,
                         const Tensor& o, const Options& options = {}) {
@@ -228,6 +274,18 @@ inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const
   call.args.final_state = call.add(state);
   call.args.o = call.add(o);
   call.run(options.workspace);
+}
+
+// The scratch that these calls need, in bytes: for memory on a GPU, which the caller allocates once for the largest.
+inline std::size_t linear_attention_workspace(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Tensor& log_decay = {}, const Options& options = {}) {
+  return detail::Call(LC_FORWARD, q, k, v, log_decay, options).workspace_bytes();
+}
+inline std::size_t decode_step_workspace(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                                         const Tensor& state, const Options& options = {}) {
+  detail::Call call(LC_DECODE, q, k, v, log_decay, options);
+  call.args.final_state = call.add(state);
+  return call.workspace_bytes();
 }
 
 // What this linear_attention call costs by options.method ("auto": the one it would take).

@@ -99,8 +99,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   const double blocks = double(tokens(p)) / C, states = 2 * blocks * double(p.Hs) * state_bytes(p);
   return predict(p,
@@ -113,7 +111,7 @@ Cost cost(const Problem& p) {
 
 extern const Method block_cpu = {
     {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

@@ -11,6 +11,7 @@
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
 #include "../../methods.h"
+#include "chunk_backward.h"
 
 namespace lc::LC_ISA {
 namespace {
@@ -55,13 +56,16 @@ struct Worker {
 
 int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.V), flop(p)); }
 
-size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) {
+  return p.op == LC_BACKWARD ? backward::workspace(p) : scratch_bytes<Worker>(p, workers(p));
+}
 
-void run(const Problem& p) { run_tasks<Worker>(p, workers(p)); }
+void run(const Problem& p) { p.op == LC_BACKWARD ? backward::run(p) : run_tasks<Worker>(p, workers(p)); }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
+const char* refuses(const Problem& p) { return p.op == LC_DECODE ? forward_only(p) : nullptr; }
 
 Cost cost(const Problem& p) {
+  if (p.op == LC_BACKWARD) return backward::cost(p);
   const double tasks = double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C);
   return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p) / C, tasks}, /*efficiency=*/0.8, workers(p));
 }

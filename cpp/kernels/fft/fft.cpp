@@ -385,7 +385,7 @@ void run(const Problem& p) {
 }
 
 const char* refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "decodes by recurrent only";
+  if (const char* why = forward_only(p)) return why;
   return p.decay == Decay::per_token ? "its Toeplitz mask needs one decay a head, not one a token" : nullptr;
 }
 

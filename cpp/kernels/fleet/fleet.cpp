@@ -217,8 +217,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*tasks=*/double(p.B * p.H)},
                  /*efficiency=*/0.6, workers(p));
@@ -228,7 +226,7 @@ Cost cost(const Problem& p) {
 
 extern const Method fleet_cpu = {
     {"fleet", "cpu", "rank by rank: decayed cumulative sums", "Wang et al. 2025 (LeetDecoding), arXiv:2501.02573"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

@@ -160,8 +160,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   const double blocks = mean_length(p) / C, row = double(p.K + p.V) * type_bytes(p.type);
   const double again = double(p.H) * double(tokens(p)) * row * std::max(0., (blocks - 1) / 2);
@@ -174,7 +172,7 @@ Cost cost(const Problem& p) {
 extern const Method parallel_cpu = {
     {"parallel", "cpu", "every pair of tokens: masked scores times values, block by block",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

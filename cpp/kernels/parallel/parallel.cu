@@ -27,8 +27,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   using Kernel = Parallel<float, false>;
   const double n = mean_length(p), tiles = double(Kernel::tiles(int64_t(n))), pieces = double(Kernel::pieces(p));
@@ -55,7 +53,7 @@ size_t workspace(const Problem&) { return 0; }
 extern const Method parallel_cuda = {
     {"parallel", "cuda", "every pair of tokens: masked scores times values, tile by tile",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

@@ -67,7 +67,7 @@ struct Parallel {
     const auto place = place_of(p, bid().x / pieces(p) / p.H);
     const int64_t b = place.b, t = place.t;
     const Sequence s = sequence_at(p, b);
-    if (t >= s.length) return;  // the whole block
+    if (t < 0 || t >= s.length) return;  // the whole block
     const int n = at_most_a_tile(s.length - t);
     const auto q = row<const E>(p.q, s.row, q_head(p, h), s.begin + t);
 

@@ -82,6 +82,7 @@ void decode(const Problem& p) {
 void run(const Problem& p) { p.op == LC_DECODE ? decode(p) : forward(p); }
 
 const char* refuses(const Problem& p) {
+  if (p.op == LC_BACKWARD) return forward_only(p);
   bool fits = true;
   const int most = limits(p.device.id).shared_block;
   if (p.op == LC_DECODE)
@@ -91,7 +92,7 @@ const char* refuses(const Problem& p) {
     });
   else
     with_type(p.type, [&](auto e) { fits = RecurrentForward<decltype(e)>::shared_bytes(p) <= most; });
-  return fits ? nullptr : "K is too large for a block of this GPU";
+  return fits ? nullptr : "K is too large for the shared memory of this device";
 }
 
 Cost cost(const Problem& p) {

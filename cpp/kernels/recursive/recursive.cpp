@@ -124,8 +124,6 @@ size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p))
 
 void run(const Problem& p) { run_tasks<Worker>(p, workers(p)); }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   const double leaves = double(tokens(p)) / C;
   return predict(p,
@@ -139,7 +137,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cpu = {
     {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
      "LeetDecoding, arXiv:2501.02573"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

@@ -170,8 +170,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? "decodes by recurrent only" : nullptr; }
-
 Cost cost(const Problem& p) {
   const double n = mean_length(p), count = double(segments(int64_t(n))), chunks = double(tokens(p)) / C;
   const double states = 4 * double(p.B) * count * double(p.Hs) * state_bytes(p);
@@ -186,7 +184,7 @@ Cost cost(const Problem& p) {
 
 extern const Method scan_cpu = {
     {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    refuses,
+    forward_only,
     cost,
     workspace,
     run};

@@ -96,7 +96,8 @@ def _bench(data: dict[str, Any], found: Measurements) -> None:
     found.raise_ceilings(best, rates["copy"] and rates["copy"]["median"])
 
 
-_NAME = re.compile(r"forward/([^/]+)/([^/]+)/B:(\d+)/H:(\d+)/N:(\d+)/K:(\d+)/V:(\d+)(?:/real_time)?")
+_SIZES = r"B:(\d+)/H:(\d+)/N:(\d+)/K:(\d+)/V:(\d+)"
+_NAME = re.compile(rf"(cuda/)?forward/([^/]+)/([^/]+)/{_SIZES}(?:/min_time:[^/]+)?(?:/real_time|/manual_time)?")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -113,7 +114,8 @@ def _google(data: dict[str, Any], found: Measurements) -> None:
         parts = _NAME.fullmatch(name)
         if not parts:
             continue
-        method, dtype, *sizes = parts.groups()
+        cuda, method, dtype, *sizes = parts.groups()
+        method += " (cuda)" if cuda else ""
         times = [row["real_time"] * _UNITS[row.get("time_unit", "ns")] for row in rows]
         flop, moved = (
             median(row[counter] * t for row, t in zip(rows, times, strict=True)) if counter in rows[0] else None

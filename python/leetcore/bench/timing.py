@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,18 @@ def clock(call: Call, reps: int = 1) -> float:
     return (time.perf_counter_ns() - start) * 1e-9 / reps
 
 
+@dataclass(frozen=True)
+class Timer:
+    """How samples are taken on a device: clock(call, reps) gives seconds per call; the others are as those above."""
+
+    clock: Callable[[Call, int], float]
+    sample_s: float
+    settle_s: float
+
+
+CPU = Timer(clock, SAMPLE_S, SETTLE_S)
+
+
 def clock_ceiling(call: Call) -> float:
     """Seconds of a call that shows what the machine can do: undisturbed; the better of two, as one wakes threads."""
     time.sleep(SETTLE_S)
@@ -60,6 +73,7 @@ def interleave(
     copy: Callable[[], float],
     tick: Call = lambda: None,
     late: Callable[[], bool] = lambda: False,
+    timer: Timer = CPU,
 ) -> None:
     """Samples every row that is ok once a round, round-robin, the ceiling measured just before and after each sample.
 
@@ -73,7 +87,7 @@ def interleave(
     def attempt(row: Sampled, reps: int = 1) -> float:
         assert row.call is not None
         try:
-            return clock(row.call, reps)
+            return timer.clock(row.call, reps)
         except Exception as error:
             row.status = f"failed: {type(error).__name__}: {error}".splitlines()[0]
             return math.inf
@@ -81,7 +95,7 @@ def interleave(
     for row in live:
         t = attempt(row)  # warm: the gate has run it once
         t = min(t, attempt(row)) if t < SLOW_S else t
-        reps[id(row)] = max(1, math.ceil(SAMPLE_S / t))
+        reps[id(row)] = max(1, math.ceil(timer.sample_s / t))
         quota[id(row)] = rounds if t < SLOW_S else max(3, int(rounds * SLOW_S / t))
     gc.collect()
     gc.disable()
@@ -94,7 +108,7 @@ def interleave(
                     continue
                 if row.seconds and late():
                     return
-                time.sleep(SETTLE_S)
+                time.sleep(timer.settle_s)
                 if reps[id(row)] > 1:
                     attempt(row)
                 seconds = attempt(row, reps[id(row)])

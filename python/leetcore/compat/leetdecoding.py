@@ -45,7 +45,8 @@ def causal_linear_decoder(
         k: [B, H, N, K].
         v: [B, H, N, V].
         is_mask_weight: whether there is a decay; gamma is given if and only if it is True.
-        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if not is_need_exp.
+        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if not is_need_exp. On a GPU
+            it is copied to the host, which waits for it; a number is not.
         is_need_exp: what gamma means; nothing without gamma.
         attn_method: a name of LeetDecoding (`METHODS`), or None for the method predicted to be the fastest here.
 
@@ -77,7 +78,7 @@ def _log_decay(q: Array, k: Array, v: Array, gamma: Array | float, is_need_exp: 
     """What gamma means, as an array [H] of q's library, or a number."""
     if isinstance(gamma, np.generic):
         gamma = gamma.item()
-    lib = library_of(("q", "k", "v", "gamma"), q, k, v, gamma)
+    lib, _ = library_of(("q", "k", "v", "gamma"), q, k, v, gamma).at(q, None)
     for name, array in zip("qkv", (q, k, v), strict=True):
         if len(array.shape) != 4:
             raise ValueError(f"{name}: expected shape [B, H, N, D], got {list(array.shape)}")

@@ -1,0 +1,63 @@
+"""flash-linear-attention's Triton kernels of the same operator (simple_gla), where it is installed and there is a GPU.
+
+Its layout is [B, N, H, D]: the inputs are laid out so outside the timing, and its output is taken as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from harness import Call, DecodeProblem, Factory, Problem
+from torch import Tensor
+
+NAME = "fla"
+KEEP = 2
+
+
+def simple_gla(function: str) -> Callable[..., Any] | None:
+    """A function of fla.ops.simple_gla."""
+    if not torch.cuda.is_available() or find_spec("fla") is None:
+        return None
+    from fla.ops import simple_gla
+
+    return getattr(simple_gla, function, None)
+
+
+def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
+    def make(fn: Callable[..., Any]) -> Call:
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (p.q, p.k, p.v))
+
+        @torch.inference_mode()
+        def call() -> Tensor:
+            return fn(q, k, v, g_gamma=p.log_decay, scale=1.0)[0].transpose(1, 2)
+
+        return call
+
+    functions = {"chunk": "chunk_simple_gla", "recurrent": "fused_recurrent_simple_gla"}
+    found = {label: fn for label, name in functions.items() if p.device == "cuda" and (fn := simple_gla(name))}
+    return {label: lambda fn=fn: make(fn) for label, fn in found.items()}
+
+
+def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
+    fn = simple_gla("fused_recurrent_simple_gla") if p.device == "cuda" else None
+    if fn is None:
+        return {}
+
+    def make() -> Call:
+        q, k, v = (x.unsqueeze(1) for x in (p.q, p.k, p.v))
+        state = p.initial_state.clone()
+
+        @torch.inference_mode()
+        def call() -> Tensor:
+            nonlocal state
+            o, state = fn(
+                q, k, v, g_gamma=p.log_decay, scale=1.0, initial_state=state, output_final_state=True
+            )  # a new state each time: it has no way to update one in place
+            return o.squeeze(1)
+
+        return call
+
+    return {"recurrent": make}

@@ -1,0 +1,178 @@
+"""The GPU benchmark without a GPU: its whole way on the CPU methods, a device that breaks, a clock, its report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_device
+import gpu_report
+import harness
+import ours
+import pytest
+import torch
+from harness import Row, Shape
+from leetcore.bench.timing import CPU
+
+PROGRAM = Path(__file__).with_name("gpu.py")
+
+
+def bench(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_everything_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    ran = bench("--device=cpu", "--tiny", "--rounds=1", "--sections=forward,growth", "--commit=abc", "-o", out)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(out.read_text())
+    assert results["commit"] == "abc" and len(results["facts"]["done"]) == 3
+    timed = {row["method"] for row in results["rows"] if row["section"] == "forward" and row["ms"]}
+    assert {ours.label(m) for m in ("auto", *ours.methods())} < timed and any(m.startswith("torch") for m in timed)
+    assert all(row["host_us"] for row in results["rows"] if row["section"] == "forward")
+    text = out.with_suffix(".md").read_text()
+    assert text == gpu_report.markdown(results)
+    assert "Forward, B,H,N,K,V = 1,2,200,16,24" in text and "Growth with N" in text and "Regret" in text
+    assert "| rows of leetcore that are wrong or failed | <= 0 | 0 | met |" in text
+
+
+def test_no_time_left_is_said_and_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    assert bench("--device=cpu", "--tiny", "--time-limit=-1", "--sections=growth", "-o", out).returncode == 0
+    assert len(json.loads(out.read_text())["facts"]["not reached"]) == 2
+    again = bench("--device=cpu", "--tiny", "--rounds=1", "--sections=growth", "--resume", "-o", out)
+    results = json.loads(out.read_text())
+    assert again.returncode == 0 and "not reached" not in results["facts"] and len(results["rows"]) > 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    ran = bench("-o", tmp_path / "x.json")
+    assert ran.returncode == 1 and ran.stderr == "Error: torch sees no CUDA device\n" and not list(tmp_path.iterdir())
+
+
+def test_the_clock_hides_the_host_behind_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events stand right around the call; the GPU reads for as long as the host takes to queue it, within bounds."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 3.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device = gpu_device.Gpu.__new__(gpu_device.Gpu)
+    device.read_s = 1e-3
+    monkeypatch.setattr(device, "read", lambda: done.append("read"))
+    for host, reads in ((0.2e-3, 2), (3.5e-3, 5), (1.0, gpu_device.MOST_READS)):
+        monkeypatch.setattr(device, "host", lambda call, host=host: [host])
+        done.clear()
+        assert device.clock(lambda: done.append("call"), 2) == pytest.approx(3e-3)
+        assert done == ["call"] + 2 * (["read"] * reads + ["event", "call", "event"])
+
+
+class Fragile(gpu_device.Cpu):
+    """A device whose context a method breaks."""
+
+    broken = False
+
+    def __init__(self) -> None:
+        self.copies, self.products = [1.0], [1.0]
+        self.timer = CPU
+
+    def copy(self) -> float:
+        return 1.0
+
+    matmul = copy
+
+    def lost(self) -> bool:
+        return self.broken
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuSession:
+    device = Fragile()
+    forward = ours.forward
+
+    def breaking(p: Any, method: str = "chunk", out: Any = None) -> Any:
+        def call() -> Any:
+            device.broken = True
+            raise RuntimeError("an illegal memory access was encountered")
+
+        return call if method == "scan" else forward(p, method, out)
+
+    monkeypatch.setattr(ours, "forward", breaking)
+    fields: dict[str, Any] = {"shapes": [], "decode_shapes": [], "dtypes": [], "argv": []}
+    return gpu.GpuSession(
+        **fields, rounds=1, quick=True, pattern="*", ceilings=device, timer=device.timer, device=device
+    )
+
+
+def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.GpuSession) -> None:
+    group = gpu.Group("forward", Shape.parse("1,1,70,8,8"), "float32", ("chunk", "scan"), rivals=False)
+    said: list[str] = []
+    with pytest.raises(gpu.Lost, match=r"^scan broke the device's context"):
+        gpu.run(session, [group], lambda: None, said.append)
+    assert [(row.method, row.status[:6]) for row in session.rows] == [("leetcore scan", "failed")]
+    assert "done" not in session.facts
+    session.device.broken = False  # a new process
+    gpu.run(session, [group], lambda: None, said.append)
+    assert [row.method for row in session.rows] == ["leetcore scan", "leetcore chunk"]
+    assert session.rows[1].seconds and session.facts["done"] == [str(group)]
+
+
+def row(method: str, us: float, shape: str = "8,32,2048,128,128", section: str = "forward", **fields: Any) -> Any:
+    made = Row(section, method, Shape.parse(shape), "bfloat16", work=1e6, **fields)
+    made.seconds, made.beside, made.copy = [1e-6 * us] * 3, [4.3e12] * 3, [4.3e12] * 3
+    return made.to_json()
+
+
+def verdicts(rows: list[Any], copy: float = 4.3e12) -> dict[str, tuple[str, str]]:
+    stats = harness.stats([copy])
+    lines = gpu_report.goals({"rows": rows, "copy": stats, "facts": {}})
+    return {line["goal"]: (line["measured"], line["verdict"]) for line in lines}
+
+
+def test_goals_scale_with_the_bandwidth_and_take_the_best_method() -> None:
+    rows = [row("leetcore chunk", 300), row("leetcore scan", 240), row("fla: chunk", 500, note="fla")]
+    name = "8,32,2048,128,128: best method (scan), time / goal"
+    assert verdicts(rows)[name] == ("1.6", "MISSED")
+    assert verdicts(rows, 2.15e12)[name] == ("0.8", "met")
+    assert verdicts(rows)["8,32,2048,128,128: fla's chunk_simple_gla / best method, time"] == ("2.08", "met")
+
+
+def test_goals_of_decode() -> None:
+    step = row("leetcore decode_step", 0.25, gpu_report.DECODE, "decode", host_us=[9.0])
+    found = verdicts([step])
+    assert found[f"decode {gpu_report.DECODE}: time / memory floor"] == ("1.07", "met")
+    assert found[f"decode {gpu_report.DECODE}: host time of a call"] == ("9 us", "met")
+
+
+@pytest.mark.parametrize("status", ["wrong", "not finite", "failed: CUDA error"])
+def test_what_is_wrong_is_counted(status: str) -> None:
+    wrong = Row("forward", "leetcore fft", Shape(1, 1, 1, 1, 1), "bfloat16", status=status, wrong_ms=1.0).to_json()
+    theirs = wrong | {"method": "fla: chunk"}
+    assert gpu_report.bad({"rows": [wrong, theirs]}) == [wrong]
+    assert verdicts([wrong, theirs])["rows of leetcore that are wrong or failed"] == ("1", "MISSED")
+
+
+def test_regret_is_of_auto_over_the_best() -> None:
+    rows = [row("leetcore auto", 30, note="chunk"), row("leetcore chunk", 31), row("leetcore scan", 20)]
+    [(regret, auto, best)] = gpu_report.regrets({"rows": rows})
+    assert regret == pytest.approx(0.5) and auto["note"] == "chunk" and best["method"] == "leetcore scan"
+
+
+def test_every_goal_is_measured() -> None:
+    """A shape with a goal that no group measures would stay "not measured" for ever."""
+    measured = {(g.section, str(g.shape)) for g in gpu.groups(tiny=False) if g.dtype == "bfloat16" and not g.methods}
+    assert {("forward", shape) for shape in gpu_report.GOAL_US} | {("decode", gpu_report.DECODE)} <= measured

@@ -1,0 +1,114 @@
+"""What use from PyTorch costs and gains: the operators' overhead a call, and MiniMax of transformers patched and not.
+
+python bench/torch_use.py [--quick]
+
+Overheads are medians over depths of the Python stack: at some, CPython 3.11 maps a new piece of it in each call.
+The two models take turns, and each figure is the least of its times: interference only adds.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import leetcore
+import torch
+from leetcore.torch import decode_step, linear_attention
+from rich.console import Console
+from rich.table import Table
+
+DEPTHS, CALLS = 40, 100
+
+
+def overhead(call: Callable[[], Any]) -> float:
+    """Microseconds a call."""
+
+    def at(depth: int) -> float:
+        if depth:
+            return at(depth - 1)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times.append((time.perf_counter() - start) / CALLS * 1e6)
+        return min(times)
+
+    return statistics.median(at(2 * depth) for depth in range(DEPTHS))
+
+
+def operators() -> Table:
+    q, k, v = torch.randn(3, 1, 1, 1, 16)
+    token = [x[:, :, 0] for x in (q, k, v)]
+    log_decay, state, leaf = torch.full((1,), -0.5), torch.zeros(1, 1, 16, 16), q.clone().requires_grad_()
+    table = Table(title="one call of a single token, us")
+    for heading in ("", "leetcore", "leetcore.torch", "more"):
+        table.add_column(heading, justify="right" if heading else "left")
+    with torch.no_grad():
+        raw = overhead(lambda: leetcore.linear_attention(q, k, v, log_decay))
+        rows = [("linear_attention", raw, overhead(lambda: linear_attention(q, k, v, log_decay)))]
+        plain = overhead(lambda: leetcore.decode_step(*token, state, log_decay))
+        rows.append(("decode_step", plain, overhead(lambda: decode_step(*token, state, log_decay))))
+    rows.append(("linear_attention, with a graph", raw, overhead(lambda: linear_attention(leaf, k, v, log_decay))))
+    for name, one, other in rows:
+        table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{other - one:.1f}")
+    return table
+
+
+def minimax(quick: bool) -> Table:
+    from leetcore.torch.integrations.transformers import patch
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    torch.manual_seed(0)
+    config = MiniMaxConfig(
+        vocab_size=256,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"] + 3 * ["linear_attention"],
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    original = MiniMaxForCausalLM(config).eval()
+    patched = copy.deepcopy(original)
+    patch(patched)
+    N, made = (512, 16) if quick else (2048, 128)
+    ids = torch.randint(3, 256, (1, N))
+    hidden = torch.randn(1, N, 512)
+
+    def generate(model: Any) -> Any:
+        return model.generate(ids[:, :64], max_new_tokens=made, do_sample=False)
+
+    table = Table(title="MiniMax, 4 layers of 8 heads of 64, three of them linear, float32; ms")
+    for heading in ("", "transformers", "patched", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, call in (
+        (f"a linear layer, {N} tokens", lambda model: model.model.layers[1].self_attn(hidden, None, None)),
+        (f"the model, prefill of {N} tokens", lambda model: model(ids)),
+        (f"the model, {made} tokens generated", generate),
+    ):
+        times: dict[str, list[float]] = {"transformers": [], "patched": []}
+        with torch.no_grad():
+            for _ in range(2 if quick else 5):
+                for who, model in (("transformers", original), ("patched", patched)):
+                    start = time.perf_counter()
+                    call(model)
+                    times[who].append(time.perf_counter() - start)
+        one, other = min(times["transformers"]), min(times["patched"])
+        table.add_row(name, f"{one * 1e3:.1f}", f"{other * 1e3:.1f}", f"{other / one:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    console = Console()
+    console.print(operators())
+    console.print(minimax("--quick" in sys.argv[1:]))

@@ -1,0 +1,26 @@
+// chunks.h - segments of tokens, chunk by chunk, on the matrix unit: what chunk, scan and block launch.
+#pragma once
+#include "../problem.h"
+
+namespace lc::cuda {
+
+// Which tokens, from which states. States are [slot, Hs, K, V], dense, float32.
+struct Walk {
+  int64_t length;           // of a segment, a multiple of 64: see segments.cuh
+  int64_t segment = -1;     // this one of every sequence, whose states have the sequence's number as slot; -1: all
+  bool alone = false;       // segments but the last of a sequence, from zero: their states and decays, no outputs
+  bool warm_up = false;     // heads that forget a segment within one start from zero some tokens before it instead
+  float* before = nullptr;  // states before segments; nullptr: none, but the initial state before a first one
+  float* after = nullptr;   // states after segments that are not the last
+  double* log2 = nullptr;   // alone: of the decay over each segment, [slot, Hs]
+};
+
+const char* walk_refuses(const Problem& p);
+void walk(const Problem& p, const Walk& w);
+
+// For cost().
+int64_t walk_blocks(const Problem& p, const Walk& w);
+double chunk_flop(const Problem& p);     // of outputs and states of all tokens and heads
+double chunk_step_us(const Problem& p);  // of one chunk in one block; estimated
+
+}  // namespace lc::cuda

@@ -1,0 +1,59 @@
+// block.cu - GPU: block after block of 256 tokens, a launch for each; all heads at once, states in memory in between.
+//
+//   for each block, chunk by chunk:  O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j
+//                                    S = total S + (diag(out) K)^T V       weights in, mask, out, total: cuda/decay.cuh
+//
+//   the kernel is cuda/chunks.cuh; two sets of states [B, Hs, K, V] in the workspace, read and written in turn: the q
+//   heads of a state are different blocks. Packed sequences: as many launches as the longest one may need
+//   B H N ((C+1)(K+V) + 4KV) flop, as chunk; every state to memory and back in every block
+//   block-based method of LeetDecoding, arXiv:2501.02573; TransNormerLLM's inference, arXiv:2307.14995
+#include <utility>
+
+#include "../../cuda/chunks.h"
+#include "../../cuda/cost.h"
+
+namespace lc {
+namespace {
+
+using namespace cuda;
+
+constexpr int64_t kTokens = 256;
+
+int64_t blocks(const Problem& p) { return std::max<int64_t>(1, (p.N + kTokens - 1) / kTokens); }
+
+int64_t numbers(const Problem& p) { return p.B * p.Hs * p.K * p.V; }
+
+void run(const Problem& p) {
+  Walk w;
+  w.length = kTokens;
+  float* before = static_cast<float*>(p.workspace);
+  float* after = before + numbers(p);
+  for (w.segment = 0; w.segment < blocks(p); ++w.segment) {
+    w.before = w.segment ? before : nullptr, w.after = after;
+    walk(p, w);
+    std::swap(before, after);
+  }
+}
+
+const char* refuses(const Problem& p) { return walk_refuses(p); }
+
+Cost cost(const Problem& p) {
+  Walk w;
+  w.length = kTokens, w.segment = 0;
+  const double count = double(blocks(p)), chunks = mean_length(p) / 64;
+  return predict(p, {chunk_flop(p), 2 * (count - 1) * double(p.B * p.Hs) * state_bytes(p), /*depth=*/chunks,
+                     /*launches=*/count, double(walk_blocks(p, w)), /*steps=*/chunks, chunk_step_us(p)});
+}
+
+size_t workspace(const Problem& p) { return blocks(p) > 1 ? size_t(2 * numbers(p)) * sizeof(float) : 0; }
+
+}  // namespace
+
+extern const Method block_cuda = {
+    {"block", "cuda", "blocks of 256 tokens, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
+    refuses,
+    cost,
+    workspace,
+    run};
+
+}  // namespace lc

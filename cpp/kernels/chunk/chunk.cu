@@ -1,0 +1,43 @@
+// chunk.cu - GPU: every head at once, chunk by chunk of C = 64 tokens, the state in registers from first to last.
+//
+//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
+//   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cuda/decay.cuh
+//
+//   the kernel is cuda/chunks.cuh; one launch: a block for each (sequence, head, slice of up to 64 or 128 columns of V)
+//   B H N ((C+1)(K+V) + 4KV) flop; no workspace; bytes: operands once, q and k once a slice
+//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
+#include "../../cuda/chunks.h"
+#include "../../cuda/cost.h"
+
+namespace lc {
+namespace {
+
+using namespace cuda;
+
+// Every sequence is one segment.
+Walk whole(const Problem& p) { return {(p.N / 64 + 1) * 64}; }
+
+void run(const Problem& p) { walk(p, whole(p)); }
+
+const char* refuses(const Problem& p) { return walk_refuses(p); }
+
+Cost cost(const Problem& p) {
+  const double chunks = mean_length(p) / 64;
+  return predict(p, {chunk_flop(p), /*extra_bytes=*/0, /*depth=*/chunks, /*launches=*/1,
+                     double(walk_blocks(p, whole(p))), /*steps=*/chunks, chunk_step_us(p)});
+}
+
+size_t workspace(const Problem&) { return 0; }
+
+}  // namespace
+
+extern const Method chunk_cuda = {
+    {"chunk", "cuda", "chunks of 64 tokens: matrix products inside, one state in registers between",
+     "Lightning Attention-2, arXiv:2401.04658"},
+    refuses,
+    cost,
+    workspace,
+    run,
+    "lightning"};
+
+}  // namespace lc

@@ -1,0 +1,77 @@
+// fleet.cu - GPU: launches fleet.cuh, whose head says what it computes.
+//
+//   grid: (sequence, state, part of its q heads, 32 or 64 columns), one block each; B N H 5 K V flop
+//   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
+#include "fleet.cuh"
+
+#include "../../cuda/cost.h"
+#include "../../cuda/launch.h"
+
+namespace lc {
+namespace {
+
+using namespace cuda;
+
+constexpr int64_t kMostKeyDim = 256;
+constexpr int kTileTokens = 16;
+
+int64_t blocks(const Problem& p, int columns) { return p.B * p.H * ((p.V + columns - 1) / columns); }
+
+// Columns of a lane: with two of them a number of q and k that was read is used twice, with one there are more blocks.
+int lane_columns(const Problem& p) {
+  return p.type != Type::f64 && blocks(p, 64) >= limits(p.device.id).processors ? 2 : 1;
+}
+
+template <class E, int C>
+void run(const Problem& p) {
+  using Kernel = FleetForward<E, C>;
+  int tile = kTileTokens;
+  while (Kernel::shared_bytes(p, tile) > limits(p.device.id).shared_block) tile /= 2;
+  const auto launch_heads = [&](int first, int last) {
+    const int64_t grid = blocks(p, Kernel::kColumns) / group(p) * (last - first);
+    start<Kernel>(p, dim3(unsigned(grid)), 32 * Kernel::warps(p), Kernel::shared_bytes(p, tile),
+                  {p, first, last - first, tile});
+  };
+  // In place: the head that writes the state comes when all others have read it.
+  const int G = int(group(p)), alone = heads_per_block(p) > 1;
+  if (alone) launch_heads(1, G);
+  launch_heads(0, alone ? 1 : G);
+}
+
+void run(const Problem& p) {
+  with_type(p.type, [&](auto e) {
+    using E = decltype(e);
+    if constexpr (!std::is_same_v<E, double>)
+      if (lane_columns(p) == 2) return run<E, 2>(p);
+    run<E, 1>(p);
+  });
+}
+
+const char* refuses(const Problem& p) {
+  if (const char* why = forward_only(p)) return why;
+  if (p.K > kMostKeyDim) return "K is over 256";
+  return nullptr;
+}
+
+Cost cost(const Problem& p) {
+  const int C = lane_columns(p);
+  const double n = double(blocks(p, 32 * C)), flop = 5. * double(tokens(p)) * double(p.H) * double(p.K * p.V);
+  // Estimated: the FMAs of 16 ranks a warp on one processor, which every block has for itself while it is full.
+  const double token_us = std::max(0.05, 0.01 * C * double(p.K) / 16);
+  return predict(
+      p, {flop, /*extra_bytes=*/0, /*depth=*/mean_length(p), /*launches=*/1, n, /*steps=*/mean_length(p), token_us},
+      /*resident=*/1);
+}
+
+size_t workspace(const Problem&) { return 0; }
+
+}  // namespace
+
+extern const Method fleet_cuda = {{"fleet", "cuda", "rank by rank: decayed cumulative sums, a warp for 16 ranks",
+                                   "Wang et al. 2025 (LeetDecoding), arXiv:2501.02573"},
+                                  refuses,
+                                  cost,
+                                  workspace,
+                                  run};
+
+}  // namespace lc

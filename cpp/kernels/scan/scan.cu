@@ -1,0 +1,87 @@
+// scan.cu - GPU: segments of a sequence in parallel, for few heads and long N. Three launches:
+//
+//   1. every segment i but the last, from zero:  S_i+1 <- total S_i+1 + (diag(out) K)^T V       cuda/chunks.cuh
+//   2. a scan over them:                         S_i+1 <- 2^(sum L over segment i) S_i + S_i+1  scan.cuh
+//   3. every segment, from the state before it:  O = scale (diag(in) Q S + A V), and S as in 1  cuda/chunks.cuh
+//
+//   Heads whose constant decay leaves less than 2^-30 of a state within a segment skip 1 and 2: in 3 they start from
+//   zero that many tokens before the segment. B N H ((C+1)(K+V) + 6KV) flop; workspace: K V numbers a segment
+//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+#include "scan.cuh"
+
+#include "../../cuda/chunks.h"
+#include "../../cuda/cost.h"
+#include "../../cuda/launch.h"
+
+namespace lc {
+namespace {
+
+using namespace cuda;
+
+constexpr int64_t kLeastChunks = 4;
+
+// As many segments as fill the device about twice; of the problem and the device alone.
+Segments segments(const Problem& p) {
+  const int64_t chunks = (p.N + kChunk - 1) / kChunk, batch = p.cu_bits ? 1 : p.B;
+  const int64_t slices = (p.V + 63) / 64, blocks = std::max<int64_t>(1, batch * p.H * slices);
+  const int64_t wanted = std::max<int64_t>(1, 2 * limits(p.device.id).processors / blocks);
+  return {std::max(kLeastChunks, (chunks + wanted - 1) / wanted) * kChunk};
+}
+
+struct Workspace {
+  float* states;
+  double* log2;
+  size_t bytes;
+  explicit Workspace(const Problem& p) {
+    const Segments cut = segments(p);
+    const size_t pairs = cut.length < p.N ? size_t(cut.slots(p) * p.Hs) : 0;
+    log2 = static_cast<double*>(p.workspace), states = reinterpret_cast<float*>(log2 + pairs);
+    bytes = pairs * (sizeof(double) + size_t(p.K * p.V) * sizeof(float));
+  }
+};
+
+void run(const Problem& p) {
+  const Segments cut = segments(p);
+  Walk w;
+  w.length = cut.length;
+  if (cut.length >= p.N) return walk(p, w);
+  const Workspace space(p);
+  w.warm_up = true;
+  Walk alone = w;
+  alone.alone = true, alone.after = space.states, alone.log2 = space.log2;
+  walk(p, alone);
+  const int64_t pieces = (p.K * p.V + ScanStates::kMaxThreads - 1) / ScanStates::kMaxThreads;
+  start<ScanStates>(p, dim3(unsigned(p.B * p.Hs * pieces)), ScanStates::kMaxThreads, 0,
+                    {p, cut, space.states, space.log2});
+  w.before = space.states;
+  walk(p, w);
+}
+
+const char* refuses(const Problem& p) { return walk_refuses(p); }
+
+Cost cost(const Problem& p) {
+  const Segments cut = segments(p);
+  Walk w;
+  w.length = cut.length;
+  const bool one = cut.length >= p.N;
+  const double chunks = double(std::min(cut.length, p.N)) / kChunk, n = double(tokens(p));
+  const double again = one ? 0 : n * type_bytes(p.type) * double(p.Hk * p.K + p.Hv * p.V);
+  const double states = one ? 0 : 4 * double(cut.slots(p) * p.Hs) * state_bytes(p);
+  const double flop = chunk_flop(p) + (one ? 0 : 2 * n * double(p.Hs) * double(p.K * p.V));
+  return predict(
+      p, {flop, states + again, /*depth=*/2 * chunks + mean_length(p) / double(cut.length),
+          /*launches=*/one ? 1. : 3., double(walk_blocks(p, w)), /*steps=*/(one ? 1 : 1.6) * chunks, chunk_step_us(p)});
+}
+
+size_t workspace(const Problem& p) { return Workspace(p).bytes; }
+
+}  // namespace
+
+extern const Method scan_cuda = {
+    {"scan", "cuda", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
+    refuses,
+    cost,
+    workspace,
+    run};
+
+}  // namespace lc

@@ -1,0 +1,468 @@
+// tile.cuh - the tile verbs of the GPU, on the primitives of simt.h: lanes, swizzles and fragment layouts, here and
+// nowhere else.
+//
+// A Shared tile lies in shared memory. A Strip is some rows of a matrix that one warp holds as float32 sums. The left
+// side of a product comes in pieces of 16 x 16: rows of a Shared tile (operand), its columns (operand_t), or a Strip.
+// The matrix unit reads bf16, f16, tf32 (10 bits of mantissa), or float: three tf32 products that make a float32 one.
+//
+// Layouts: PTX ISA, "Matrix fragments for mma". Lane (g, t) = (lane / 4, lane % 4) holds the pair of columns 2t, 2t + 1
+// of row g in sums and in 16-bit operands alike. For tf32 the two numbers of a pair sit at k = t and t + 4 of an
+// m16n8k8: any order of k will do that both sides share. So sums become operands, and 16-bit fragments become tf32
+// ones, in registers of the same lane.
+#pragma once
+#include "simt.h"
+
+namespace simt {
+
+// Of operands only: in memory they are floats. The unit ignores the low 13 bits of a number: cuts it.
+struct tf32 {};
+// Cut, this is x to nearest: up to a quarter of the last place, on average. A multiplication, where cvt.rna takes four
+// instructions; exact numbers stay exact, and what is not finite stays so.
+SIMT_DEV float near_tf32(float x) { return x * (1 + 0.7f / 2048); }
+// x without the bits that the unit ignores.
+SIMT_DEV float cut_tf32(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  u &= ~0x1fffu;
+  std::memcpy(&x, &u, sizeof u);
+  return x;
+}
+template <class X>
+inline constexpr bool is_16_bit = sizeof(X) == 2;
+
+// Where a lane stands in a fragment, found anew by every verb: there are too many such numbers to keep them.
+struct Lane {
+  int l = fresh(lane());
+  SIMT_DEV int row() const { return l >> 2; }        // g
+  SIMT_DEV int pair() const { return 2 * (l & 3); }  // 2t
+  // The row and the column that this lane names for an ldmatrix of 16 x 16: of the matrices 0 1 / 2 3 one below the
+  // other first, or side by side first.
+  SIMT_DEV int down_row() const { return l & 15; }
+  SIMT_DEV int down_column() const { return (l >> 4) * 8; }
+  SIMT_DEV int across_row() const { return (l & 7) + (l >> 4) * 8; }
+  SIMT_DEV int across_column() const { return (l >> 3 & 1) * 8; }
+};
+
+// ---- tiles in shared memory -----------------------------------------------------------------------------------------
+
+// [R, C]: each row in units of 16 bytes, permuted so that what a warp reads or writes at once is in different banks.
+template <class E, int R, int C>
+struct Shared {
+  static constexpr int kUnit = 16 / int(sizeof(E)), kSize = R * C;
+  static_assert(C % (8 * kUnit) == 0, "8 units of 16 bytes are permuted");
+  sptr<E> s;
+
+  // Element (i0 + i, j0 + j): i0 a multiple of 8; j0 of 16 and j < 16, or j0 of a unit and j = 0.
+  static SIMT_DEV int at(int i0, int j0, int i, int j) {
+    const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
+    return (i0 + i) * C + unit * kUnit + j % kUnit;
+  }
+  // Rows from i on, a multiple of 8.
+  template <int R2>
+  SIMT_DEV Shared<E, R2, C> rows(int i) const {
+    return {s.sub(i * C, R2 * C)};
+  }
+
+ private:
+  // 16 bits: for ldmatrix, 8 rows of one unit. 32 bits: for pairs in rows 0 to 3 or 4 to 7, and for numbers in rows
+  // 0, 2, 4, 6 or 1, 3, 5, 7, in two units each.
+  static SIMT_DEV int turn(int i) { return is_16_bit<E> ? i & 7 : (i & 6) ^ (i & 1) << 2; }
+};
+
+// Copies n rows of `columns` numbers, `stride` apart, to the tile, zeros behind them up to column `wide`, a multiple of
+// 16: by cp.async where all are `aligned` to 16 bytes; cp_commit and cp_wait are the caller's.
+template <class E, int R, int C>
+SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t stride, int n, int columns, bool aligned,
+                         int wide = C) {
+  using Tile = Shared<E, R, C>;
+  constexpr int kUnits = C / Tile::kUnit, kAcross = kUnits < 32 ? kUnits : 32;
+  const int thread = fresh(tid()), first = thread / kAcross, step = nthreads() / kAcross;
+  SIMT_UNROLL
+  for (int u = 0; u < kUnits; u += kAcross) {
+    const int column = (u + thread % kAcross) * Tile::kUnit;
+    const int rest = columns - column, some = rest < 0 ? 0 : rest < Tile::kUnit ? rest : Tile::kUnit;
+    if (column >= wide) continue;
+    if (aligned) {
+      for (int i = first; i < R; i += step)
+        cp_async16(t.s, Tile::at(0, column, i, 0), from, i < n ? i * stride + (some ? column : 0) : 0,
+                   i < n ? some * int(sizeof(E)) : 0);
+    } else {
+      SIMT_LOOP
+      for (int i = first; i < R; i += step) {
+        const int to = Tile::at(0, column, i, 0);
+        SIMT_UNROLL
+        for (int j = 0; j < Tile::kUnit; ++j)
+          t.s.st(to + j, i < n && j < some ? from.ld(i * stride + column + j) : E{});
+      }
+    }
+  }
+}
+
+// ---- sums -----------------------------------------------------------------------------------------------------------
+
+// [R, C]
+template <int R, int C>
+struct Strip {
+  float x[R / 16][C / 8][4];
+};
+
+template <int R, int C>
+SIMT_DEV void zero(Strip<R, C>& a) {
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
+  for (int e = 0; e < 4; ++e) a.x[m][n][e] = 0;
+}
+
+// a_ij = f(i, j, a_ij)
+template <int R, int C, class F>
+SIMT_DEV void map(Strip<R, C>& a, F&& f) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
+  for (int e = 0; e < 4; ++e)
+    a.x[m][n][e] = f(16 * m + lane.row() + (e >> 1) * 8, 8 * n + lane.pair() + (e & 1), a.x[m][n][e]);
+}
+
+// f(i, j, a_ij)
+template <int R, int C, class F>
+SIMT_DEV void each(const Strip<R, C>& a, F&& f) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
+  for (int e = 0; e < 4; ++e) f(16 * m + lane.row() + (e >> 1) * 8, 8 * n + lane.pair() + (e & 1), a.x[m][n][e]);
+}
+// a_i(j0 + j) = f(a_i(j0 + j), b_ij)
+template <int R, int C, int L, class F>
+SIMT_DEV void merge(Strip<R, L>& a, int j0, const Strip<R, C>& b, F&& f) {
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
+  for (int e = 0; e < 4; ++e) a.x[m][j0 / 8 + n][e] = f(a.x[m][j0 / 8 + n][e], b.x[m][n][e]);
+}
+
+// t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32; i0 a multiple of 8, j0 of 16.
+template <class X, class E, int R, int C, int R2, int C2>
+SIMT_DEV void store(const Shared<E, R2, C2>& t, int i0, int j0, const Strip<R, C>& a) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) SIMT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float x = a.x[m][n][2 * r], y = a.x[m][n][2 * r + 1];
+    const int to = t.at(i0 + 16 * m + 8 * r, j0 + n / 2 * 16, lane.row(), n % 2 * 8 + lane.pair());
+    if constexpr (is_16_bit<E>)
+      t.s.stv(to, pack2<E>(x, y));
+    else
+      t.s.stv(to, std::is_same_v<X, tf32> ? float2{near_tf32(x), near_tf32(y)} : float2{x, y});
+  }
+}
+// t_(i)(j0 + j) = a_ji as E: the transposed strip.
+template <class E, int R, int C, int C2>
+SIMT_DEV void store_t(const Shared<E, C, C2>& t, int j0, const Strip<R, C>& a) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) {
+    const float (&c)[4] = a.x[m][n];
+    SIMT_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (is_16_bit<E>) {
+        const uint32_t x = movmatrix_trans(pack2<E>(c[2 * r], c[2 * r + 1]));
+        t.s.stv(t.at(8 * n, j0 + 16 * m, lane.row(), 8 * r + lane.pair()), x);
+      } else {
+        SIMT_UNROLL
+        for (int e = 0; e < 2; ++e) t.s.st(t.at(8 * n, j0 + 16 * m, lane.pair() + e, 8 * r + lane.row()), c[2 * r + e]);
+      }
+    }
+  }
+}
+// One warp writes columns [j0, j0 + kWide) of n rows, those below `columns` of them, to rows that are `stride` apart.
+template <int kWide, class E, int R, int C>
+SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, int j0, int n, int columns,
+                         bool aligned) {
+  constexpr int kUnit = Shared<E, R, C>::kUnit, kAcross = kWide / kUnit;
+  const int own = fresh(lane()), j = own % kAcross * kUnit, some = columns - j < kUnit ? columns - j : kUnit;
+  if (aligned && some == kUnit) {
+    for (int i = own / kAcross; i < n; i += 32 / kAcross)
+      to.stv(i * stride + j, t.s.template ldv<uint4>(t.at(0, j0 + j, i, 0)));
+  } else {
+    SIMT_LOOP
+    for (int i = own / kAcross; i < n; i += 32 / kAcross)
+      for (int e = 0; e < some; ++e) to.st(i * stride + j + e, t.s.ld(t.at(0, j0 + j, i, 0) + e));
+  }
+}
+
+// ---- operands -------------------------------------------------------------------------------------------------------
+
+// 16 x 16 on the left side of a product: for m16n8k16, or twice m16n8k8.
+template <class X>
+struct Left {
+  uint32_t x[4];
+};
+template <>
+struct Left<float> {
+  float x[2][4];
+};
+template <>
+struct Left<tf32> {
+  float x[2][4];
+};
+
+// 16 (k) x 16 (n) on the right side, as stored: [2 * (n / 8) + k / 8], each a pair along k.
+template <class E>
+struct Right {
+  uint32_t x[4];
+};
+template <>
+struct Right<float> {
+  float2 x[4];
+};
+
+// A 16-bit or float fragment of storage type E as an operand of kind X.
+template <class X, class E>
+SIMT_DEV Left<X> left(const Left<E>& a) {
+  if constexpr (std::is_same_v<X, E>) {
+    return a;
+  } else {
+    Left<X> b;
+    SIMT_UNROLL
+    for (int s = 0; s < 2; ++s) SIMT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (is_16_bit<E>) {
+        const float2 pair = unpack2<E>(a.x[2 * s + i]);
+        b.x[s][i] = pair.x, b.x[s][i + 2] = pair.y;
+      } else {
+        b.x[s][i] = near_tf32(a.x[s][i]), b.x[s][i + 2] = near_tf32(a.x[s][i + 2]);
+      }
+    }
+    return b;
+  }
+}
+
+// The two k8 halves of n8 tile i as pairs of floats.
+template <class E>
+SIMT_DEV float2 pair(const Right<E>& b, int i) {
+  if constexpr (is_16_bit<E>)
+    return unpack2<E>(b.x[i]);
+  else
+    return b.x[i];
+}
+
+// (c0 c1) += a b, 16 x 16 each.
+template <class X, class E>
+SIMT_DEV void product(float (&c0)[4], float (&c1)[4], const Left<X>& a, const Right<E>& b) {
+  if constexpr (is_16_bit<X>) {
+    static_assert(std::is_same_v<X, E>);
+    Mma<X>::m16n8k16(c0, a.x, b.x[0], b.x[1]);
+    Mma<X>::m16n8k16(c1, a.x, b.x[2], b.x[3]);
+  } else {
+    SIMT_UNROLL
+    for (int s = 0; s < 2; ++s) {
+      const float2 b0 = pair(b, s), b1 = pair(b, 2 + s);
+      if constexpr (std::is_same_v<X, tf32>) {
+        const bool exact = is_16_bit<E>;
+        Mma<float>::m16n8k8(c0, a.x[s], exact ? b0.x : near_tf32(b0.x), exact ? b0.y : near_tf32(b0.y));
+        Mma<float>::m16n8k8(c1, a.x[s], exact ? b1.x : near_tf32(b1.x), exact ? b1.y : near_tf32(b1.y));
+      } else {  // big big + big small + small big, the small ones first; the unit cuts a number to its big part
+        float small[4];
+        SIMT_UNROLL
+        for (int e = 0; e < 4; ++e) small[e] = a.x[s][e] - cut_tf32(a.x[s][e]);
+        Mma<float>::m16n8k8(c0, small, b0.x, b0.y);
+        Mma<float>::m16n8k8(c1, small, b1.x, b1.y);
+        Mma<float>::m16n8k8(c0, a.x[s], b0.x - cut_tf32(b0.x), b0.y - cut_tf32(b0.y));
+        Mma<float>::m16n8k8(c1, a.x[s], b1.x - cut_tf32(b1.x), b1.y - cut_tf32(b1.y));
+        Mma<float>::m16n8k8(c0, a.x[s], b0.x, b0.y);
+        Mma<float>::m16n8k8(c1, a.x[s], b1.x, b1.y);
+      }
+    }
+  }
+}
+
+// What mma takes on its left side: piece(m, l) is its 16 x 16 numbers at (16 m, 16 l).
+
+// Rows from i on of a tile, a multiple of 8.
+template <class X, class E, int R, int C>
+struct Rows {
+  using Kind = X;
+  Shared<E, R, C> t;
+  int i;
+  Lane lane;
+  SIMT_DEV Left<X> piece(int m, int l) const {
+    Left<E> a;
+    if constexpr (is_16_bit<E>) {
+      ldmatrix_x4(a.x, t.s, t.at(i + 16 * m, 16 * l, lane.down_row(), lane.down_column()));
+    } else {
+      SIMT_UNROLL
+      for (int r = 0; r < 2; ++r) SIMT_UNROLL
+      for (int s = 0; s < 2; ++s) {
+        const auto x = t.s.template ldv<float2>(t.at(i + 16 * m + 8 * r, 16 * l, lane.row(), 8 * s + lane.pair()));
+        a.x[s][r] = x.x, a.x[s][r + 2] = x.y;
+      }
+    }
+    return left<X>(a);
+  }
+};
+template <class X, class E, int R, int C>
+SIMT_DEV Rows<X, E, R, C> operand(const Shared<E, R, C>& t, int i) {
+  return {t, i, {}};
+}
+
+// Columns from j on of a tile, a multiple of 16, as rows: the transposed tile.
+template <class X, class E, int R, int C>
+struct Columns {
+  using Kind = X;
+  Shared<E, R, C> t;
+  int j;
+  Lane lane;
+  SIMT_DEV Left<X> piece(int m, int l) const {
+    Left<E> a;
+    if constexpr (is_16_bit<E>) {
+      ldmatrix_x4_trans(a.x, t.s, t.at(16 * l, j + 16 * m, lane.across_row(), lane.across_column()));
+    } else {
+      SIMT_UNROLL
+      for (int s = 0; s < 2; ++s) SIMT_UNROLL
+      for (int e = 0; e < 4; ++e)
+        a.x[s][e] = t.s.ld(t.at(16 * l + 8 * s, j + 16 * m, lane.pair() + (e >> 1), lane.row() + (e & 1) * 8));
+    }
+    return left<X>(a);
+  }
+};
+template <class X, class E, int R, int C>
+SIMT_DEV Columns<X, E, R, C> operand_t(const Shared<E, R, C>& t, int j) {
+  return {t, j, {}};
+}
+
+// A strip, rounded to X piece by piece.
+template <class X, int R, int C>
+struct Rounded {
+  using Kind = X;
+  const Strip<R, C>& a;
+  SIMT_DEV Left<X> piece(int m, int l) const {
+    Left<X> b;
+    SIMT_UNROLL
+    for (int s = 0; s < 2; ++s) {
+      const float (&c)[4] = a.x[m][2 * l + s];
+      if constexpr (is_16_bit<X>) {
+        b.x[2 * s] = pack2<X>(c[0], c[1]), b.x[2 * s + 1] = pack2<X>(c[2], c[3]);
+      } else if constexpr (std::is_same_v<X, tf32>) {
+        b.x[s][0] = near_tf32(c[0]), b.x[s][1] = near_tf32(c[2]);
+        b.x[s][2] = near_tf32(c[1]), b.x[s][3] = near_tf32(c[3]);
+      } else {
+        b.x[s][0] = c[0], b.x[s][1] = c[2], b.x[s][2] = c[1], b.x[s][3] = c[3];
+      }
+    }
+    return b;
+  }
+};
+template <class X, int R, int C>
+SIMT_DEV Rounded<X, R, C> operand(const Strip<R, C>& a) {
+  return {a};
+}
+
+// An operand [R, L] in registers.
+template <class X, int R, int L>
+struct Held {
+  using Kind = X;
+  Left<X> x[R / 16][L / 16];
+  SIMT_DEV const Left<X>& piece(int m, int l) const { return x[m][l]; }
+};
+// a diag(w), w in shared memory.
+template <class X, int R, int L, class A>
+SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
+  const Lane lane;
+  using E = typename A::Kind;
+  Held<X, R, L> to;
+  SIMT_UNROLL
+  for (int l = 0; l < L / 16; ++l) SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) {
+    Left<E> piece = a.piece(m, l);
+    SIMT_UNROLL
+    for (int s = 0; s < 2; ++s) {
+      const auto f = w.template ldv<float2>(16 * l + 8 * s + lane.pair());
+      SIMT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (is_16_bit<E>) {
+          const float2 x = unpack2<E>(piece.x[2 * s + i]);
+          piece.x[2 * s + i] = pack2<E>(x.x * f.x, x.y * f.y);
+        } else {
+          piece.x[s][i] *= f.x, piece.x[s][i + 2] *= f.y;
+        }
+      }
+    }
+    to.x[m][l] = left<X>(piece);
+  }
+  return to;
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+namespace tile {
+
+template <class E, int R, int C>
+SIMT_DEV Right<E> right_nt(const Shared<E, R, C>& b, int n, int l, const Lane& lane) {
+  Right<E> r;
+  if constexpr (is_16_bit<E>) {
+    ldmatrix_x4(r.x, b.s, b.at(16 * n, 16 * l, lane.across_row(), lane.across_column()));
+  } else {
+    SIMT_UNROLL
+    for (int i = 0; i < 4; ++i)
+      r.x[i] = b.s.template ldv<float2>(b.at(16 * n + (i >> 1) * 8, 16 * l, lane.row(), (i & 1) * 8 + lane.pair()));
+  }
+  return r;
+}
+template <class E, int R, int C>
+SIMT_DEV Right<E> right(const Shared<E, R, C>& b, int l, int j, const Lane& lane) {
+  Right<E> r;
+  if constexpr (is_16_bit<E>) {
+    ldmatrix_x4_trans(r.x, b.s, b.at(16 * l, j, lane.down_row(), lane.down_column()));
+  } else {
+    SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * l + (i & 1) * 8, column = (i >> 1) * 8 + lane.row();
+      r.x[i] = {b.s.ld(b.at(row, j, lane.pair(), column)), b.s.ld(b.at(row, j, lane.pair() + 1, column))};
+    }
+  }
+  return r;
+}
+
+}  // namespace tile
+
+// c += a b^T: a [R, L], b [C, L]. kLower: of a b whose piece (n, l) is zero, and may not even be written, where l > n.
+template <bool kLower = false, int R, int C, class A, class E, int L>
+SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int l = 0; l < L / 16; ++l) {
+    Left<typename A::Kind> pieces[R / 16];
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m) pieces[m] = a.piece(m, l);
+    SIMT_UNROLL
+    for (int n = kLower ? l : 0; n < C / 16; ++n) {
+      const Right<E> r = tile::right_nt(b, n, l, lane);
+      SIMT_UNROLL
+      for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+    }
+  }
+}
+// c += a b: a [R, L], b the columns [j, j + C) of a tile [L, C2].
+template <int R, int C, class A, class E, int L, int C2>
+SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int l = 0; l < L / 16; ++l) {
+    Left<typename A::Kind> pieces[R / 16];
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m) pieces[m] = a.piece(m, l);
+    SIMT_UNROLL
+    for (int n = 0; n < C / 16; ++n) {
+      const Right<E> r = tile::right(b, l, j + 16 * n, lane);
+      SIMT_UNROLL
+      for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+    }
+  }
+}
+
+}  // namespace simt

@@ -1,0 +1,79 @@
+"""A language model of bytes on decayed linear attention; examples/train_lm.py and examples/generate.py share it."""
+
+import argparse
+import pydoc_data.topics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from leetcore.torch.nn import GatedLinearAttention, State
+from torch import nn
+
+
+class Block(nn.Module):
+    """Attention, then two linear maps with a nonlinearity between, each added to its normalised input."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention = GatedLinearAttention(dim, heads, key_dim=32)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, attend):
+        x = x + attend(self.attention, self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Logits of the next byte. What came before is in the states: one a layer, of a fixed size."""
+
+    def __init__(self, dim=192, heads=4, layers=4):
+        super().__init__()
+        self.config = {"dim": dim, "heads": heads, "layers": layers}
+        self.embedding = nn.Embedding(256, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, 256, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens, states=None):
+        """[B, N, 256] of tokens [B, N], after those that the states have seen, which then have seen these too."""
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, lambda attention, x, i=i: attention(x, states and states[i]))
+        return self.head(self.norm(x))
+
+    def step(self, token, states):
+        """[B, 256] of one token more, [B]."""
+        x = self.embedding(token)
+        for block, state in zip(self.blocks, states, strict=True):
+            x = block(x, lambda attention, x, state=state: attention.step(x, state))
+        return self.head(self.norm(x))
+
+    def new_states(self, batch_size) -> list[State]:
+        return [block.attention.new_state(batch_size) for block in self.blocks]
+
+
+def bits(logits, targets):
+    """The mean of -log2 of the probability of each target."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten()) / torch.log(torch.tensor(2.0))
+
+
+def read(path=None):
+    """The bytes of a file, or of the language reference that comes with Python, as a tensor."""
+    if path is None:
+        data = "\n\n".join(pydoc_data.topics.topics.values()).encode()
+    else:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            sys.exit(f"{path}: {error.strerror}")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+
+
+def parser(description):
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--run", type=Path, default=Path("lm-run"), help="folder of the checkpoint and the plot")
+    return made

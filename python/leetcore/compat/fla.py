@@ -1,0 +1,259 @@
+"""Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
+
+Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. The work is that of leetcore.torch: on any
+device, without graph breaks, with gradients for a constant decay too. `chunk_` and `fused_recurrent_` name the same
+operator. All return (o, final_state), the latter None unless output_final_state is set. chunk_size and cu_seqlens_cpu,
+which only choose among fla's kernels, are ignored; an unknown argument is a TypeError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..torch.ops import linear_attention
+
+__all__ = [
+    "chunk_lightning_attn",
+    "chunk_linear_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
+    "fused_recurrent_lightning_attn",
+    "fused_recurrent_retention",
+    "fused_recurrent_simple_gla",
+]
+
+
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with a scalar decay a head.
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: log decay of each token, [B, T, H], <= 0; or
+        g_gamma: log decay of each head, [H], <= 0; differentiable, as fla's is not.
+        scale: K^-0.5 unless given.
+        initial_state: [B, H, K, V], [S, H, K, V] with cu_seqlens; [.., V, K] if state_v_first, as the final state then.
+        cu_seqlens: [S + 1], bounds of S sequences packed along T; B is 1.
+
+    Raises:
+        ValueError, TypeError: as `leetcore.linear_attention`.
+    """
+    return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens)
+
+
+def fused_recurrent_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_simple_gla`; with reverse, from the last token to the first."""
+    return _simple_gla(
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
+    )
+
+
+def chunk_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_simple_gla` with RetNet's decays 1 - 2^(-5 - h) of head h. q has all heads of the model, not a slice."""
+    return _simple_gla(
+        q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, False, False, cu_seqlens
+    )
+
+
+def fused_recurrent_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_retention`; with reverse, from the last token to the first."""
+    return _simple_gla(
+        q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
+    )
+
+
+def chunk_lightning_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer_idx: int,
+    num_layers: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_simple_gla` with fla's decays exp(-8 h / H (1 - layer_idx / num_layers)) of head h.
+
+    These are not the decays of MiniMax or TransNormerLLM: for their weights take `chunk_simple_gla` with
+    g_gamma of `leetcore.decay.minimax` and scale=1.
+    """
+    return _simple_gla(
+        q,
+        k,
+        v,
+        None,
+        _lightning_decay(q, layer_idx, num_layers),
+        scale,
+        initial_state,
+        output_final_state,
+        False,
+        False,
+        cu_seqlens,
+    )
+
+
+def fused_recurrent_lightning_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer_idx: int,
+    num_layers: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_lightning_attn`; with reverse, from the last token to the first."""
+    return _simple_gla(
+        q,
+        k,
+        v,
+        None,
+        _lightning_decay(q, layer_idx, num_layers),
+        scale,
+        initial_state,
+        output_final_state,
+        reverse,
+        False,
+        cu_seqlens,
+    )
+
+
+def chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    """Linear attention without decay; normalize divides by the sum of the weights, scale q_t . (k_1 + ... + k_t).
+
+    With normalize, states are pairs (kv [B, H, K, V], z [B, 1, H, K]), z the sum of the keys.
+    """
+    kv, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    o, final = _simple_gla(q, k, v, None, None, scale, kv, output_final_state, False, False, cu_seqlens)
+    if not normalize:
+        return o, final
+    # The sum of the weights is attention to values of 1, and z is its state.
+    z = None if z is None else z.transpose(1, 2).transpose(2, 3)  # [B, H, K, 1]
+    total, sums = _simple_gla(q, k, torch.ones_like(v[..., :1]), None, None, scale, z, True, False, False, cu_seqlens)
+    o = (o / (total + 1e-10)).to(o.dtype)
+    if final is None or sums is None:
+        return o, None
+    return o, (final, sums.transpose(2, 3).transpose(1, 2))
+
+
+def _simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    reverse: bool,
+    state_v_first: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if g is not None and g_gamma is not None:
+        raise ValueError("g_gamma: expected None where g is given, got both")
+    log_decay = g if g_gamma is None else g_gamma
+    if log_decay is not None:
+        log_decay = _exact(log_decay, q)
+    if initial_state is not None:
+        initial_state = _exact(initial_state.transpose(2, 3) if state_v_first else initial_state, q)
+    if reverse:
+        q, k, v = (x.flip(1) for x in (q, k, v))
+        log_decay = log_decay.flip(1) if log_decay is not None and log_decay.ndim == 3 else log_decay
+        cu_seqlens, initial_state = _reversed(cu_seqlens, initial_state)
+    result = linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=k.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        return_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        layout="bnhd",
+    )
+    o, state = result if output_final_state else (result, None)
+    if reverse:
+        o, state = o.flip(1), _reversed(cu_seqlens, state)[1]
+    return o, state.transpose(2, 3) if state is not None and state_v_first else state
+
+
+def _reversed(cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Bounds and states of packed sequences in the opposite order."""
+    if cu_seqlens is None:
+        return None, state
+    return cu_seqlens[-1] - cu_seqlens.flip(0), None if state is None else state.flip(0)
+
+
+def _exact(x: Tensor, q: Tensor) -> Tensor:
+    return x.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
+
+
+def _retention_decay(q: Tensor) -> Tensor:
+    heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
+    return torch.log1p(-torch.exp2(-5 - heads))
+
+
+def _lightning_decay(q: Tensor, layer_idx: int, num_layers: int) -> Tensor:
+    heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
+    return -8 / q.shape[2] * (1 - layer_idx / num_layers) * heads + 0.0

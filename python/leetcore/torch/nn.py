@@ -1,0 +1,301 @@
+"""Layers of causal linear attention: sequences in parallel, generation from a state, the same numbers either way.
+
+Every layer maps [B, N, embed_dim] to the same shape:
+
+    y = layer(x)                        # a whole sequence, as in training
+    state = layer.new_state(B)          # generation:
+    y = layer(prompt, state)            # in one piece or in several; the state moves on
+    y = layer.step(x, state)            # [B, embed_dim], one token more; for inference, updates the state in place
+
+state_dict() holds parameters only. Decays that are no parameters are made from the numbers the layer was built with,
+and stay float32 whatever .to(dtype) does to the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import decay
+from .ops import decode_step, linear_attention
+
+__all__ = ["GatedLinearAttention", "Lightning", "LinearAttention", "Retention", "State"]
+
+
+@dataclass
+class State:
+    """What a layer keeps of the tokens it has seen.
+
+    memory: [B, H, K, V] ([S, H, K, V] with cu_seqlens), float32, or float64 in a float64 layer.
+    position: [], int64: how many tokens those are.
+    """
+
+    memory: Tensor
+    position: Tensor
+
+    def select(self, indices: Tensor) -> State:
+        """The state of some sequences, such as the beams that live on; a copy."""
+        return State(self.memory[indices], self.position)
+
+    def detach(self) -> State:
+        """Without the history of gradients, for training on pieces of a long text."""
+        return State(self.memory.detach(), self.position)
+
+
+class _Layer(nn.Module):
+    """What the layers share: the operator between `project`, x to q, k, v and a decay, and `finish`, o to y."""
+
+    log_decay: Tensor | None
+
+    def __init__(
+        self, num_heads: int, key_dim: int, value_dim: int, scale: float, log_decay: npt.ArrayLike | None
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.value_dim, self.scale = num_heads, key_dim, value_dim, scale
+        self._log_decay = None if log_decay is None else np.array(log_decay, np.float32)
+        if self._log_decay is not None and self._log_decay.shape not in ((), (num_heads,)):
+            raise ValueError(f"log_decay: expected a number or shape [{num_heads}], got {list(self._log_decay.shape)}")
+        self.register_buffer("log_decay", None, persistent=False)
+        self._restore_decay()
+
+    def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k [B, N, H, K], v [B, N, H, V] and log_decay of x [B, N, embed_dim], `position` tokens after the first."""
+        raise NotImplementedError
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """y [B, N, embed_dim] of the outputs [B, N, H, V] and x."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """y of x, both [B, N, embed_dim], after the tokens of `state`, which then holds these too.
+
+        Args:
+            x: the tokens; differentiable, and so is the new state's memory.
+            state: of `new_state`, or as an earlier call left it. None: x is all there is.
+            cu_seqlens: int32 or int64 [S + 1], the bounds of S sequences packed along N; B is 1.
+        """
+        q, k, v, log_decay = self.project(x, None if state is None else state.position)
+        result = linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            scale=self.scale,
+            initial_state=None if state is None else state.memory,
+            return_state=state is not None,
+            cu_seqlens=cu_seqlens,
+            layout="bnhd",
+        )
+        if state is None:
+            return self.finish(result, x)
+        o, state.memory = result
+        state.position = state.position + x.shape[1]
+        return self.finish(o, x)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """y of one token more, both [B, embed_dim]. The state is updated in place; there are no gradients."""
+        x = x[:, None]
+        q, k, v, log_decay = self.project(x, state.position)
+        if log_decay is not None and log_decay.ndim == 3:
+            log_decay = log_decay[:, 0]
+        o = decode_step(q[:, 0], k[:, 0], v[:, 0], state.memory, log_decay, scale=self.scale)
+        state.position = state.position + 1
+        return self.finish(o[:, None], x)[:, 0]
+
+    def new_state(self, batch_size: int) -> State:
+        """The state before the first token, for `batch_size` sequences, where the parameters are."""
+        like = next(self.parameters())
+        exact = torch.float64 if like.dtype is torch.float64 else torch.float32
+        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return State(
+            torch.zeros(shape, dtype=exact, device=like.device),
+            torch.zeros((), dtype=torch.int64, device=like.device),
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, scale={self.scale:g}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.log_decay is not None:
+            self._restore_decay(self.log_decay.device)
+        return result
+
+    def _restore_decay(self, device: torch.device | None = None) -> None:
+        if self._log_decay is not None:
+            self.log_decay = torch.tensor(self._log_decay, device=device)
+
+
+class LinearAttention(_Layer):
+    """Linear attention as MiniMax-Text-01 has it (arXiv:2501.08313): y = W_o (sigmoid(W_g x) * norm(o)), with o of
+    q, k, v = silu(W_qkv x).
+
+    Parameters have the names and shapes of transformers' MiniMaxLightningAttention, so its weights load.
+
+    Args:
+        embed_dim: of x and y.
+        num_heads: heads.
+        head_dim: of q, k and v; embed_dim / num_heads unless given.
+        log_decay: a number or [num_heads], see `leetcore.decay`; None: no decay.
+        eps: of the norm, over all heads together.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        log_decay: npt.ArrayLike | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        head_dim = _share(embed_dim, num_heads) if head_dim is None else head_dim
+        super().__init__(num_heads, head_dim, head_dim, 1.0, log_decay)
+        width = num_heads * head_dim
+        self.qkv_proj = nn.Linear(embed_dim, 3 * width, bias=False)
+        self.output_gate = nn.Linear(embed_dim, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps)
+        self.out_proj = nn.Linear(width, embed_dim, bias=False)
+
+    def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
+        return q, k, v, self.log_decay
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(o.flatten(-2)))
+        return y
+
+
+class Lightning(LinearAttention):
+    """`LinearAttention` with the decay of one layer of MiniMax-Text-01.
+
+    Args:
+        layer, num_layers: which layer of how many; the decay depends on both. See `leetcore.decay.minimax`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        layer: int,
+        num_layers: int,
+        eps: float = 1e-6,
+    ) -> None:
+        log_decay = decay.minimax(num_heads, layer, num_layers)
+        super().__init__(embed_dim, num_heads, head_dim, log_decay=log_decay, eps=eps)
+
+
+class Retention(_Layer):
+    """Multi-scale retention of RetNet (arXiv:2307.08621), y = W_o (silu(W_g x) * norm_each_head(o)), q and k rotated.
+
+    Args:
+        embed_dim: of x and y.
+        num_heads: heads; head h forgets by 1 - 2^(-5 - h) a token.
+        key_dim: of a head's q and k, even; embed_dim / num_heads unless given.
+        value_dim: of a head's v; twice key_dim unless given.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        *,
+        eps: float = 1e-6,
+    ) -> None:
+        key_dim = _share(embed_dim, num_heads) if key_dim is None else key_dim
+        value_dim = 2 * key_dim if value_dim is None else value_dim
+        if key_dim % 2:
+            raise ValueError(f"key_dim: expected an even number, as pairs are rotated, got {key_dim}")
+        super().__init__(num_heads, key_dim, value_dim, key_dim**-0.5, decay.retnet(num_heads))
+        self.q_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, num_heads * value_dim, bias=False)
+        self.g_proj = nn.Linear(embed_dim, num_heads * value_dim, bias=False)
+        self.norm = nn.RMSNorm(value_dim, eps, elementwise_affine=False)
+        self.out_proj = nn.Linear(num_heads * value_dim, embed_dim, bias=False)
+
+    def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        cos, sin = self._rotation(x, position)
+        q, k = (_rotate(p(x).unflatten(-1, (self.num_heads, -1)), cos, sin) for p in (self.q_proj, self.k_proj))
+        return q, k, self.v_proj(x).unflatten(-1, (self.num_heads, -1)), self.log_decay
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2))
+        return y
+
+    def _rotation(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin [N, 1, key_dim / 2] of t 10000^(-2 i / key_dim), an angle in float64, as t may be large."""
+        t = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+        if position is not None:
+            t = t + position
+        exponents = torch.arange(0, self.key_dim, 2, dtype=torch.float64, device=x.device) / self.key_dim
+        angles = t[:, None, None] * 10000.0**-exponents
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class GatedLinearAttention(_Layer):
+    """Linear attention with a decay for each head and token, which depends on the token: gated linear attention
+    (arXiv:2312.06635) with a scalar gate, as in gated retention; y = W_o (silu(W_g x) * norm_each_head(o)).
+
+    Args:
+        embed_dim: of x and y.
+        num_heads: heads.
+        key_dim, value_dim: of a head; embed_dim / num_heads / 2 and embed_dim / num_heads unless given.
+        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature; the larger, the longer the memory.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        *,
+        temperature: float = 16.0,
+        eps: float = 1e-6,
+    ) -> None:
+        value_dim = _share(embed_dim, num_heads) if value_dim is None else value_dim
+        key_dim = _share(embed_dim, 2 * num_heads) if key_dim is None else key_dim
+        super().__init__(num_heads, key_dim, value_dim, key_dim**-0.5, None)
+        self.temperature = temperature
+        self.q_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, num_heads * value_dim, bias=False)
+        self.decay_proj = nn.Linear(embed_dim, num_heads)
+        self.g_proj = nn.Linear(embed_dim, num_heads * value_dim, bias=False)
+        self.norm = nn.RMSNorm(value_dim, eps)
+        self.out_proj = nn.Linear(num_heads * value_dim, embed_dim, bias=False)
+
+    def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        logit = self.decay_proj(x)
+        exact = logit.to(torch.promote_types(logit.dtype, torch.float32))
+        return q, k, v, F.logsigmoid(exact) / self.temperature
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2))
+        return y
+
+
+def _share(embed_dim: int, heads: int) -> int:
+    if embed_dim % heads:
+        raise ValueError(f"embed_dim: expected a multiple of {heads} where head dims are not given, got {embed_dim}")
+    return embed_dim // heads
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of neighbours turned by an angle each."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

@@ -1,0 +1,541 @@
+"""The operators torch.ops.leetcore.*: what torch needs to know of them, and the functions that call them.
+
+linear_attention is functional and differentiable, linear_attention_backward its gradient, decode_step updates a state
+in place. Each calls the library once; shapes for tracing, the autocast and vmap rules and flop are stated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import api
+
+_LIBRARY = torch.library.Library("leetcore", "DEF")
+_LIBRARY.define(
+    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? initial_state=None,"
+    " Tensor? cu_seqlens=None, float scale=1.0, bool return_state=False, str layout='bhnd', str method='auto',"
+    " bool tf32=False) -> (Tensor o, Tensor final_state)"
+)
+_LIBRARY.define(
+    "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state,"
+    " Tensor? cu_seqlens, Tensor? d_o, Tensor? d_final_state, float scale, str layout, bool tf32, bool[] wants)"
+    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_log_decay, Tensor d_initial_state)"
+)
+_LIBRARY.define(
+    "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? log_decay=None, Tensor? state_indices=None,"
+    " float scale=1.0) -> Tensor o"
+)
+_FORWARD = torch.ops.leetcore.linear_attention.default
+_BACKWARD = torch.ops.leetcore.linear_attention_backward.default
+_DECODE = torch.ops.leetcore.decode_step.default
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | float | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    layout: api.Layout = "bhnd",
+    method: str = "auto",
+    precision: api.Precision | None = None,
+) -> Any:
+    """`leetcore.linear_attention` as an operator of torch: differentiable, and opaque to torch.compile.
+
+    Shapes, dtypes and errors are those of `leetcore.linear_attention`. Gradients reach q, k, v, initial_state and
+    log_decay, in any shape it may have, from o and from the final state; they have no derivatives themselves. Under
+    autocast q, k and v are cast to its dtype, log_decay and initial_state to float32. torch.vmap adds its dimension to
+    the batch.
+
+    Returns:
+        o [B, H, N, V], or (o, final_state). Every method has the same gradients.
+    """
+    _require_tensors(q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(  # type: ignore[no-untyped-call]
+        q,
+        k,
+        v,
+        _decay(log_decay, q, k, v, 2 if layout == "bnhd" else 1),
+        initial_state,
+        cu_seqlens,
+        scale,
+        return_state,
+        layout,
+        method,
+        api._tf32(precision),
+    )
+    return (o, final_state) if return_state else o
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | float | None = None,
+    *,
+    scale: float = 1.0,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """`leetcore.decode_step` as an operator of torch: updates `state` in place, in eager and in compiled code.
+
+    Shapes, dtypes and errors are those of `leetcore.decode_step`. It has no gradient: where one is asked for it raises
+    NotImplementedError, and linear_attention with initial_state is what computes it.
+    """
+    _require_tensors(q=q, k=k, v=v, state=state, state_indices=state_indices)
+    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, scale)
+    return o
+
+
+def _require_tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
+    """log_decay as a tensor; a single one on a GPU as [Hs], since the library reads scalars on the CPU only."""
+    if log_decay is None:
+        return None
+    if isinstance(log_decay, (float, int)):
+        exact = torch.float64 if q.dtype is torch.float64 else torch.float32
+        log_decay = torch.full((), log_decay, dtype=exact, device=q.device)
+    _require_tensors(log_decay=log_decay)
+    if log_decay.ndim == 0 and log_decay.device.type != "cpu":
+        log_decay = log_decay.expand(max(k.shape[head_axis], v.shape[head_axis]))
+    result: Tensor = log_decay
+    return result
+
+
+# ---- what runs
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    return_state: bool = False,
+    layout: api.Layout = "bhnd",
+    method: str = "auto",
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    result = api.linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        return_state=return_state,
+        cu_seqlens=cu_seqlens,
+        layout=layout,
+        method=method,
+        precision="tf32" if tf32 else None,
+    )
+    return result if return_state else (result, _absent(v))
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
+    scale: float,
+    layout: api.Layout,
+    tf32: bool,
+    wants: list[bool],
+) -> tuple[Tensor, ...]:
+    gradients = api.linear_attention_backward(
+        q,
+        k,
+        v,
+        log_decay,
+        d_o=d_o,
+        d_final_state=d_final_state,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        layout=layout,
+        precision="tf32" if tf32 else None,
+        wants=[name for name, wanted in zip(api.Gradients._fields, wants, strict=True) if wanted],
+    )
+    return tuple(_absent(v) if d is None else d for d in gradients)
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    o: Tensor = api.decode_step(q, k, v, state, log_decay, scale=scale, state_indices=state_indices)
+    return o
+
+
+def _absent(like: Tensor) -> Tensor:
+    """What stands for a result that nobody wants: operators cannot return None."""
+    return like.new_empty(0)
+
+
+# ---- shapes, for tracing
+
+
+def _require_one_device(q: Tensor, *others: Tensor | None) -> None:
+    """One tensor on the device "meta" brings all here, whose results are memory that nobody writes."""
+    for x in others:
+        if x is not None and x.device != q.device:
+            raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
+
+
+def _forward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    return_state: bool = False,
+    layout: str = "bhnd",
+    method: str = "auto",
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    head_axis = 2 if layout == "bnhd" else 1
+    Hs = max(k.shape[head_axis], v.shape[head_axis])
+    shape = list(v.shape)
+    shape[head_axis] = max(q.shape[head_axis], Hs)
+    o = v.new_empty(shape)
+    if not return_state:
+        return o, _absent(v)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    exact = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return o, v.new_empty((sequences, Hs, k.shape[3], v.shape[3]), dtype=exact)
+
+
+def _backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
+    scale: float,
+    layout: str,
+    tf32: bool,
+    wants: list[bool],
+) -> tuple[Tensor, ...]:
+    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    inputs = (q, k, v, log_decay, initial_state)
+    return tuple(
+        x.new_empty(x.shape) if wanted and x is not None else _absent(v)
+        for x, wanted in zip(inputs, wants, strict=True)
+    )
+
+
+def _decode_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    _require_one_device(q, k, v, state, state_indices)
+    return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
+
+
+# ---- gradients: kernels of the key Autograd. torch.library.register_autograd makes some too, but they do not work with
+# ---- torch.func's transforms, and take 100 us a call.
+
+
+def _forward_with_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    return_state: bool = False,
+    layout: str = "bhnd",
+    method: str = "auto",
+    tf32: bool = False,
+) -> Any:
+    tensors = (q, k, v, log_decay, initial_state, cu_seqlens)
+    run = _Forward.apply if _wants_gradient(*tensors) else _run_forward
+    return run(*tensors, scale, return_state, layout, method, tf32)
+
+
+def _backward_with_gradient(*arguments: Any) -> Any:
+    return (_Backward.apply if _wants_gradient(*arguments) else _Backward.forward)(*arguments)
+
+
+def _decode_with_gradient(*arguments: Any) -> Any:
+    if _wants_gradient(*arguments):
+        raise NotImplementedError(
+            "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
+            "or torch.no_grad(); linear_attention with initial_state computes gradients"
+        )
+    state = arguments[3]
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _DECODE(*arguments)
+
+
+def _wants_gradient(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and bool(torch._C._any_requires_grad(*arguments))
+
+
+def _run_forward(*inputs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    *tensors, ctx.scale, ctx.return_state, ctx.layout, _, ctx.tf32 = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _is_transformed() -> bool:
+    """Whether one of torch.func's transforms is at work, which know no Autograd kernels but these classes."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        _save(ctx, inputs)
+        return _run_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_final_state = d_final_state if ctx.return_state else None
+        if d_o is None and d_final_state is None:
+            return (None,) * 11
+        wants = list(ctx.needs_input_grad[:5])
+        run = _Backward.apply if _is_transformed() else _BACKWARD
+        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)  # type: ignore[no-untyped-call]
+        return *(d if wanted else None for d, wanted in zip(gradients, wants, strict=True)), *(None,) * 6
+
+
+class _TransformedForward(torch.autograd.Function):
+    """The same in the style that torch.func needs, which takes longer."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_run_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs)
+
+    backward = _Forward.backward
+
+
+class _Backward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _BACKWARD(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        raise NotImplementedError(
+            "leetcore.torch.linear_attention has first derivatives only; expected no gradient of its gradient"
+        )
+
+
+# ---- autocast: matrix products in its dtype, decays and states in float32
+
+
+def _autocast(op: Any, exact: tuple[int, ...], device: str) -> Callable[..., Any]:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+
+    def cast(i: int, x: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.to(torch.float32 if i in exact else dtype)
+
+    def kernel(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            if arguments[0].dtype is torch.float64:  # as elsewhere in torch
+                return op(*arguments)
+            dtype = torch.get_autocast_dtype(device.lower())
+            return op(*(cast(i, x, dtype) for i, x in enumerate(arguments)))
+
+    return kernel
+
+
+# ---- torch.vmap: its dimension becomes part of the batch
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """[size, B, ...] as [size * B, ...]."""
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_decay(g: Tensor | None, dim: int | None, size: int, B: int, Hs: int) -> Tensor | None:
+    """Any form of log_decay as [size * B, Hs] or [size * B, Hs, N]."""
+    if g is None:
+        return None
+    g = g.expand(size, *g.shape) if dim is None else g.movedim(dim, 0)
+    if g.ndim < 3:  # [size] or [size, Hs]
+        g = g.reshape(size, 1, -1).expand(size, B, Hs)
+    return g.flatten(0, 1)
+
+
+def _fold_all(
+    size: int, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, g: Any, S: Any, cu: Any, layout: str
+) -> tuple[Tensor | None, ...]:
+    if cu is not None:
+        raise NotImplementedError("cu_seqlens: expected None under torch.vmap, as packed sequences have no batch")
+    in_dims = (*in_dims, None, None)  # defaults at the end are left out
+    q, k, v = (_fold(x, dim, size) for x, dim in zip((q, k, v), in_dims, strict=False))
+    head_axis = 2 if layout == "bnhd" else 1
+    Hs = max(k.shape[head_axis], v.shape[head_axis])
+    return q, k, v, _fold_decay(g, in_dims[3], size, q.shape[0] // size, Hs), _fold(S, in_dims[4], size), None
+
+
+def _vmap_forward(
+    info: Any,
+    in_dims: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    return_state: bool = False,
+    layout: str = "bhnd",
+    method: str = "auto",
+    tf32: bool = False,
+) -> Any:
+    tensors = _fold_all(info.batch_size, in_dims, q, k, v, log_decay, initial_state, cu_seqlens, layout)
+    o, final_state = _FORWARD(*tensors, scale, return_state, layout, method, tf32)
+    if not return_state:
+        return (o.unflatten(0, (info.batch_size, -1)), final_state), (0, None)
+    return (o.unflatten(0, (info.batch_size, -1)), final_state.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+def _vmap_backward(
+    info: Any,
+    in_dims: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
+    scale: float,
+    layout: str,
+    tf32: bool,
+    wants: list[bool],
+) -> Any:
+    size = info.batch_size
+    tensors = _fold_all(size, in_dims, q, k, v, log_decay, initial_state, cu_seqlens, layout)
+    outer = (_fold(x, dim, size) for x, dim in ((d_o, in_dims[6]), (d_final_state, in_dims[7])))
+    gradients = _BACKWARD(*tensors, *outer, scale, layout, tf32, wants)
+    results = [d.unflatten(0, (size, -1)) if wanted else d for d, wanted in zip(gradients, wants, strict=True)]
+    if log_decay is not None and wants[3]:  # summed over what the decay was shared by
+        rank = log_decay.ndim - (in_dims[3] is not None)
+        results[3] = results[3].sum(tuple(range(1, 3 - rank))) if rank < 2 else results[3]
+    return tuple(results), tuple(0 if wanted else None for wanted in wants)
+
+
+def _vmap_decode(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    raise NotImplementedError("decode_step: expected no torch.vmap, as it updates a state in place; use its batch")
+
+
+# ---- flop: of chunks of 64 tokens, whichever method runs (cpp/kernels/chunk), so that a count depends on shapes only
+
+
+def _flop(q: Any, k: Any, v: Any, layout: str, of_K: int, of_V: int, of_KV: int) -> int:
+    head_axis, token_axis = (2, 1) if layout == "bnhd" else (1, 2)
+    H, K, V = max(x[head_axis] for x in (q, k, v)), k[3], v[3]
+    count: int = q[0] * H * q[token_axis] * (65 * (of_K * K + of_V * V) + of_KV * K * V)
+    return count
+
+
+def _forward_flop(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any = None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    scale: float = 1.0,
+    return_state: bool = False,
+    layout: str = "bhnd",
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _flop(q, k, v, layout, 1, 1, 4)
+
+
+def _backward_flop(q: Any, k: Any, v: Any, *arguments: Any, **_: Any) -> int:
+    return _flop(q, k, v, arguments[6], 3, 2, 10)
+
+
+def _decode_flop(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    T = q[2] if len(q) == 4 else 1
+    count: int = q[0] * T * 2 * k[-1] * v[-1] * (max(q[1], k[1], v[1]) + max(k[1], v[1]))
+    return count
+
+
+# ---- all of that, told to torch
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("linear_attention", _forward, _key)
+    _LIBRARY.impl("linear_attention_backward", _backward, _key)
+    _LIBRARY.impl("decode_step", _decode, _key)
+    _LIBRARY.impl("linear_attention", _autocast(_FORWARD, (3, 4), _key), f"Autocast{_key}")
+    _LIBRARY.impl("decode_step", _autocast(_DECODE, (3, 4), _key), f"Autocast{_key}")
+_LIBRARY.impl("linear_attention", _forward_with_gradient, "Autograd")
+_LIBRARY.impl("linear_attention_backward", _backward_with_gradient, "Autograd")
+_LIBRARY.impl("decode_step", _decode_with_gradient, "Autograd")
+torch.library.register_fake("leetcore::linear_attention", _forward_shapes, lib=_LIBRARY)
+torch.library.register_fake("leetcore::linear_attention_backward", _backward_shapes, lib=_LIBRARY)
+torch.library.register_fake("leetcore::decode_step", _decode_shapes, lib=_LIBRARY)
+torch.library.register_vmap("leetcore::linear_attention", _vmap_forward, lib=_LIBRARY)
+torch.library.register_vmap("leetcore::linear_attention_backward", _vmap_backward, lib=_LIBRARY)
+torch.library.register_vmap("leetcore::decode_step", _vmap_decode, lib=_LIBRARY)
+register_flop_formula(torch.ops.leetcore.linear_attention)(_forward_flop)
+register_flop_formula(torch.ops.leetcore.linear_attention_backward)(_backward_flop)
+register_flop_formula(torch.ops.leetcore.decode_step)(_decode_flop)

@@ -1,0 +1,6 @@
+# needed.sh LIBRARY - the library asks the loader for nothing of CUDA: no driver, no runtime, no cuFFT.
+set -eu
+needed=$(readelf -d "$1" | grep NEEDED)
+[ -n "$needed" ] || { echo "readelf finds no library that $1 needs"; exit 1; }
+echo "$needed"
+case $needed in *libcu*|*libnv*) exit 1 ;; esac

@@ -1,0 +1,296 @@
+// method_test.cpp - CUDA rows of lc_method() on a GPU, through lc_run, against the definition; a program of its own,
+// for machines without GoogleTest and to be run under compute-sanitizer.
+//
+//   method_test [--small] [METHOD...]      --small: one short call of each kind, for slow tools; default: every method
+//
+// Outputs and workspace are full of NaN before each call and have guard bytes around them. Each call is made twice, on
+// different streams: the answers must agree bit for bit. Exits with 1 if anything was wrong, with 2 if the device
+// broke, with 77 if there is none. g++ builds the same program on the emulator.
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+
+#include "../cpp/call.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "../../cpp/simt/simt.h"
+#endif
+
+namespace {
+
+using namespace test;
+
+// ---- the device -----------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("the device broke: %s: %s\n", what, cudaGetErrorString(error));
+  std::exit(2);
+}
+
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(bytes) { require(cudaMalloc(&p_, std::max<size_t>(bytes, 1)), "cudaMalloc"); }
+  ~Memory() { cudaFree(p_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  unsigned char* data() const { return p_; }
+  void upload(const Bytes& from) { require(cudaMemcpy(p_, from.data(), bytes_, cudaMemcpyHostToDevice), "copy"); }
+  void download(Bytes& to) const { require(cudaMemcpy(to.data(), p_, bytes_, cudaMemcpyDeviceToHost), "copy"); }
+
+ private:
+  unsigned char* p_ = nullptr;
+  size_t bytes_;
+};
+
+bool there_is_a_device() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices;
+}
+void* stream(int n) {
+  static cudaStream_t streams[2] = {};
+  if (!streams[n]) require(cudaStreamCreateWithFlags(&streams[n], cudaStreamNonBlocking), "cudaStreamCreate");
+  return streams[n];
+}
+void wait(int n) { require(cudaStreamSynchronize(static_cast<cudaStream_t>(stream(n))), "a kernel"); }
+const char* complaint() { return nullptr; }
+
+#else
+
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(bytes + kAlign), p_(bytes_.data()) {
+    p_ += (kAlign - reinterpret_cast<uintptr_t>(p_) % kAlign) % kAlign;
+    simt::allow(p_, bytes, true);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  unsigned char* data() const { return p_; }
+  void upload(const Bytes& from) { std::copy(from.begin(), from.end(), p_); }
+  void download(Bytes& to) const { std::copy_n(p_, to.size(), to.begin()); }
+
+ private:
+  static constexpr size_t kAlign = 256;
+  Bytes bytes_;
+  unsigned char* p_;
+};
+
+bool there_is_a_device() { return true; }
+void* stream(int) { return nullptr; }
+void wait(int) { simt::forget(); }
+const char* complaint() { return simt::report().errors() ? simt::report().messages[0].c_str() : nullptr; }
+
+#endif
+
+// ---- a call on it ---------------------------------------------------------------------------------------------------
+
+void poison(Tensor& t) {
+  if (t.memory.empty()) return;
+  for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
+}
+
+// lc_run with every tensor and the workspace in memory of the device; false: wrote around the workspace.
+bool run_there(Call& call, int n, lc_status* status) {
+  constexpr size_t kGuard = 256;
+  *status = lc_workspace(&call.args, &call.args.workspace_bytes);
+  if (*status != LC_OK) return true;
+  const size_t bytes = call.args.workspace_bytes;
+  Bytes scratch(bytes + 2 * kGuard, Tensor::kUntouched);
+  std::fill_n(scratch.begin() + kGuard, bytes, 0xFF);
+  Memory workspace(scratch.size());
+  workspace.upload(scratch);
+  call.args.workspace = workspace.data() + kGuard;
+  call.args.stream = stream(n);
+
+  struct Moved {
+    Tensor* tensor;
+    void* home;
+    std::unique_ptr<Memory> there;
+  };
+  std::vector<Moved> moved;
+  for (Tensor* t : call.tensors()) {
+    if (t->memory.empty() || !t->ndim) continue;  // a number stays on the host
+    moved.push_back({t, t->data, std::make_unique<Memory>(t->memory.size())});
+    moved.back().there->upload(t->memory);
+    t->data = moved.back().there->data() + (static_cast<unsigned char*>(t->data) - t->memory.data());
+  }
+  *status = lc_run(&call.args);
+  wait(n);
+  for (Moved& m : moved) {
+    m.there->download(m.tensor->memory);
+    m.tensor->data = m.home;
+  }
+  workspace.download(scratch);
+  for (size_t i = 0; i < kGuard; ++i)
+    if (scratch[i] != Tensor::kUntouched || scratch[kGuard + bytes + i] != Tensor::kUntouched) return false;
+  return true;
+}
+
+// Of a text that says for every row whether it serves: the method's own line, the last one, as CPU rows come first.
+std::string reason(const std::string& text, const std::string& method) {
+  const size_t line = text.rfind("\n  " + method + ": ");
+  if (line == std::string::npos) return text;
+  return text.substr(line + 3, text.find('\n', line + 1) - line - 3);
+}
+
+struct Count {
+  int served = 0, failed = 0;
+  std::set<std::string> refusals;
+};
+
+// What is wrong with a method's answers to a call, "" if nothing; *served: whether it gave any.
+std::string examine(const Spec& spec, const char* method, const Answer& answer, bool* served, std::string* refusal) {
+  Bytes first_o, first_state;
+  *served = false;
+  for (int n = 0; n < 2; ++n) {
+    Call call(spec);
+    call.args.method = method;
+    poison(call.o);
+    if (spec.op == LC_FORWARD) poison(call.final_state);
+    const std::vector<Bytes> before = call.memory();
+    lc_status status;
+    const bool inside = run_there(call, n, &status);
+    if (status == LC_UNSUPPORTED && !n) {
+      *refusal = reason(lc_last_error(), method);
+      return before == call.memory() ? "" : "wrote although it refused";
+    }
+    if (status != LC_OK) return lc_last_error();
+    if (const char* text = complaint()) return text;
+    *served = true;
+    if (!inside || !call.stayed_inside(before)) return "wrote outside of its outputs and workspace";
+    const Bytes& state = (spec.in_place ? call.initial_state : call.final_state).memory;
+    if (n) {
+      if (first_o != call.o.memory || first_state != state) return "gave another answer the second time";
+      continue;
+    }
+    first_o = call.o.memory, first_state = state;
+    char text[80];
+    const double o_error = relative_error(values(call.o), answer.o, answer.o);
+    if (!(o_error <= output_tolerance(spec.dtype))) {
+      std::snprintf(text, sizeof text, "o: error %.2e, allowed %.0e", o_error, output_tolerance(spec.dtype));
+      return text;
+    }
+    if (!call.args.final_state) continue;
+    const double allowed = std::max(state_tolerance(spec.dtype), state_tolerance(call.args.final_state->dtype));
+    const double error = relative_error(values(*call.args.final_state), answer.state, answer.state);
+    if (!(error <= allowed)) {
+      std::snprintf(text, sizeof text, "final_state: error %.2e, allowed %.0e", error, allowed);
+      return text;
+    }
+  }
+  return "";
+}
+
+// ---- which calls ----------------------------------------------------------------------------------------------------
+
+constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
+
+// One of each kind: ragged chunks and dims; strides; packed with an empty sequence; in place with grouped heads; a
+// pool.
+std::vector<Spec> small_calls(lc_dtype dtype) {
+  Spec base;
+  base.dtype = dtype, base.B = 1, base.N = 70, base.K = 24, base.V = 40;
+  std::vector<Spec> all(5, base);
+  all[0].initial = all[0].final = true;
+  all[1].strided = all[1].bnhd = true, all[1].decay = Decay::token, all[1].final = true;
+  all[2].cu = {0, 0, 5, 70}, all[2].initial = all[2].final = true;
+  all[3].Hq = 4, all[3].in_place = true;
+  all[4].op = LC_DECODE, all[4].B = 3, all[4].N = 2, all[4].slots = 4, all[4].indices = {3, -1, 0};
+  return all;
+}
+
+std::vector<Spec> all_calls(lc_dtype dtype) {
+  std::vector<Spec> all = small_calls(dtype);
+  Spec base;
+  base.dtype = dtype, base.initial = base.final = true;
+  for (int64_t N : {0, 1, 63, 64, 65, 130, 500})
+    for (const auto& [K, V] :
+         {std::pair{1, 1}, {16, 24}, {33, 17}, {64, 64}, {80, 96}, {128, 128}, {7, 256}, {256, 64}}) {
+      all.push_back(base);
+      all.back().N = N, all.back().K = K, all.back().V = V;
+    }
+  for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
+    for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
+      if (decay == Decay::none && gamma != 1) continue;
+      all.push_back(base);
+      all.back().N = 200, all.back().K = 32, all.back().V = 48, all.back().decay = decay, all.back().gamma = gamma;
+    }
+  constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
+  for (const auto& h : heads)
+    for (bool bnhd : {false, true}) {
+      all.push_back(base);
+      all.back().Hq = h[0], all.back().Hk = h[1], all.back().Hv = h[2], all.back().bnhd = all.back().strided = bnhd;
+      all.back().N = 150, all.back().K = 40, all.back().V = 64, all.back().decay = Decay::token;
+    }
+  for (const Index& bounds : {Index{0, 0, 1, 64, 300, 300}, Index{0, 63, 128, 129}, Index{0, 0}, Index{0}}) {
+    all.push_back(base);
+    all.back().B = 1, all.back().N = bounds.back(), all.back().cu = bounds, all.back().cu_dtype = kI64;
+    all.back().K = 64, all.back().V = 32;
+  }
+  for (int64_t N : {1500, 4100})  // one head: cut into segments where a method can
+    for (double gamma : {0.9, 1 - 1e-6}) {
+      all.push_back(base);
+      all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1, all.back().N = N, all.back().gamma = gamma;
+      all.back().K = all.back().V = 64;
+    }
+  for (lc_dtype pool : kInputs)
+    for (int64_t N : {1, 5, 8, 64}) {
+      if ((pool == kF64) != (dtype == kF64)) continue;
+      Spec spec;
+      spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7, spec.indices = {6, 0, 3};
+      spec.Hq = 4, spec.N = N, spec.K = 64, spec.V = 80, spec.strided = N == 5;
+      all.push_back(spec);
+    }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool small = false;
+  std::map<std::string, Count> counts;
+  for (int i = 1; i < argc; ++i)
+    if (!std::strcmp(argv[i], "--small"))
+      small = true;
+    else
+      counts[argv[i]];
+  if (!there_is_a_device()) return std::printf("there is no CUDA device\n"), 77;
+  const bool all = counts.empty();
+  std::set<std::string> known;
+  for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
+    if (!std::strcmp(method->device, "cuda")) known.insert(method->name);
+  if (all)
+    for (const std::string& name : known) counts[name];
+  for (const auto& [name, count] : counts)
+    if (!known.count(name)) return std::printf("no method %s for cuda in this build\n", name.c_str()), 1;
+
+  for (lc_dtype dtype : kInputs)
+    for (Spec spec : small ? small_calls(dtype) : all_calls(dtype)) {
+      spec.device = {LC_CUDA, 0};
+      const Answer answer = reference(Call(spec).args);
+      for (auto& [name, count] : counts) {
+        bool served;
+        std::string refusal;
+        const std::string wrong = examine(spec, name.c_str(), answer, &served, &refusal);
+        count.served += served, count.failed += !wrong.empty();
+        if (!refusal.empty()) count.refusals.insert(refusal);
+        if (!wrong.empty()) std::printf("WRONG %s: %s: %s\n", name.c_str(), describe(spec).c_str(), wrong.c_str());
+        std::fflush(stdout);
+      }
+    }
+
+  int failed = counts.empty();
+  for (const auto& [name, count] : counts) {
+    std::printf("%-10s %4d calls served, %d wrong, %zu kinds of refusals\n", name.c_str(), count.served, count.failed,
+                count.refusals.size());
+    for (const std::string& refusal : count.refusals) std::printf("    %s\n", refusal.c_str());
+    failed += count.failed + !count.served;
+  }
+  return failed ? 1 : 0;
+}

@@ -1,0 +1,141 @@
+"""What can be said of the kernels of a CUDA binary on a machine without a GPU: python gates.py BINARY...
+
+Of every kernel, on every architecture: no spills (no stack frame, no local memory), no shared memory but the launch's,
+registers for kMaxThreads threads and kMinBlocks blocks, and the instructions that it was written for (MEANT). Reads
+cuobjdump's listings of the code and, for the launch bounds, of the PTX: build for at least one virtual architecture.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+REGISTERS, REGISTERS_OF_A_THREAD = 65536, 255  # of a processor of any architecture
+RESERVED = {"sm_80": 0, "sm_90a": 1024}  # bytes of a block's shared memory that the system keeps
+
+# Kernels by a pattern in their name, and the instructions that make them what they are.
+#   HMMA: the matrix unit; LDSM: ldmatrix; LDGSTS: cp.async; SHFL: a shuffle; MUFU.EX2: ex2.approx; DFMA: float64
+MEANT = {
+    r"RecurrentForward<": {"SHFL"},
+    r"RecurrentForward<double>": {"DFMA"},
+    r"FleetForward<": {"LDS.128"},  # four ranks, or two of float64, in a load
+    r"FleetForward<double": {"DFMA"},
+    r"MatrixUnit": {"HMMA"},  # contract_test.cuh, and faulty.cu, which has none
+    r"contract::Ldmatrix": {"LDSM"},
+    r"contract::CpAsync": {"LDGSTS"},
+    r"contract::Ex2<float>": {"MUFU.EX2"},
+}
+
+
+def tool(name):
+    """From the package nvidia-cuda-NAME, or of a toolkit."""
+    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}:
+        path = Path(folder) / "nvidia/cu13/bin" / name
+        if path.exists():
+            return str(path)
+    found = shutil.which(name)
+    if not found:
+        sys.exit(f"{name} is missing: pip install nvidia-cuda-{name}")
+    return found
+
+
+def listing(binary, *options):
+    done = subprocess.run([tool("cuobjdump"), *options, str(binary)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"cuobjdump {' '.join(options)} {binary}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def short_names(kernels):
+    """{mangled: "lc::cuda::RecurrentForward<float>"}."""
+    mangled = sorted(kernels)
+    done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    names = [re.sub(r"^void simt::entry<(.*)>\(.*", r"\1", line) for line in done.stdout.splitlines()]
+    return dict(zip(mangled, names, strict=True))
+
+
+def resources(text):
+    """{(architecture, kernel): {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}} of --dump-resource-usage."""
+    found, architecture, kernel = {}, None, None
+    for line in text.splitlines():
+        if m := re.match(r"arch = (\w+)", line):
+            architecture = m[1]
+        elif m := re.match(r"\s*Function (\S+):", line):
+            kernel = m[1]
+        elif "REG:" in line:
+            found[architecture, kernel] = {key: int(x) for key, x in re.findall(r"([A-Z]+):(\d+)", line)}
+    return found
+
+
+def launch_bounds(ptx):
+    """{kernel: (threads, blocks)} of the PTX."""
+    found = {}
+    for kernel, head in re.findall(r"\.entry (\S+?)\((.*?)\{", ptx, re.S):
+        threads = re.search(r"\.maxntid (\d+)", head)
+        blocks = re.search(r"\.minnctapersm (\d+)", head)
+        found[kernel] = (int(threads[1]) if threads else None, int(blocks[1]) if blocks else 1)
+    return found
+
+
+def instructions(sass):
+    """{(architecture, kernel): the names of its instructions}, with their first modifier and without."""
+    found, architecture, names = {}, None, set()
+    for line in sass.splitlines():
+        if m := re.match(r"\s*code for (\w+)", line):
+            architecture = m[1]
+        elif m := re.match(r"\s*Function : (\S+)", line):
+            names = found.setdefault((architecture, m[1]), set())
+        elif m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)?)", line):
+            names |= {m[1], m[1] + m[2]}
+    return found
+
+
+def problems(used, bounds, code):
+    """One line for each promise that a kernel does not keep."""
+    short = short_names({kernel for _, kernel in used})
+    for (architecture, kernel), r in sorted(used.items()):
+        at = f"{short[kernel]} on {architecture}:"
+        names = code.get((architecture, kernel), set())
+        if r["STACK"] or r["LOCAL"] or names & {"LDL", "STL"}:
+            yield f"{at} spills: a stack frame of {r['STACK']} bytes, {r['LOCAL']} bytes of local memory"
+        if own := r["SHARED"] - RESERVED[architecture]:
+            yield f"{at} {own} bytes of static shared memory: kernels have the launch's alone"
+        threads, blocks = bounds.get(kernel, (None, 1))
+        if not threads:
+            yield f"{at} no launch bounds in the PTX: no virtual architecture was built, or the kernel has none"
+        else:
+            warps = -(-threads // 32) * blocks
+            share = min(REGISTERS // (32 * warps) // 8 * 8, REGISTERS_OF_A_THREAD)
+            if r["REG"] > share:
+                yield f"{at} {r['REG']} registers, {share} are there for {blocks} blocks of {threads} threads"
+        if not names:
+            yield f"{at} no code was found"
+        for pattern, meant in MEANT.items():
+            if re.search(pattern, short[kernel]) and not meant <= names:
+                yield f"{at} has no {', '.join(sorted(meant - names))}"
+
+
+def main(binaries):
+    bad, kernels, missing = 0, 0, set(MEANT)
+    for binary in binaries:
+        used = resources(listing(binary, "--dump-resource-usage"))
+        if not used:
+            sys.exit(f"{binary}: has no kernels")
+        code = instructions(listing(binary, "-sass"))
+        for problem in problems(used, launch_bounds(listing(binary, "-ptx")), code):
+            print(problem)
+            bad += 1
+        kernels += len(used)
+        names = short_names({kernel for _, kernel in used}).values()
+        missing = {pattern for pattern in missing if not any(re.search(pattern, x) for x in names)}
+    for pattern in sorted(missing):
+        print(f"{pattern}: no kernel of this name")
+        bad += 1
+    print(f"{kernels} kernels, {bad} problems")
+    return bad != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,441 @@
+"""leetcore.torch: the operators under everything that torch does to operators."""
+
+import functools
+import itertools
+
+import leetcore
+import leetcore.torch
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import normal
+from leetcore import reference
+from leetcore.torch import decode_step, linear_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+FORWARD = torch.ops.leetcore.linear_attention.default
+BACKWARD = torch.ops.leetcore.linear_attention_backward.default
+DECODE = torch.ops.leetcore.decode_step.default
+NAMES = ("q", "k", "v", "log_decay", "initial_state")
+DECAYS = {"none": None, "one": (), "head": ("H",), "sequence": ("B", "H"), "token": ("B", "H", "N")}
+
+
+def problem(B=2, H=3, N=7, K=4, V=5, dtype=torch.float64, decay="head", state=True, Hq=None, Hv=None, S=None):
+    """Leaves that require gradients, by name; S sequences are packed if given."""
+    rng = np.random.default_rng(0)
+    exact = torch.float64 if dtype is torch.float64 else torch.float32
+    given = {
+        "q": torch.from_numpy(normal(rng, (B, Hq or H, N, K), np.float64)).to(dtype),
+        "k": torch.from_numpy(normal(rng, (B, H, N, K), np.float64)).to(dtype),
+        "v": torch.from_numpy(normal(rng, (B, Hv or H, N, V), np.float64)).to(dtype),
+    }
+    Hs = max(H, Hv or 0)
+    if (dims := DECAYS[decay]) is not None:
+        shape = tuple({"B": B, "H": Hs, "N": N}[d] for d in dims)
+        given["log_decay"] = torch.from_numpy(np.asarray(-rng.uniform(0.01, 1, shape))).to(exact)
+    if state:
+        given["initial_state"] = torch.from_numpy(normal(rng, (S or B, Hs, K, V), np.float64)).to(exact)
+    return {name: x.requires_grad_() for name, x in given.items()}
+
+
+def gradients(call, given, seed=0):
+    """Of a random linear function of all results, by the tensors of `given`."""
+    results = call(**given)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((torch.randn(x.shape, generator=generator, dtype=x.dtype) * x).sum() for x in results)
+    wanted = [x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return torch.autograd.grad(loss, wanted)
+
+
+def definition(q, k, v, log_decay, initial_state, scale=1.0):
+    """The recurrence as it is written, for torch's own autograd; a decay [H], as many heads everywhere."""
+    state, outputs = initial_state, []
+    for t in range(q.shape[2]):
+        state = torch.exp(log_decay)[:, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append(scale * (q[:, :, t, None, :] @ state)[:, :, 0])
+    return torch.stack(outputs, 2), state
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_it_is_the_operator_of_leetcore(layout, dtype):
+    given = {name: x.detach() for name, x in problem(dtype=dtype, N=70, decay="token").items()}
+    if layout == "bnhd":
+        given = {name: x if name == "initial_state" else x.transpose(1, 2) for name, x in given.items()}
+    options = {"scale": 0.5, "layout": layout, "return_state": True, "method": "recurrent"}
+    for got, want in zip(
+        linear_attention(**given, **options), leetcore.linear_attention(**given, **options), strict=True
+    ):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_packed_sequences_and_numbers_as_decays():
+    given = {name: x.detach() for name, x in problem(B=1, N=20, S=3, decay="none", dtype=torch.float32).items()}
+    options = {"log_decay": -0.25, "cu_seqlens": torch.tensor([0, 4, 4, 20]), "return_state": True}
+    for got, want in zip(
+        linear_attention(**given, **options), leetcore.linear_attention(**given, **options), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_registered_functions_are_methods():
+    calls = []
+
+    def quadratic(q, k, v, log_decay, scale):
+        calls.append(q.shape)
+        return np.zeros_like(v)
+
+    leetcore.register_method("zeros", quadratic)
+    try:
+        given = {name: x.detach() for name, x in problem(state=False, dtype=torch.float32).items()}
+        assert not linear_attention(**given, method="zeros").any() and calls
+    finally:
+        leetcore.unregister_method("zeros")
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("heads", [{}, {"Hq": 6}, {"H": 1, "Hv": 2, "Hq": 4}], ids=["equal", "grouped q", "grouped k"])
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gradcheck(decay, state, heads):
+    given = problem(decay=decay, state=state, N=5, K=3, V=2, **heads)
+    for layout, return_state in itertools.product(("bhnd", "bnhd"), (False, True)):
+
+        def call(*tensors, layout=layout, return_state=return_state):
+            named = dict(zip(given, tensors, strict=True))
+            if layout == "bnhd":
+                per_token = [n for n, x in named.items() if n in "qkv" or (n == "log_decay" and x.ndim == 3)]
+                named |= {name: named[name].transpose(1, 2) for name in per_token}
+            return linear_attention(**named, scale=0.7, return_state=return_state, layout=layout)
+
+        assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gradcheck_of_packed_sequences(decay):
+    given = problem(B=1, N=9, S=3, decay=decay)
+    cu_seqlens = torch.tensor([0, 4, 4, 9])
+
+    def call(*tensors):
+        return linear_attention(**dict(zip(given, tensors, strict=True)), cu_seqlens=cu_seqlens, return_state=True)
+
+    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype, tolerance, of_decay", [(torch.float32, 2e-5, 2e-5), (torch.bfloat16, 1e-2, 2e-2)])
+def test_gradients_against_autograd_of_the_definition(dtype, tolerance, of_decay):
+    given = problem(N=150, K=16, V=24, dtype=dtype)
+    got = gradients(functools.partial(linear_attention, return_state=True), given)
+    exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    o, state = definition(**exact)
+    generator = torch.Generator().manual_seed(0)  # the numbers that `gradients` takes
+    weights = [torch.randn(x.shape, generator=generator, dtype=d) for x, d in ((o, dtype), (state, torch.float32))]
+    want = torch.autograd.grad([o, state], list(exact.values()), [w.double() for w in weights])
+    for name, d, expected in zip(NAMES, got, want, strict=True):
+        assert d.dtype == given[name].dtype
+        assert reference.error(d.double().numpy(), expected.numpy()) <= (of_decay if name == "log_decay" else tolerance)
+
+
+def test_any_subset_may_require_gradients():
+    given = problem()
+    every = dict(zip(NAMES, gradients(linear_attention, given), strict=True))
+    for wanted in itertools.chain.from_iterable(itertools.combinations(NAMES, n) for n in range(1, 5)):
+        some = {name: x.detach().requires_grad_(name in wanted) for name, x in given.items()}
+        for name, d in zip(wanted, gradients(linear_attention, some), strict=True):
+            assert torch.equal(d, every[name]), (wanted, name)
+
+
+def test_a_result_that_no_loss_uses():
+    given = problem()
+    o, state = linear_attention(**given, return_state=True)
+    alone = torch.autograd.grad(linear_attention(**given).sum(), list(given.values()))
+    for got, want in zip(torch.autograd.grad(o.sum(), list(given.values()), retain_graph=True), alone, strict=True):
+        assert torch.equal(got, want)
+    d_q, d_k = torch.autograd.grad(state.sum(), [given["q"], given["k"]])
+    assert not d_q.any() and d_k.any()
+
+
+def test_views_have_the_gradients_of_copies():
+    rng = np.random.default_rng(0)
+    qkv = torch.from_numpy(normal(rng, (2, 70, 3, 4 + 4 + 6), np.float64)).requires_grad_()
+    shared = torch.from_numpy(-rng.uniform(0, 1, (1, 3))).requires_grad_()
+    odd = torch.from_numpy(normal(rng, (2, 3, 4, 70), np.float64)).requires_grad_()
+
+    def call(copy, qkv, shared, odd):
+        q, _, v = qkv.split((4, 4, 6), dim=3)
+        tensors = (q + 0, odd.permute(0, 3, 1, 2), v, shared[:, None].expand(2, 70, 3))
+        return linear_attention(*(x.contiguous() if copy else x for x in tensors), layout="bnhd")
+
+    given = {"qkv": qkv, "shared": shared, "odd": odd}
+    got, want = (gradients(functools.partial(call, copy), given) for copy in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_grad_and_inference_mode():
+    given = problem()
+    want = linear_attention(**given)
+    assert want.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            o = linear_attention(**given)
+        assert not o.requires_grad and torch.equal(o, want)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    given = problem()
+    call = functools.partial(
+        checkpoint, lambda *x: linear_attention(*x[:4], initial_state=x[4]), use_reentrant=use_reentrant
+    )
+    o = call(*given.values())
+    (torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=o.dtype) * o).sum().backward()
+    for x, want in zip(given.values(), gradients(linear_attention, given), strict=True):
+        assert torch.equal(x.grad, want)
+
+
+def test_second_derivatives_are_refused():
+    given = problem()
+    (first,) = torch.autograd.grad(linear_attention(**given).square().sum(), [given["q"]], create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        first.sum().backward()
+
+
+# ---- torch.func
+
+
+def loss(q, k, v, log_decay, initial_state=None):
+    return linear_attention(q, k, v, log_decay, initial_state=initial_state).square().sum()
+
+
+@pytest.mark.parametrize("decay", ["one", "head", "sequence", "token"])
+def test_gradients_of_each_sample(decay):
+    given = {name: x.detach() for name, x in problem(decay=decay).items()}
+    qs = torch.stack([given["q"], 2 * given["q"], -given["q"]])
+    rest = tuple(given.values())[1:]
+    together = torch.vmap(torch.func.grad(loss, (0, 1, 2, 3, 4)), (0, None, None, None, None))(qs, *rest)
+    for i, q in enumerate(qs):
+        leaves = [x.clone().requires_grad_() for x in (q, *rest)]
+        for got, want in zip(together, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+            torch.testing.assert_close(got[i], want, rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_is_a_loop():
+    given = {name: x.detach() for name, x in problem().items()}
+    qs, decays = (
+        torch.stack([given["q"], -given["q"]], dim=3),
+        torch.stack([given["log_decay"], 3 * given["log_decay"]]),
+    )
+
+    def call(q, log_decay):
+        return linear_attention(q, given["k"], given["v"], log_decay, return_state=True)
+
+    o, state = torch.vmap(call, (3, 0))(qs, decays)
+    for i in range(2):
+        want = call(qs[:, :, :, i], decays[i])
+        assert torch.equal(o[i], want[0]) and torch.equal(state[i], want[1])
+
+
+def test_what_vmap_and_forward_mode_refuse():
+    given = {name: x.detach() for name, x in problem(B=1, S=1).items()}
+    with pytest.raises(NotImplementedError, match=r"^cu_seqlens: expected None under torch\.vmap"):
+        torch.vmap(lambda q: linear_attention(**{**given, "q": q}, cu_seqlens=torch.tensor([0, 7])))(given["q"][None])
+    with pytest.raises(NotImplementedError, match=r"decode_step: expected no torch\.vmap"):
+        torch.vmap(lambda x: decode_step(x, x, x, torch.zeros(1, 2, 3, 3)))(torch.zeros(4, 1, 2, 3))
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda q: linear_attention(**{**given, "q": q}), (given["q"],), (given["q"],))
+
+
+# ---- the dispatcher
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_opcheck(decay):
+    given = problem(decay=decay, state=decay != "head")
+    arguments = [given.get(name) for name in NAMES]
+    torch.library.opcheck(FORWARD, (*arguments, None, 0.5, decay == "token"))
+    plain = [None if x is None else x.detach() for x in arguments]
+    d_o = torch.ones_like(plain[2])
+    wants = [True, True, decay != "one", "log_decay" in given, False]
+    torch.library.opcheck(BACKWARD, (*plain, None, d_o, None, 0.5, "bhnd", False, wants))
+    if decay != "token":
+        q, k, v = (x[:, :, 0] for x in plain[:3])
+        torch.library.opcheck(DECODE, (q, k, v, torch.ones(2, 3, 4, 5, dtype=torch.float64), plain[3]))
+
+
+def test_opcheck_of_packed_sequences_in_the_other_layout():
+    given = problem(B=1, S=2)
+    q, k, v = (given[name].transpose(1, 2) for name in "qkv")
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    torch.library.opcheck(FORWARD, (q, k, v, None, given["initial_state"], cu_seqlens, 1.0, True, "bnhd"))
+
+
+def model(x, log_decay, state):
+    q, k, v = x.unflatten(-1, (3, -1)).chunk(3, dim=-1)
+    o, state = linear_attention(
+        q,
+        k,
+        v,
+        -torch.nn.functional.softplus(log_decay),
+        scale=0.5,
+        initial_state=state,
+        return_state=True,
+        layout="bnhd",
+    )
+    return o.sigmoid(), state
+
+
+def compiled_and_eager(backend, lengths):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for N in lengths:
+        rng = torch.Generator().manual_seed(N)
+        given = {
+            "x": torch.randn(2, N, 72, generator=rng, requires_grad=True),
+            "log_decay": torch.randn(3, generator=rng, requires_grad=True),
+            "state": torch.randn(2, 3, 8, 8, generator=rng, requires_grad=True),
+        }
+        for got, want in zip(gradients(compiled, given), gradients(model, given), strict=True):
+            torch.testing.assert_close(got, want)
+    return counter.frame_count
+
+
+def test_compile_without_a_break_and_once_for_all_lengths():
+    assert compiled_and_eager("aot_eager", (7, 64, 100, 33, 200)) == 1
+
+
+def test_compile_with_inductor():
+    assert compiled_and_eager("inductor", (64, 100)) == 1
+
+
+def test_compiled_decoding_updates_the_state():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: decode_step(*x, -0.1) + 1, fullgraph=True, backend="aot_eager")
+    state = torch.ones(2, 3, 8, 8)
+    expected = state.clone()
+    for _ in range(3):
+        x = torch.randn(3, 2, 3, 8)
+        assert torch.equal(compiled(*x, state), decode_step(*x, expected, -0.1) + 1)
+    assert torch.equal(state, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled):
+    torch._dynamo.reset()
+    given = problem(dtype=torch.float32)
+    call = torch.compile(linear_attention, fullgraph=True, backend="aot_eager") if compiled else linear_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = call(**{**given, "log_decay": given["log_decay"].bfloat16()}, return_state=True)
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
+    (o.float().sum() + state.sum()).backward()
+    assert all(x.grad.dtype == torch.float32 and x.grad.any() for x in given.values())
+
+
+def test_autocast_leaves_float64_alone():
+    given = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            torch.equal(linear_attention(**given), linear_attention(**given))
+            and linear_attention(**given).dtype == torch.float64
+        )
+
+
+def test_autocast_while_decoding():
+    x, state = torch.randn(2, 3, 8), torch.zeros(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = decode_step(x, x, x, state, torch.full((3,), -0.5, dtype=torch.bfloat16))
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32 and state.any()
+
+
+def test_flop_of_forward_backward_and_decoding():
+    B, H, N, K, V = 2, 3, 640, 16, 32
+    q, k = torch.randn(2, B, H, N, K, requires_grad=True)
+    v = torch.randn(B, H, N, V)
+    forward = leetcore.cost("chunk", B=B, H=H, N=N, K=K, V=V).flop
+    with FlopCounterMode(display=False) as counter:
+        o = linear_attention(q, k, v)
+    assert counter.get_total_flops() == B * H * N * (65 * (K + V) + 4 * K * V)
+    assert abs(counter.get_total_flops() / forward - 1) < 0.1
+    with FlopCounterMode(display=False) as counter:
+        o.sum().backward()
+    assert counter.get_total_flops() == B * H * N * (65 * (3 * K + 2 * V) + 10 * K * V)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decode_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], torch.zeros(B, H, K, V))
+    assert counter.get_total_flops() == B * H * 4 * K * V
+
+
+# ---- decoding
+
+
+def test_decode_step_is_that_of_leetcore():
+    rng = np.random.default_rng(0)
+    q, k, v = (torch.from_numpy(normal(rng, (2, 3, 8))) for _ in range(3))
+    pool = torch.from_numpy(normal(rng, (4, 3, 8, 8)))
+    options = {"log_decay": -torch.rand(3), "scale": 0.5, "state_indices": torch.tensor([3, 1], dtype=torch.int32)}
+    expected = pool.clone()
+    before = pool._version
+    o = decode_step(q, k, v, pool, **options)
+    assert torch.equal(o, leetcore.decode_step(q, k, v, expected, **options)) and torch.equal(pool, expected)
+    assert pool._version > before  # so that autograd would notice
+
+
+def test_decode_step_has_no_gradient():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"decode_step has no gradient.*torch\.no_grad.*linear_attention"):
+        decode_step(x, x, x, torch.zeros(2, 3, 8, 8))
+    with torch.no_grad():
+        assert decode_step(x, x, x, torch.zeros(2, 3, 8, 8)).any()
+
+
+# ---- refusals
+
+
+REFUSED = {
+    "not a tensor": ({"q": np.zeros((2, 3, 7, 4))}, TypeError, "^q: expected a torch.Tensor, got ndarray"),
+    "decay of numpy": (
+        {"log_decay": leetcore.decay.alibi(3)},
+        TypeError,
+        "^log_decay: expected a torch.Tensor, got ndarray",
+    ),
+    "dtype": ({"k": torch.zeros(2, 3, 7, 4)}, TypeError, "^k: expected dtype float64 like q, got float32"),
+    "integers": ({n: torch.zeros(2, 3, 7, 4, dtype=torch.int64) for n in "qkv"}, TypeError, "^q: expected dtype"),
+    "rank": ({"q": torch.zeros(3, 7, 4).double()}, ValueError, r"^q: expected shape \[B, Hq, N, K\], got \[3, 7, 4\]"),
+    "heads": ({"k": torch.zeros(2, 2, 7, 4).double()}, ValueError, "^k: expected a number of heads that divides 3"),
+    "growth": ({"log_decay": 0.5}, ValueError, "^log_decay: expected values <= 0, got 0.5"),
+    "method": ({"method": "quick"}, ValueError, "^method: unknown method 'quick'; known are auto, chunk"),
+    "layout": ({"layout": "nbhd"}, ValueError, "^layout: expected 'bhnd' or 'bnhd', got 'nbhd'"),
+    "precision": ({"precision": "low"}, ValueError, "^precision: expected None, 'ieee' or 'tf32', got 'low'"),
+    "scale": ({"scale": float("nan")}, ValueError, "^scale: expected a finite number, got nan"),
+    "served by none": (
+        {"method": "fft", "log_decay": -torch.ones(2, 3, 7)},
+        NotImplementedError,
+        "fft: its Toeplitz mask",
+    ),
+    "devices": (
+        {"k": torch.zeros(2, 3, 7, 4, device="meta")},
+        ValueError,
+        "^q: expected on one device .* cpu and meta",
+    ),
+    "sparse": ({"q": torch.zeros(2, 3, 7, 4).double().to_sparse()}, NotImplementedError, "SparseCPU"),
+}
+
+
+@pytest.mark.parametrize("change, error, text", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+def test_refusals(change, error, text, grad):
+    given = problem(state=False)
+    if not grad:
+        given = {name: x.detach() for name, x in given.items()}
+    with pytest.raises(error, match=text):
+        linear_attention(**{**given, **change})
+
+
+def test_shapes_are_known_without_memory():
+    given = {name: x.detach().to("meta") for name, x in problem(Hq=6).items()}
+    o, state = linear_attention(**given, return_state=True)
+    assert (o.device.type, o.shape, state.shape) == ("meta", (2, 6, 7, 5), (2, 3, 4, 5))
