@@ -110,7 +110,7 @@ void run(const Problem& p) {
 }
 
 const char* refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "does not decode on a GPU";
+  if (const char* why = forward_only(p)) return why;
   if (p.decay == Decay::per_token) return "its Toeplitz mask needs one decay a head, not one a token";
   return cufft_missing();
 }
