@@ -59,6 +59,13 @@ def test_a_stage_that_is_late_is_stopped_with_all_it_started(gpu, tmp_path):
     assert not late.exists()
 
 
+@pytest.mark.parametrize("said, result", [("2 passed, 3 skipped", "passed"), ("5 skipped", "FAILED")])
+def test_a_stage_that_tested_nothing_has_not_passed(gpu, said, result):
+    proof = next(s.proof for s in gpu.STAGES if s.name == "test")
+    tested = gpu.Stage("test", 10, lambda m, s: {"pytest": ["echo", said]}, gpu.last_line, proof)
+    assert gpu.run(tested, machine(gpu), 10).result == result
+
+
 def test_commands_of_a_stage_run_at_the_same_time(gpu):
     outcome = gpu.run(stage(gpu, "both", a="sleep 1", b="sleep 1", c="sleep 1"), machine(gpu), 30)
     assert outcome.result == "passed" and outcome.seconds < 2.5
