@@ -34,7 +34,7 @@ TAIL = 25  # lines of a failed command's log that are shown
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands by name, how to say in a few words what their logs say, and what one has to say for it to have passed."""
+    """Commands by name, how to say in a few words what their logs say, and what one has to say where it passed."""
 
     name: str
     limit_s: float
