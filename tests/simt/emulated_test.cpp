@@ -22,9 +22,6 @@ constexpr Schedule kSchedules[] = {{simt::Policy::lockstep, 1},
                                    {simt::Policy::warp_priority, 1},
                                    {simt::Policy::warp_priority, 2}};
 
-// Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
-const int kCufftIsChosen = setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
-
 class Emulated : public ::testing::Test {
  protected:
   void TearDown() override {
