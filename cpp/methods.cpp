@@ -64,8 +64,6 @@ Methods methods() {
 
 const char* refusal(const Method& m, const Problem& p) {
   if (std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu")) return "is for another device";
-  if (p.op == LC_BACKWARD && !m.gradients)
-    return "computes no gradients; they are the same for every method, so leave it to \"auto\"";
   return m.refuses(p);
 }
 

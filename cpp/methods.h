@@ -19,7 +19,6 @@ struct Method {
   size_t (*workspace)(const Problem&);  // bytes
   void (*run)(const Problem&);          // throws Error only before it writes
   const char* alias = nullptr;          // another name for it
-  bool gradients = false;               // serves LC_BACKWARD too
 };
 
 struct Methods {

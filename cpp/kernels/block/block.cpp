@@ -111,7 +111,7 @@ Cost cost(const Problem& p) {
 
 extern const Method block_cpu = {
     {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    never_decodes,
+    forward_only,
     cost,
     workspace,
     run};

@@ -385,7 +385,7 @@ void run(const Problem& p) {
 }
 
 const char* refuses(const Problem& p) {
-  if (const char* why = never_decodes(p)) return why;
+  if (const char* why = forward_only(p)) return why;
   return p.decay == Decay::per_token ? "its Toeplitz mask needs one decay a head, not one a token" : nullptr;
 }
 

@@ -271,7 +271,7 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem&) { return nullptr; }
+const char* refuses(const Problem& p) { return p.op == LC_BACKWARD ? forward_only(p) : nullptr; }
 
 Cost cost(const Problem& p) {
   return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*tasks=*/double(p.B * p.H)},

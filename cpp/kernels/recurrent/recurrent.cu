@@ -29,6 +29,7 @@ void run(const Problem& p) {
 
 const char* refuses(const Problem& p) {
   if (p.op == LC_DECODE) return "does not decode on a GPU";
+  if (p.op == LC_BACKWARD) return "has no gradients on a GPU";
   if (p.K > kMostKeyDim) return "K is over 256";
   return nullptr;
 }

@@ -137,7 +137,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cpu = {
     {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
      "LeetDecoding, arXiv:2501.02573"},
-    never_decodes,
+    forward_only,
     cost,
     workspace,
     run};

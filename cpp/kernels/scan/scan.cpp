@@ -184,7 +184,7 @@ Cost cost(const Problem& p) {
 
 extern const Method scan_cpu = {
     {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    never_decodes,
+    forward_only,
     cost,
     workspace,
     run};
