@@ -1,5 +1,6 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
 # make test              every check; each stage has a target of its own: lint pytest cuda ctest sanitize
+# make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
 # make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
 #                        at the most; stages alone: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
@@ -71,6 +72,12 @@ build/sanitize/build.ninja: | system
 	@if command -v nvcc >/dev/null; then : >$@; else \
 	  $(pip) 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*' && echo -D LEETCORE_CUDA_FROM_PYPI=ON >$@; fi
 
+train: .venv/bench
+	python examples/train_lm.py $(ARGS)
+
+generate: .venv/bench
+	python examples/generate.py $(ARGS)
+
 bench: .venv/bench
 	python bench/run.py $(ARGS)
 
@@ -122,4 +129,4 @@ system:
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) bench gpu cbench format clean system
+.PHONY: run test $(STAGES) train generate bench gpu cbench format clean system

@@ -2,7 +2,8 @@
 
 python bench/torch_use.py [--quick]
 
-Overheads are medians over depths of the Python stack: at some, CPython 3.11 maps a new piece of it in each call.
+Overheads are CPU times of one thread, medians over depths of the Python stack: at some of them CPython maps a new piece
+of it in each call.
 The two models take turns, and each figure is the least of its times: interference only adds.
 """
 
@@ -25,17 +26,17 @@ DEPTHS, CALLS = 40, 100
 
 
 def overhead(call: Callable[[], Any]) -> float:
-    """Microseconds a call."""
+    """Microseconds of this process a call."""
 
     def at(depth: int) -> float:
         if depth:
             return at(depth - 1)
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(CALLS):
                 call()
-            times.append((time.perf_counter() - start) / CALLS * 1e6)
+            times.append((time.process_time() - start) / CALLS * 1e6)
         return min(times)
 
     return statistics.median(at(2 * depth) for depth in range(DEPTHS))
@@ -45,7 +46,7 @@ def operators() -> Table:
     q, k, v = torch.randn(3, 1, 1, 1, 16)
     token = [x[:, :, 0] for x in (q, k, v)]
     log_decay, state, leaf = torch.full((1,), -0.5), torch.zeros(1, 1, 16, 16), q.clone().requires_grad_()
-    table = Table(title="one call of a single token, us")
+    table = Table(title="one call of a single token, us of this process")
     for heading in ("", "leetcore", "leetcore.torch", "more"):
         table.add_column(heading, justify="right" if heading else "left")
     with torch.no_grad():

@@ -1,6 +1,7 @@
 // chunks.cu - launches chunks.cuh with the configuration that suits the problem and the device.
 #include "chunks.cuh"
 
+#include "cost.h"
 #include "launch.h"
 
 namespace lc::cuda {
@@ -87,7 +88,7 @@ double chunk_step_us(const Problem& p) {
 }
 
 const char* walk_refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "decodes by recurrent only";
+  if (const char* why = forward_only(p)) return why;
   if (p.type == Type::f64) return "float64 has no matrix unit that it uses";
   if (p.K > kMostKeyDim) return "K is over 256";
   bool fits = false;

@@ -224,7 +224,7 @@ inline Answer reference(const lc_args& a) {
   for (int64_t s = 0; s < in.sequences; ++s) {
     const int64_t row = in.row(s), first = in.bound(s, false), end = in.bound(s, true);
     const int64_t slot = a.state_indices ? static_cast<int64_t>(Inputs::read(*a.state_indices, {s})) : s;
-    if (slot < 0) continue;
+    if (slot < 0 || slot >= states) continue;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       double* S = answer.state.data() + (slot * Hs + hs) * K * V;
       double* S_size = answer.state_size.data() + (slot * Hs + hs) * K * V;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -94,7 +95,8 @@ def methods(machine: Machine, limit_s: float) -> dict[str, list[str]]:
 
 def test(machine: Machine, limit_s: float) -> dict[str, list[str]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow"]
-    return {"pytest": [*pytest, str(ROOT / "tests" / "test_gpu.py")]}
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return {"pytest": [*pytest, *workers, str(ROOT / "tests" / "test_gpu.py")]}
 
 
 def sanitizer(machine: Machine, limit_s: float) -> dict[str, list[str]]:

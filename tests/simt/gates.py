@@ -20,6 +20,8 @@ RESERVED = {"sm_80": 0, "sm_90a": 1024}  # bytes of a block's shared memory that
 MEANT = {
     r"RecurrentForward<": {"SHFL"},
     r"RecurrentForward<double>": {"DFMA"},
+    r"ChunkWalk<": {"HMMA", "LDGSTS"},
+    r"ChunkWalk<simt::(bf16|f16)": {"LDSM"},
     r"FleetForward<": {"LDS.128"},  # four ranks, or two of float64, in a load
     r"FleetForward<double": {"DFMA"},
     r"MatrixUnit": {"HMMA"},  # contract_test.cuh, and faulty.cu, which has none

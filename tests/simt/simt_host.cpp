@@ -472,8 +472,9 @@ class Access {
   int warp_;
 };
 
+// Of a vector, its size; what is larger than 16 bytes is a struct, which goes in several pieces.
 bool aligned(const void* p, size_t bytes, const char* what, Line line) {
-  const bool yes = reinterpret_cast<uintptr_t>(p) % bytes == 0;
+  const bool yes = reinterpret_cast<uintptr_t>(p) % std::min<size_t>(bytes & -bytes, 16) == 0;
   if (!yes)
     fail(&Report::align, "%s of %zu bytes at %s: the address is no multiple of that", what, bytes, text(line).c_str());
   return yes;

@@ -49,7 +49,7 @@ struct Cut {
 
 Transforms transforms(const Problem& p, const Cut& cut) { return {p.type == Type::f64, cut.points, cut.transforms()}; }
 
-// The workspace: offsets from an address that is a multiple of 256, as cuFFT's own memory would be.
+// The workspace: offsets, all multiples of 256, as the addresses of cuFFT's own memory would be.
 struct Memory {
   size_t spectrum, x, sums, work, bytes;
   Memory(const Problem& p, const Cut& cut) {
@@ -71,7 +71,7 @@ struct Memory {
 
 bool transforms_nothing(const Problem& p) { return p.N == 0 || p.B == 0; }
 
-size_t workspace(const Problem& p) { return transforms_nothing(p) ? 0 : Memory(p, Cut(p)).bytes + Memory::kAlign; }
+size_t workspace(const Problem& p) { return transforms_nothing(p) ? 0 : Memory(p, Cut(p)).bytes; }
 
 template <class E>
 void outputs(const Problem& p) {
@@ -79,8 +79,7 @@ void outputs(const Problem& p) {
   const Cut cut(p);
   const Memory memory(p, cut);
   const Transforms t = transforms(p, cut);
-  auto* base = reinterpret_cast<unsigned char*>(divide_up(reinterpret_cast<intptr_t>(p.workspace), Memory::kAlign) *
-                                                int64_t(Memory::kAlign));
+  auto* base = static_cast<unsigned char*>(p.workspace);
   const auto at = [&](size_t offset) { return reinterpret_cast<T*>(base + offset); };
   FftPass<T> pass = {p, cut.points,       cut.pieces,          cut.units,    cut.pairs,      0,
                      0, int(cut.columns), at(memory.spectrum), at(memory.x), at(memory.sums)};
@@ -111,7 +110,7 @@ void run(const Problem& p) {
 }
 
 const char* refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "does not decode on a GPU";
+  if (const char* why = forward_only(p)) return why;
   if (p.decay == Decay::per_token) return "its Toeplitz mask needs one decay a head, not one a token";
   return cufft_missing();
 }

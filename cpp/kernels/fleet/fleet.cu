@@ -48,7 +48,7 @@ void run(const Problem& p) {
 }
 
 const char* refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "does not decode on a GPU";
+  if (const char* why = forward_only(p)) return why;
   if (p.K > kMostKeyDim) return "K is over 256";
   return nullptr;
 }

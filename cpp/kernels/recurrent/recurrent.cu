@@ -1,43 +1,113 @@
-// recurrent.cu - GPU: launches recurrent.cuh, whose head says what it computes.
+// recurrent.cu - GPU: launches recurrent.cuh and decode.cuh, whose heads say what they compute.
 //
-//   grid: (sequence, state, part of its q heads, 32 columns), one block each; B N H 14 K V flop
+//   forward: (sequence, state, part of its q heads, 32 columns), one block each; B N H 8.5 K V flop
+//   decode: (slot, state, piece of V); B N (2 H + 3 Hs) K V flop
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include "recurrent.cuh"
 
 #include "../../cuda/cost.h"
 #include "../../cuda/launch.h"
+#include "decode.cuh"
 
 namespace lc {
 namespace {
 
 using namespace cuda;
 
-constexpr int64_t kMostKeyDim = 256;
+// ---- forward --------------------------------------------------------------------------------------------------------
 
-int64_t pieces(const Problem& p) { return (p.V + 31) / 32; }
-
-double flop(const Problem& p) { return 14. * double(tokens(p)) * double(p.H) * double(p.K * p.V); }
-
-void run(const Problem& p) {
+void forward(const Problem& p) {
   const int heads = heads_per_block(p);
   with_type(p.type, [&](auto e) {
     using Kernel = RecurrentForward<decltype(e)>;
-    const int64_t blocks = p.B * p.Hs * (group(p) / heads) * pieces(p);
-    start<Kernel>(p, dim3(unsigned(blocks)), Kernel::kMaxThreads, Kernel::shared_bytes(p), {p, heads});
+    const int64_t blocks = p.B * p.Hs * (group(p) / heads) * Kernel::pieces(p);
+    start<Kernel>(p, dim3(unsigned(blocks)), Kernel::kMaxThreads, int(Kernel::shared_bytes(p)), {p, heads});
   });
 }
 
+// ---- decode ---------------------------------------------------------------------------------------------------------
+
+constexpr int kBlocksPerProcessor = 4;  // at least, of decode
+constexpr int64_t kLeastColumns = 2;    // of decode: 32 bytes, the least that memory moves
+
+// f(the kernel) for the types of p.
+template <class E, class F>
+void with_pool(const Problem& p, F& f) {
+  with_type(p.state_type, [&](auto s) {
+    using P = decltype(s);
+    if constexpr (std::is_same_v<E, double> == std::is_same_v<P, double>) f(Decode<E, P>());
+  });
+}
+template <class F>
+void with_decode(const Problem& p, F&& f) {
+  with_type(p.type, [&](auto e) { with_pool<decltype(e)>(p, f); });
+}
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Pieces as wide as the threads of a block go, and narrower where those would leave processors without work.
+template <class E, class P>
+typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
+  using Kernel = Decode<E, P>;
+  const int64_t vectors = ceil_div(p.V, Kernel::kVector), row_groups = ceil_div(p.K, Kernel::kRows);
+  const int64_t blocks = kBlocksPerProcessor * limits(p.device.id).processors;
+  const int64_t enough = ceil_div(blocks, std::max<int64_t>(1, p.B * p.Hs));
+  const int64_t most = std::max<int64_t>(1, Kernel::kMaxThreads / row_groups);
+  const int64_t columns = std::min(most, std::max(kLeastColumns, vectors / enough));
+  typename Kernel::Params a = {};
+  a.p = p;
+  a.columns = int(ceil_div(vectors, ceil_div(vectors, columns)));  // pieces of one width
+  a.pieces = unsigned(ceil_div(vectors, a.columns));
+  a.row_groups = int(row_groups);
+  a.heads = unsigned(group(p));
+  a.q_share = unsigned(p.H / p.Hq), a.k_share = unsigned(p.Hs / p.Hk), a.v_share = unsigned(p.Hs / p.Hv);
+  a.pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
+  const View& pool = p.final_state;
+  a.whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
+  for (int i = 0; i < 3; ++i) a.whole = a.whole && pool.stride[i] % Kernel::kVector == 0;
+  return a;
+}
+
+void decode(const Problem& p) {
+  with_decode(p, [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    const auto params = plan(kernel, p);
+    start<Kernel>(p, dim3(unsigned(p.B * p.Hs) * params.pieces), (params.threads() + 31) / 32 * 32,
+                  int(params.shared_bytes()), params);
+  });
+}
+
+// ---- the row --------------------------------------------------------------------------------------------------------
+
+void run(const Problem& p) { p.op == LC_DECODE ? decode(p) : forward(p); }
+
 const char* refuses(const Problem& p) {
-  if (p.op == LC_DECODE) return "does not decode on a GPU";
-  if (p.op == LC_BACKWARD) return "has no gradients on a GPU";
-  if (p.K > kMostKeyDim) return "K is over 256";
-  return nullptr;
+  if (p.op == LC_BACKWARD) return forward_only(p);
+  bool fits = true;
+  const int most = limits(p.device.id).shared_block;
+  if (p.op == LC_DECODE)
+    with_decode(p, [&](auto kernel) {
+      const auto params = plan(kernel, p);
+      fits = params.threads() <= kernel.kMaxThreads && params.shared_bytes() <= most;
+    });
+  else
+    with_type(p.type, [&](auto e) { fits = RecurrentForward<decltype(e)>::shared_bytes(p) <= most; });
+  return fits ? nullptr : "K is too large for the shared memory of this device";
 }
 
 Cost cost(const Problem& p) {
-  const double tiles = mean_length(p) / 32, blocks = double(p.B * p.H * pieces(p));
-  return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*launches=*/1, blocks, tiles,
-                     /*step_us=*/0.05 * double(p.K)});
+  const double n = double(tokens(p)), KV = double(p.K * p.V), length = mean_length(p);
+  if (p.op == LC_DECODE) {
+    double blocks = 0;
+    with_decode(p, [&](auto kernel) { blocks = double(p.B * p.Hs) * plan(kernel, p).pieces; });
+    return predict(p,
+                   {n * KV * (2. * double(p.H) + 3. * double(p.Hs)), /*extra_bytes=*/0, /*depth=*/length,
+                    /*launches=*/1, blocks, /*steps=*/1, /*step_us=*/2 + 0.2 * length * double(group(p))},
+                   kBlocksPerProcessor);
+  }
+  const double blocks = double(p.B * p.H) * double(RecurrentForward<float>::pieces(p));
+  return predict(p, {8.5 * n * double(p.H) * KV, /*extra_bytes=*/0, /*depth=*/length, /*launches=*/1, blocks,
+                     /*steps=*/std::ceil(length / 32), /*step_us=*/1 + 0.06 * double(p.K)});
 }
 
 size_t workspace(const Problem&) { return 0; }
@@ -45,7 +115,7 @@ size_t workspace(const Problem&) { return 0; }
 }  // namespace
 
 extern const Method recurrent_cuda = {
-    {"recurrent", "cuda", "32 tokens at a time, each number of the state by a scan over a warp",
+    {"recurrent", "cuda", "32 tokens at a time, each number of the state by a scan over a warp; decodes in place",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
     refuses,
     cost,

@@ -36,11 +36,13 @@ struct RecursiveSums {
     Smem smem;
     const auto warps = smem.alloc<double>(kMaxThreads / 32);
     const int64_t b = bid().x / p.Hs, hs = bid().x % p.Hs, count = a.leaves.count(sequence_at(p, b));
-    const gptr<double> sums{a.sums + a.leaves.first_slot(p, b) * p.Hs + hs};
+    const int64_t first = a.leaves.first_slot(p, b);
+    const gptr<double> sums{a.sums + first * p.Hs + hs};
     double before = 0;
     for (int64_t i0 = 0; i0 < count; i0 += kMaxThreads) {
       const int64_t i = i0 + tid();
-      const double x = i + 1 < count ? sums.ld(i * p.Hs) : 0, upto = cumulative(x);  // the last leaf has none
+      const bool own = i < count && a.leaves.owner(p, first + i) == b;  // else cu_seqlens do not grow
+      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0, upto = cumulative(x);  // the last leaf has none
       if (lane() == 31) warps.st(warp(), upto);
       sync_cta();
       double here = before;
@@ -48,7 +50,7 @@ struct RecursiveSums {
         if (w < warp()) here += warps.ld(w);
         before += warps.ld(w);
       }
-      if (i < count) sums.st(i * p.Hs, here + upto - x);
+      if (own) sums.st(i * p.Hs, here + upto - x);
       sync_cta();
     }
   }
