@@ -104,7 +104,7 @@ def problems(used, bounds, code):
         names = code.get((architecture, kernel), set())
         if r["STACK"] or r["LOCAL"] or names & {"LDL", "STL"}:
             yield f"{at} spills: a stack frame of {r['STACK']} bytes, {r['LOCAL']} bytes of local memory"
-        if own := r["SHARED"] - RESERVED[architecture]:
+        if (own := r["SHARED"] - RESERVED[architecture]) > 0:
             yield f"{at} {own} bytes of static shared memory: kernels have the launch's alone"
         threads, blocks = bounds.get(kernel, (None, 1))
         if not threads:
