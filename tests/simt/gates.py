@@ -22,6 +22,8 @@ MEANT = {
     r"RecurrentForward<double>": {"DFMA"},
     r"ChunkWalk<": {"HMMA", "LDGSTS"},
     r"ChunkWalk<simt::(bf16|f16)": {"LDSM"},
+    r"Parallel<": {"LDS.128"},  # four ranks, tokens or columns in a load
+    r"Parallel<double": {"DFMA"},
     r"FleetForward<": {"LDS.128"},  # four ranks, or two of float64, in a load
     r"FleetForward<double": {"DFMA"},
     r"MatrixUnit": {"HMMA"},  # contract_test.cuh, and faulty.cu, which has none
