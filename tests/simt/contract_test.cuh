@@ -59,7 +59,7 @@ struct Index : Kernel {
     const dim3 b = bid();
     const int block = int(b.x) + 3 * (int(b.y) + 2 * int(b.z));
     const gptr<uint32_t> out = a.out.sub((int64_t(block) * nthreads() + tid()) * 5);
-    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(lane()));
+    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(fresh(lane())));
     out.st(3, uint32_t(warp())), out.st(4, uint32_t(nwarps()));
   }
 };
