@@ -59,7 +59,7 @@ void* stream(int n) {
   return streams[n];
 }
 void wait(int n) { require(cudaStreamSynchronize(static_cast<cudaStream_t>(stream(n))), "a kernel"); }
-const char* complaint() { return nullptr; }
+std::string complaint() { return ""; }
 
 #else
 
@@ -84,7 +84,11 @@ class Memory {
 bool there_is_a_device() { return true; }
 void* stream(int) { return nullptr; }
 void wait(int) { simt::forget(); }
-const char* complaint() { return simt::report().errors() ? simt::report().messages[0].c_str() : nullptr; }
+std::string complaint() {  // of the emulator, since the last time
+  const std::string text = simt::report().errors() ? simt::report().messages[0] : "";
+  simt::report() = {};
+  return text;
+}
 
 #endif
 
@@ -160,8 +164,8 @@ std::string examine(const Spec& spec, const char* method, const Answer& answer, 
       *refusal = reason(lc_last_error(), method);
       return before == call.memory() ? "" : "wrote although it refused";
     }
+    if (const std::string text = complaint(); !text.empty()) return text;
     if (status != LC_OK) return lc_last_error();
-    if (const char* text = complaint()) return text;
     *served = true;
     if (!inside || !call.stayed_inside(before)) return "wrote outside of its outputs and workspace";
     const Bytes& state = (spec.in_place ? call.initial_state : call.final_state).memory;
