@@ -431,7 +431,7 @@ void conversions(std::vector<Case>& all, Format f, const char* to, const char* f
 }
 
 inline void memory_and_barriers(std::vector<Case>& all) {
-  Case index{"tid nthreads bid lane warp nwarps", launch_case<Index>, {0}, {}};
+  Case index{"tid nthreads bid lane warp nwarps fresh", launch_case<Index>, {0}, {}};
   for (uint32_t block = 0; block < 12; ++block)
     for (uint32_t t = 0; t < 96; ++t)
       for (uint32_t x : {block, 96u, t % 32, t / 32, 3u}) index.want.push_back(x);
