@@ -59,7 +59,7 @@ struct Index : Kernel {
     const dim3 b = bid();
     const int block = int(b.x) + 3 * (int(b.y) + 2 * int(b.z));
     const gptr<uint32_t> out = a.out.sub((int64_t(block) * nthreads() + tid()) * 5);
-    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(lane()));
+    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(fresh(lane())));
     out.st(3, uint32_t(warp())), out.st(4, uint32_t(nwarps()));
   }
 };
@@ -431,7 +431,7 @@ void conversions(std::vector<Case>& all, Format f, const char* to, const char* f
 }
 
 inline void memory_and_barriers(std::vector<Case>& all) {
-  Case index{"tid nthreads bid lane warp nwarps", launch_case<Index>, {0}, {}};
+  Case index{"tid nthreads bid lane warp nwarps fresh", launch_case<Index>, {0}, {}};
   for (uint32_t block = 0; block < 12; ++block)
     for (uint32_t t = 0; t < 96; ++t)
       for (uint32_t x : {block, 96u, t % 32, t / 32, 3u}) index.want.push_back(x);

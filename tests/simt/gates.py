@@ -22,6 +22,8 @@ MEANT = {
     r"RecurrentForward<double>": {"DFMA"},
     r"ChunkWalk<": {"HMMA", "LDGSTS"},
     r"ChunkWalk<simt::(bf16|f16)": {"LDSM"},
+    r"Parallel<": {"LDS.128"},  # four ranks, tokens or columns in a load
+    r"Parallel<double": {"DFMA"},
     r"FleetForward<": {"LDS.128"},  # four ranks, or two of float64, in a load
     r"FleetForward<double": {"DFMA"},
     r"MatrixUnit": {"HMMA"},  # contract_test.cuh, and faulty.cu, which has none
@@ -102,7 +104,7 @@ def problems(used, bounds, code):
         names = code.get((architecture, kernel), set())
         if r["STACK"] or r["LOCAL"] or names & {"LDL", "STL"}:
             yield f"{at} spills: a stack frame of {r['STACK']} bytes, {r['LOCAL']} bytes of local memory"
-        if own := r["SHARED"] - RESERVED[architecture]:
+        if (own := r["SHARED"] - RESERVED[architecture]) > 0:
             yield f"{at} {own} bytes of static shared memory: kernels have the launch's alone"
         threads, blocks = bounds.get(kernel, (None, 1))
         if not threads:

@@ -723,6 +723,7 @@ void run_block(dim3 index, int smem) {
   if (alive && !abandoned) tell_deadlock();
 }
 
+#ifndef __SANITIZE_ADDRESS__  // which tells of it itself
 // A thread that runs off its stack says so before it ends the process.
 void on_fault(int, siginfo_t* info, void*) {
   const auto* at = static_cast<const unsigned char*>(info->si_addr);
@@ -734,6 +735,18 @@ void on_fault(int, siginfo_t* info, void*) {
   }
   std::signal(SIGSEGV, SIG_DFL);
 }
+void watch_stacks() {
+  static char handler_stack[32 * 1024];
+  stack_t other = {};
+  other.ss_sp = handler_stack, other.ss_size = sizeof handler_stack;
+  sigaltstack(&other, nullptr);
+  struct sigaction action = {};
+  action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+}
+#else
+void watch_stacks() {}
+#endif
 
 void make_memory() {
   constexpr int kAccess = PROT_READ | PROT_WRITE, kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -741,15 +754,7 @@ void make_memory() {
     shared = static_cast<unsigned char*>(mmap(nullptr, kMostShared, kAccess, kFlags, -1, 0));
     shared_shadow.cover(shared, kMostShared);
     shared_shadow.name = "shared";
-#ifndef __SANITIZE_ADDRESS__  // which tells of it itself
-    static char handler_stack[32 * 1024];
-    stack_t other = {};
-    other.ss_sp = handler_stack, other.ss_size = sizeof handler_stack;
-    sigaltstack(&other, nullptr);
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-#endif
+    watch_stacks();
   }
   for (int t = 0; t < block_threads; ++t) {
     if (fibers[t].stack) continue;

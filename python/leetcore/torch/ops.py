@@ -103,15 +103,15 @@ def _require_tensors(**arguments: Any) -> None:
 
 
 def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
-    """log_decay as a tensor; a single one on a GPU as [Hs], since the library reads scalars on the CPU only."""
+    """log_decay as a tensor beside q; a single one on a GPU as [Hs], since the library reads scalars on the CPU."""
     if log_decay is None:
         return None
     if isinstance(log_decay, (float, int)):
         exact = torch.float64 if q.dtype is torch.float64 else torch.float32
         log_decay = torch.full((), log_decay, dtype=exact, device=q.device)
     _require_tensors(log_decay=log_decay)
-    if log_decay.ndim == 0 and log_decay.device.type != "cpu":
-        log_decay = log_decay.expand(max(k.shape[head_axis], v.shape[head_axis]))
+    if log_decay.ndim == 0 and q.device.type != "cpu":
+        log_decay = log_decay.to(q.device).expand(max(k.shape[head_axis], v.shape[head_axis]))
     result: Tensor = log_decay
     return result
 
