@@ -164,9 +164,20 @@ class Array:
         self.host[where] = values.host
 
 
+def _nan(shape, dtype):
+    """At an address that is a multiple of 256, as cudaMalloc's are."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 256, np.uint8)
+    start = -raw.ctypes.data % 256
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    array[...] = np.nan
+    return array
+
+
 def _empty(kind, shape, dtype, stream, device):
     made.append((tuple(shape), stream, device))
-    return kind(np.full(shape, np.nan, dtype), device)
+    return kind(_nan(shape, dtype), device)
 
 
 # ---- a library of the array API standard ----------------------------------------------------------------------------
@@ -381,7 +392,8 @@ def patch_torch(monkeypatch):
         if device.type != "cuda":
             return empty(shape, dtype=dtype, device=device)
         made.append((tuple(shape), TorchStream.current.cuda_stream, device.index))
-        return torch_array(torch.full(shape, float("nan"), dtype=dtype), device.index)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return torch_array(torch.from_numpy(_nan((size // 2,), "f2")).view(dtype).view(shape), device.index)
 
     def fake_to(tensor, device):
         return torch_array(tensor, device.index) if getattr(device, "type", "") == "cuda" else to(tensor, device)

@@ -155,10 +155,7 @@ def test_decode_updates_the_pool_in_place():
     for make, result in (KINDS["torch"], KINDS["cupy"]):
         state = make(pool.copy())
         call = [make(x) for x in (q, k, v)]
-        try:
-            o = leetcore.decode_step(*call, state, make(DECAY), state_indices=make(slots))
-        except NotImplementedError:
-            pytest.skip("no CUDA method of this build decodes")
+        o = leetcore.decode_step(*call, state, make(DECAY), state_indices=make(slots))
         assert type(o) is result and error(o, want) < TOLERANCE["f32"][0]
         assert error(state, want_pool) < TOLERANCE["f32"][1]
     q, k, v, state = (JaxArray(x) for x in (q, k, v, pool))
@@ -293,8 +290,7 @@ def test_host_arrays_stay_on_the_host_and_have_no_stream():
 def test_scratch_is_an_array_of_the_caller():
     shape = {"B": 1, "H": 2, "N": 300, "K": 8}
     needy = [m for m in methods() if leetcore.cost(m, **shape, device="cuda").workspace]
-    if not needy:
-        pytest.skip("no CUDA method of this build needs scratch")
+    assert needy
     for make in (fake_gpu.torch_array, CuPyArray, OtherArray, JaxArray):
         q, k, v = inputs(shape=(1, 2, 300, 8))
         fake_gpu.made.clear()
@@ -364,6 +360,14 @@ def test_read_only_inputs_are_welcome_and_outputs_refused():
     assert error(o, reference.linear_attention(q, k, v, np.float64(-0.1))[0]) < TOLERANCE["f32"][0]
     with pytest.raises(ValueError, match=r"^out: expected a writable array, got a read-only one"):
         leetcore.linear_attention(*map(OtherArray, (q, k, v)), -0.1, out=fake_gpu.ReadOnlyArray(np.zeros_like(q)))
+
+
+def test_gradients_are_left_to_the_cpu():
+    for make in (fake_gpu.torch_array, CuPyArray, JaxArray, OtherArray):
+        q, k, v = map(make, inputs())
+        with pytest.raises(NotImplementedError, match="no method serves this problem"):
+            leetcore.linear_attention_backward(q, k, v, -0.1, d_o=make(inputs()[0]))
+    assert emulator.launches == 0
 
 
 def test_a_library_that_cannot_make_arrays_is_refused():
