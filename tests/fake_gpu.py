@@ -15,7 +15,7 @@ import torch
 
 CUDA = 2
 readable = False
-exports = []  # of every array: the stream that __dlpack__ was given
+exports = []  # of every array: the stream that __dlpack__ was given; of torch's, the current one
 made = []  # of every array that a library was asked for: (shape, stream, device)
 _alive = {}
 
@@ -401,7 +401,7 @@ def patch_torch(monkeypatch):
     def fake_to_dlpack(tensor):
         if not isinstance(tensor, TorchArray):
             return to_dlpack(tensor)
-        exports.append(None)
+        exports.append(TorchStream.current.cuda_stream)
         return capsule(_bits(tensor), tensor.number, tensor)
 
     monkeypatch.setattr(torch, "empty", fake_empty)

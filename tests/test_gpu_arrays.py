@@ -194,7 +194,7 @@ def test_torch_another_stream(stream, number):
     assert TorchStream.events[0] == ("wait", number, 0x70)  # before anything is made or read
     assert TorchStream.events[1:4] == 3 * [("record", (1, 2, 40, 8), number)]
     assert {event[0] for event in TorchStream.events} == {"wait", "record"}
-    assert {made for _, made, _ in fake_gpu.made} == {number}
+    assert {made for _, made, _ in fake_gpu.made} == {number} == set(fake_gpu.exports)
     assert TorchStream.current.cuda_stream == 0x70
 
 

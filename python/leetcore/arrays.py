@@ -202,7 +202,8 @@ class TorchOnGpu(Torch):
         return contextlib.nullcontext() if self._other is None else torch.cuda.stream(self._other)
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
-        exported = super().export(name, array, writable)
+        with self._on_stream():  # where a pending negation is carried out
+            exported = super().export(name, array, writable)
         if self._other is not None and array.is_cuda:
             array.record_stream(self._other)  # its memory is not used anew before that stream is done with it
         return exported
