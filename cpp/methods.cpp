@@ -62,9 +62,12 @@ Methods methods() {
 #endif
 }
 
+static bool elsewhere(const Method& m, const Problem& p) {
+  return std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu");
+}
+
 const char* refusal(const Method& m, const Problem& p) {
-  if (std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu")) return "is for another device";
-  return m.refuses(p);
+  return elsewhere(m, p) ? "is for another device" : m.refuses(p);
 }
 
 // Only forward passes on the CPU are measured: decoding has one method.
@@ -103,6 +106,7 @@ Choice choose(const Problem& p, const char* name) {
   std::string known, reasons;
   bool found = !name;
   for (const Method* m : methods()) {
+    if (elsewhere(*m, p)) continue;
     const char* why = refusal(*m, p);
     known += std::string(", ") + m->info.name;
     reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");

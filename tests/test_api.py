@@ -39,7 +39,7 @@ def test_signatures():
 def test_methods():
     rows = leetcore.methods()
     assert {"parallel", "recurrent", "chunk"} <= {m.name for m in rows}
-    assert all(m.device == "cpu" and m.idea and "arXiv" in m.paper for m in rows)
+    assert all(m.device in ("cpu", "cuda") and m.idea and "arXiv" in m.paper for m in rows)
 
 
 def test_build_info():

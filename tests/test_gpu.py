@@ -18,8 +18,8 @@ from leetcore.bench.problems import TOLERANCE, Case
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax takes most of the memory otherwise
 
-METHODS = [m.name for m in leetcore.methods() if m.device == "cuda"]
-usable = torch.cuda.is_available() and METHODS
+METHODS = [m.name for m in leetcore.methods() if m.device == "cuda" and torch.cuda.is_available()]
+usable = bool(METHODS)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not usable, reason="needs an NVIDIA GPU and a build with CUDA")]
 DTYPES = tuple(TOLERANCE)
 DEVICE = "cuda"

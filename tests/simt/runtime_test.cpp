@@ -88,11 +88,22 @@ TEST_F(Runtime, NoSuchDevice) {
   }
 }
 
-TEST_F(Runtime, MethodsOfTheOtherDevice) {
+// Every method is there twice; a refusal speaks of those on the tensors' device.
+TEST_F(Runtime, RefusalsNameTheMethodsOfTheDevice) {
   Call call(on_device());
   call.args.method = "no such method";
   EXPECT_EQ(LC_INVALID, run(call));
-  EXPECT_EQ(0u, std::string(lc_last_error()).find("method: unknown method 'no such method'"));
+  std::string text = lc_last_error();
+  EXPECT_EQ(0u, text.find("method: unknown method 'no such method'; known are auto, ")) << text;
+  EXPECT_EQ(text.find(", chunk"), text.rfind(", chunk")) << text;
+  Spec spec = on_device();
+  spec.decay = Decay::token;
+  Call token(spec);
+  token.args.method = "fft";  // of which a decay for each token asks too much
+  EXPECT_EQ(LC_UNSUPPORTED, run(token));
+  text = lc_last_error();
+  EXPECT_NE(std::string::npos, text.find("\n  chunk: serves it")) << text;
+  EXPECT_EQ(std::string::npos, text.find("another device")) << text;
 }
 
 // Of every row that needs some: too little, none, or at an address that is not a multiple of 256.
