@@ -79,6 +79,7 @@ struct ChunkWalk {
   using Score = std::conditional_t<is_16_bit<X>, X, float>;
   static constexpr int kQ = C * (K > V ? K : V), kStage = kQ + C * (K + V);  // q and later o, k, v
   static constexpr bool kOnlyOne = 2 * kStage * sizeof(E) > 227 * 1024;      // there is no room for a second stage
+  static constexpr bool kHolds = K <= 128 || !std::is_same_v<Own, float>;  // V^T for all of S; there are 255 registers
   static constexpr bool kAhead = K <= 128;  // log-decays are loaded a chunk before their use
   static constexpr int shared_bytes(int stages) {
     return stages * kStage * int(sizeof(E)) + C * C * int(sizeof(Score)) + 2 * ChunkDecay::kNumbers * 4 +
@@ -117,7 +118,7 @@ struct ChunkWalk {
     const Place<E> at = place.ld(0);
     if (i < at.chunks) {
       const int n = tokens(at, i), c0 = block_column(a);
-      const int64_t t = int64_t(fresh(i)) * C;
+      const int64_t t = fresh(int64_t(i) * C);
       const auto to = stage(a, ring, i);
       const Shared<E, C, K> q{to.sub(0, C * K)}, k{to.sub(kQ, C * K)};
       const Shared<E, C, V> v{to.sub(kQ + C * K, C * V)};
@@ -131,7 +132,8 @@ struct ChunkWalk {
   static SIMT_DEV float2 decay_of(const Params& a, sptr<Place<E>> place, int i) {
     const Place<E> at = place.ld(0);
     if (!a.p.log_decay) return {0, 0};
-    return load_decay(at.log_decay, a.p.log_decay.stride[2], int64_t(fresh(i)) * C, tokens(at, i));
+    return load_decay(at.log_decay, a.p.log_decay.stride[2], fresh(int64_t(i) * C), tokens(at, i),
+                      kAhead ? lane() : fresh(lane()));
   }
   static SIMT_DEV ChunkDecay weights_of(sptr<float> weights, int i) {
     return ChunkDecay(weights.sub((i & 1) * ChunkDecay::kNumbers, ChunkDecay::kNumbers));
@@ -193,7 +195,7 @@ struct ChunkWalk {
         sync_warp();
         const Place<E> at = place.ld(0);
         const int64_t stride = a.p.o.stride[2];
-        write_rows<kColumns>(at.o.sub(int64_t(fresh(i)) * C * stride + block_column(a) + warp_column()), stride, o,
+        write_rows<kColumns>(at.o.sub(fresh(int64_t(i) * C) * stride + block_column(a) + warp_column()), stride, o,
                              warp_column(), tokens(at, i), columns_left(a), a.o_aligned);
       }
       if (i + 1 < place.ld(0).chunks || place.ld(0).after.p) advance(S, v, k, decay);
@@ -233,14 +235,21 @@ struct ChunkWalk {
 
   static SIMT_DEV void advance(Strip<kColumns, K>& S, const Shared<E, C, V>& v, const Shared<E, C, K>& k,
                                const ChunkDecay& decay) {
-    const auto values = weighted<Own, kColumns, C>(operand_t<E>(v, warp_column()), decay.out);
+    const auto values = [&] { return weighted<Own>(operand_t<E>(v, warp_column()), decay.out); };
     const float total = decay.total(), rest = decay.rest();
-    SIMT_UNROLL
-    for (int j = 0; j < K; j += 32) {
+    const auto add = [&](const auto& left, int j) {
       Strip<kColumns, 32> sum;
       zero(sum);
-      mma(sum, values, k, j);
+      mma(sum, left, k, j);
       merge(S, j, sum, [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, y)); });
+    };
+    if constexpr (kHolds) {
+      const auto held = hold<kColumns, C>(values());
+      SIMT_UNROLL
+      for (int j = 0; j < K; j += 32) add(held, j);
+    } else {
+      SIMT_UNROLL
+      for (int j = 0; j < K; j += 32) add(values(), j);
     }
   }
 };

@@ -13,10 +13,12 @@
 
 namespace lc::cuda {
 
-// The log-decays of the n tokens of a chunk as loaded, two a lane: the loads have time until they become weights.
-SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n) {
-  const int64_t i = t + 2 * lane();
-  return {2 * lane() < n ? from.ld(i * stride) : 0, 2 * lane() + 1 < n ? from.ld((i + 1) * stride) : 0};
+// The log-decays of the n tokens of a chunk as loaded, two a lane (own: which lane this is): the loads have time until
+// they become weights.
+SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n, int own) {
+  const int first = 2 * own;
+  const int64_t i = t + first;
+  return {first < n ? from.ld(i * stride) : 0, first + 1 < n ? from.ld((i + 1) * stride) : 0};
 }
 
 struct ChunkDecay {

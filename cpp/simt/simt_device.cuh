@@ -20,6 +20,10 @@ SIMT_DEV int fresh(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+SIMT_DEV int64_t fresh(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t s
                          int wide = C) {
   using Tile = Shared<E, R, C>;
   constexpr int kUnits = C / Tile::kUnit, kAcross = kUnits < 32 ? kUnits : 32;
-  const int thread = fresh(tid()), first = thread / kAcross, step = nthreads() / kAcross;
+  const int thread = fresh(tid()), first = thread / kAcross, step = fresh(nthreads()) / kAcross;
   SIMT_UNROLL
   for (int u = 0; u < kUnits; u += kAcross) {
     const int column = (u + thread % kAcross) * Tile::kUnit;
@@ -362,22 +362,15 @@ SIMT_DEV Rounded<X, R, C> operand(const Strip<R, C>& a) {
   return {a};
 }
 
-// An operand [R, L] in registers.
-template <class X, int R, int L>
-struct Held {
+// a diag(w), w in shared memory: the numbers as A has them, weighted, as X.
+template <class X, class A>
+struct Weighted {
   using Kind = X;
-  Left<X> x[R / 16][L / 16];
-  SIMT_DEV const Left<X>& piece(int m, int l) const { return x[m][l]; }
-};
-// a diag(w), w in shared memory.
-template <class X, int R, int L, class A>
-SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
-  const Lane lane;
-  using E = typename A::Kind;
-  Held<X, R, L> to;
-  SIMT_UNROLL
-  for (int l = 0; l < L / 16; ++l) SIMT_UNROLL
-  for (int m = 0; m < R / 16; ++m) {
+  A a;
+  sptr<float> w;
+  Lane lane;
+  SIMT_DEV Left<X> piece(int m, int l) const {
+    using E = typename A::Kind;
     Left<E> piece = a.piece(m, l);
     SIMT_UNROLL
     for (int s = 0; s < 2; ++s) {
@@ -392,8 +385,27 @@ SIMT_DEV Held<X, R, L> weighted(const A& a, sptr<float> w) {
         }
       }
     }
-    to.x[m][l] = left<X>(piece);
+    return left<X>(piece);
   }
+};
+template <class X, class A>
+SIMT_DEV Weighted<X, A> weighted(const A& a, sptr<float> w) {
+  return {a, w, {}};
+}
+
+// An operand [R, L] kept in registers.
+template <class X, int R, int L>
+struct Held {
+  using Kind = X;
+  Left<X> x[R / 16][L / 16];
+  SIMT_DEV const Left<X>& piece(int m, int l) const { return x[m][l]; }
+};
+template <int R, int L, class A>
+SIMT_DEV Held<typename A::Kind, R, L> hold(const A& a) {
+  Held<typename A::Kind, R, L> to;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int l = 0; l < L / 16; ++l) to.x[m][l] = a.piece(m, l);
   return to;
 }
 

@@ -130,6 +130,7 @@ inline int tid() { return emulator::current->tid; }
 inline int nthreads() { return emulator::block_threads; }
 inline dim3 bid() { return emulator::block_index; }
 inline int fresh(int x) { return x; }
+inline int64_t fresh(int64_t x) { return x; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
