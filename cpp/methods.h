@@ -30,6 +30,7 @@ struct Methods {
 
 Methods methods();                                       // of every device; CPU rows of the instruction set in use
 const char* refusal(const Method& m, const Problem& p);  // why m does not serve p, nullptr if it does
+const char* forward_only(const Problem& p);              // the refusal of a method of forward passes and no more
 
 // A method that serves the problem, and what it costs with the time as corrected by measurements (tuning.h).
 struct Choice {

@@ -12,13 +12,6 @@ namespace lc::LC_ISA {
 constexpr double kFlopPerUs = kVectorBytes == 64 ? 110e3 : kVectorBytes == 32 ? 70e3 : 15e3;
 constexpr double kBytesPerUs = 20e3;
 
-// Why a method that computes forward passes, and no more, does not serve a problem.
-LC_INLINE const char* forward_only(const Problem& p) {
-  return p.op == LC_DECODE     ? "decodes by recurrent only"
-         : p.op == LC_BACKWARD ? "leaves gradients to chunk, whose gradients are those of every method"
-                               : nullptr;
-}
-
 // What a method does, see methods.h; tasks: pieces of work that cost something each, besides.
 struct Work {
   double flop, extra_bytes, depth, tasks;

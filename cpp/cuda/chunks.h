@@ -4,9 +4,11 @@
 
 namespace lc::cuda {
 
+inline constexpr int kChunk = 64;  // tokens; segments are whole chunks
+
 // Which tokens, from which states. States are [slot, Hs, K, V], dense, float32.
 struct Walk {
-  int64_t length;           // of a segment, a multiple of 64: see segments.cuh
+  int64_t length;           // of a segment, a multiple of kChunk: see segments.cuh
   int64_t segment = -1;     // this one of every sequence, whose states have the sequence's number as slot; -1: all
   bool alone = false;       // segments but the last of a sequence, from zero: their states and decays, no outputs
   bool warm_up = false;     // heads that forget a segment within one start from zero some tokens before it instead

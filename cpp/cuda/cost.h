@@ -8,11 +8,6 @@
 
 namespace lc::cuda {
 
-// Why a method that computes forward passes, and no more, does not serve a problem.
-inline const char* forward_only(const Problem& p) {
-  return p.op == LC_DECODE ? "decodes by recurrent only" : p.op == LC_BACKWARD ? "has no gradients on a GPU" : nullptr;
-}
-
 // What a method does, see methods.h, and how: blocks of which each takes so many steps, one after the other.
 struct Work {
   double flop, extra_bytes, depth;

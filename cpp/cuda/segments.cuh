@@ -1,11 +1,10 @@
 // segments.cuh - sequences cut into segments of so many tokens each, the last one shorter. Every segment has a slot: a
 // number that tells where its state lies, and for which the lengths of packed sequences need not be known on the host.
 #pragma once
+#include "chunks.h"
 #include "problem.cuh"
 
 namespace lc::cuda {
-
-inline constexpr int kChunk = 64;  // tokens; segments are whole chunks
 
 struct Segments {
   int64_t length;

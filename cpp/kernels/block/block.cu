@@ -17,7 +17,7 @@ namespace {
 
 using namespace cuda;
 
-constexpr int64_t kTokens = 256;
+constexpr int64_t kTokens = 4 * kChunk;
 
 int64_t blocks(const Problem& p) { return std::max<int64_t>(1, (p.N + kTokens - 1) / kTokens); }
 
@@ -35,12 +35,10 @@ void run(const Problem& p) {
   }
 }
 
-const char* refuses(const Problem& p) { return walk_refuses(p); }
-
 Cost cost(const Problem& p) {
   Walk w;
   w.length = kTokens, w.segment = 0;
-  const double count = double(blocks(p)), chunks = mean_length(p) / 64;
+  const double count = double(blocks(p)), chunks = mean_length(p) / kChunk;
   return predict(p, {chunk_flop(p), 2 * (count - 1) * double(p.B * p.Hs) * state_bytes(p), /*depth=*/chunks,
                      /*launches=*/count, double(walk_blocks(p, w)), /*steps=*/chunks, chunk_step_us(p)});
 }
@@ -51,7 +49,7 @@ size_t workspace(const Problem& p) { return blocks(p) > 1 ? size_t(2 * numbers(p
 
 extern const Method block_cuda = {
     {"block", "cuda", "blocks of 256 tokens, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    refuses,
+    walk_refuses,
     cost,
     workspace,
     run};

@@ -15,14 +15,12 @@ namespace {
 using namespace cuda;
 
 // Every sequence is one segment.
-Walk whole(const Problem& p) { return {(p.N / 64 + 1) * 64}; }
+Walk whole(const Problem& p) { return {(p.N / kChunk + 1) * kChunk}; }
 
 void run(const Problem& p) { walk(p, whole(p)); }
 
-const char* refuses(const Problem& p) { return walk_refuses(p); }
-
 Cost cost(const Problem& p) {
-  const double chunks = mean_length(p) / 64;
+  const double chunks = mean_length(p) / kChunk;
   return predict(p, {chunk_flop(p), /*extra_bytes=*/0, /*depth=*/chunks, /*launches=*/1,
                      double(walk_blocks(p, whole(p))), /*steps=*/chunks, chunk_step_us(p)});
 }
@@ -34,7 +32,7 @@ size_t workspace(const Problem&) { return 0; }
 extern const Method chunk_cuda = {
     {"chunk", "cuda", "chunks of 64 tokens: matrix products inside, one state in registers between",
      "Lightning Attention-2, arXiv:2401.04658"},
-    refuses,
+    walk_refuses,
     cost,
     workspace,
     run,

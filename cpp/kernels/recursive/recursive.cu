@@ -70,8 +70,6 @@ void run(const Problem& p) {
   walk(p, outputs);
 }
 
-const char* refuses(const Problem& p) { return walk_refuses(p); }
-
 Cost cost(const Problem& p) {
   const Segments cut = leaves(p);
   const double chunks = double(cut.length) / kChunk, count = std::max(1., mean_length(p) / double(cut.length));
@@ -90,7 +88,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cuda = {
     {"recursive", "cuda", "divide and conquer: leaves see the states of the left halves before them",
      "LeetDecoding, arXiv:2501.02573"},
-    refuses,
+    walk_refuses,
     cost,
     workspace,
     run};

@@ -57,8 +57,6 @@ void run(const Problem& p) {
   walk(p, w);
 }
 
-const char* refuses(const Problem& p) { return walk_refuses(p); }
-
 Cost cost(const Problem& p) {
   const Segments cut = segments(p);
   Walk w;
@@ -79,7 +77,7 @@ size_t workspace(const Problem& p) { return Workspace(p).bytes; }
 
 extern const Method scan_cuda = {
     {"scan", "cuda", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    refuses,
+    walk_refuses,
     cost,
     workspace,
     run};
