@@ -143,6 +143,44 @@ SIMT_DEV void merge(Strip<R, L>& a, int j0, const Strip<R, C>& b, F&& f) {
   for (int e = 0; e < 4; ++e) a.x[m][j0 / 8 + n][e] = f(a.x[m][j0 / 8 + n][e], b.x[m][n][e]);
 }
 
+// to_(i0 + i) += sum_j a_ij, by one warp.
+template <int R, int C>
+SIMT_DEV void add_rows(sptr<float> to, int i0, const Strip<R, C>& a) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float sum = 0;
+    SIMT_UNROLL
+    for (int n = 0; n < C / 8; ++n) sum += a.x[m][n][2 * r] + a.x[m][n][2 * r + 1];
+    SIMT_UNROLL
+    for (int d = 1; d < 4; d *= 2) sum += shfl_xor(sum, d);
+    const int i = i0 + 16 * m + 8 * r + lane.row();
+    if (!lane.pair()) to.st(i, to.ld(i) + sum);
+  }
+  sync_warp();
+}
+// to_(j0 + j) += weight sum_i a_ij, by one warp.
+template <int R, int C>
+SIMT_DEV void add_columns(sptr<float> to, int j0, const Strip<R, C>& a, float weight = 1) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) {
+    float2 sum{0, 0};
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m)
+      sum.x += a.x[m][n][0] + a.x[m][n][2], sum.y += a.x[m][n][1] + a.x[m][n][3];
+    SIMT_UNROLL
+    for (int d = 4; d < 32; d *= 2) sum.x += shfl_xor(sum.x, d), sum.y += shfl_xor(sum.y, d);
+    const int j = j0 + 8 * n + lane.pair();
+    if (!lane.row()) {
+      const auto x = to.ldv<float2>(j);
+      to.stv(j, float2{mul_add(weight, sum.x, x.x), mul_add(weight, sum.y, x.y)});
+    }
+  }
+  sync_warp();
+}
+
 // t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32; i0 a multiple of 8, j0 of 16.
 template <class X, class E, int R, int C, int R2, int C2>
 SIMT_DEV void store(const Shared<E, R2, C2>& t, int i0, int j0, const Strip<R, C>& a) {
@@ -242,6 +280,14 @@ SIMT_DEV Left<X> left(const Left<E>& a) {
   }
 }
 
+// The pair of half s in row g or g + 8 (r) of a fragment.
+template <class X>
+SIMT_DEV float2 pair(const Left<X>& a, int s, int r) {
+  if constexpr (is_16_bit<X>)
+    return unpack2<X>(a.x[2 * s + r]);
+  else
+    return {a.x[s][r], a.x[s][r + 2]};
+}
 // The two k8 halves of n8 tile i as pairs of floats.
 template <class E>
 SIMT_DEV float2 pair(const Right<E>& b, int i) {
@@ -407,6 +453,27 @@ SIMT_DEV Held<typename A::Kind, R, L> hold(const A& a) {
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int l = 0; l < L / 16; ++l) to.x[m][l] = a.piece(m, l);
   return to;
+}
+
+// to_j += sum_i a_ij b_ij, by one warp.
+template <int R, int C, class B>
+SIMT_DEV void add_products(sptr<float> to, const Strip<R, C>& a, const B& b) {
+  SIMT_UNROLL
+  for (int l = 0; l < C / 16; ++l) {
+    Strip<R, 16> ab;
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m) {
+      const auto piece = b.piece(m, l);
+      SIMT_UNROLL
+      for (int s = 0; s < 2; ++s) SIMT_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float2 x = pair(piece, s, r);
+        ab.x[m][s][2 * r] = a.x[m][2 * l + s][2 * r] * x.x;
+        ab.x[m][s][2 * r + 1] = a.x[m][2 * l + s][2 * r + 1] * x.y;
+      }
+    }
+    add_columns(to, 16 * l, ab);
+  }
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------

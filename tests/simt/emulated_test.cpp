@@ -79,15 +79,52 @@ class Emulated : public ::testing::Test {
     }
   }
 
+  // Gradients of the row that serves them, likewise.
+  void check_gradients(Spec spec, int schedules = 1) {
+    spec.device = {LC_CUDA, 0}, spec.op = LC_BACKWARD;
+    if (spec.decay == Decay::none) spec.wants &= ~8u;
+    SCOPED_TRACE(describe(spec));
+    std::vector<Bytes> first;
+    for (int n = 0; n < schedules; ++n) {
+      SCOPED_TRACE(n);
+      Call call(spec);
+      for (Tensor* t : call.gradients()) if (!t->memory.empty()) t->poison();
+      const auto before = call.memory();
+      ASSERT_EQ(LC_OK, run(call, kSchedules[n])) << lc_last_error();
+      ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+      EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
+      if (n) {
+        EXPECT_TRUE(first == call.memory()) << "gradients depend on the schedule";
+        continue;
+      }
+      first = call.memory();
+      const Gradients want = reference_gradients(call.args);
+      const double tolerance = gradient_tolerance(spec.dtype);
+      close("d_q", call.d_q, want.d_q, want.d_q, tolerance);
+      close("d_k", call.d_k, want.d_k, want.d_k, tolerance);
+      close("d_v", call.d_v, want.d_v, want.d_v, tolerance);
+      close("d_log_decay", call.d_log_decay, want.d_log_decay, want.d_log_decay_size,
+            spec.dtype == kF32 ? tolerance : 2 * tolerance);
+      close("d_initial_state", call.d_initial_state, want.d_initial_state, want.d_initial_state, tolerance);
+    }
+  }
+  static void close(const char* name, const Tensor& x, const std::vector<double>& want, const std::vector<double>& size,
+                    double tolerance) {
+    if (x.memory.empty()) return;
+    EXPECT_LE(relative_error(values(x), want, size), tolerance) << name;
+  }
+
   static lc_status run(Call& call, const Schedule& schedule) {
     simt::options() = {schedule.policy, schedule.seed, simt::CpAsync::poison};
     const lc_status status = call.make_workspace();
     if (status != LC_OK) return status;
     simt::forget();
+    const std::vector<Tensor*> gradients = call.gradients();
     for (const Tensor* t : call.tensors()) {
-      const bool written = call.args.o == t || call.args.final_state == t;
-      const bool filled =
-          call.args.o != t && (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
+      const bool gradient = std::find(gradients.begin(), gradients.end(), t) != gradients.end();
+      const bool written = gradient || call.args.o == t || call.args.final_state == t;
+      const bool filled = !gradient && call.args.o != t &&
+                          (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
       if (t->ndim && !t->memory.empty())
         simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
     }
@@ -393,12 +430,40 @@ TEST_F(Emulated, DecodeDevices) {
   EXPECT_EQ(0, served_["recurrent"]);
 }
 
-// No row computes gradients, or takes them for something else.
-TEST_F(Emulated, Gradients) {
-  Spec spec;
-  spec.op = LC_BACKWARD;
-  check(spec);
-  EXPECT_TRUE(served_.empty());
+// ---- gradients
+
+constexpr lc_dtype kOnMatrixUnit[] = {kF32, kF16, kBf16};
+
+TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
+  constexpr int64_t head_dims[][2] = {{1, 1}, {16, 24}, {33, 17}, {64, 64}, {7, 80}, {128, 3}};
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (int64_t N : {1, 63, 64, 65, 130})
+      for (const auto& dims : head_dims) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.initial = spec.final = N != 65, spec.decay = N == 63 ? Decay::head : Decay::token;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, Probe) {
+  for (lc_dtype dtype : kOnMatrixUnit)
+  for (Decay decay : {Decay::token, Decay::head})
+  for (double gamma : {0.02, 0.5, 0.9, 0.99, 0.999, 1., kMixed})
+    for (int64_t N : {300, 1500}) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = 32, spec.V = 32;
+        spec.initial = spec.final = true, spec.decay = decay, spec.gamma=gamma;
+        spec.device = {LC_CUDA, 0}, spec.op = LC_BACKWARD;
+        Call call(spec);
+        for (Tensor* t : call.gradients()) if (!t->memory.empty()) t->poison();
+        ASSERT_EQ(LC_OK, run(call, kSchedules[0]));
+        ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+        const Gradients want = reference_gradients(call.args);
+        auto rel=[&](Tensor& t, std::vector<double> w, std::vector<double> z) {return relative_error(values(t), w, z);};
+        printf("%s %d gamma %g N %d: dq %.1e dk %.1e dv %.1e dg %.1e (true %.1e) d0 %.1e\n", name(dtype), int(decay), gamma, int(N), rel(call.d_q, want.d_q, want.d_q),
+        rel(call.d_k, want.d_k, want.d_k), rel(call.d_v, want.d_v, want.d_v), rel(call.d_log_decay, want.d_log_decay, want.d_log_decay_size), rel(call.d_log_decay, want.d_log_decay, want.d_log_decay), rel(call.d_initial_state, want.d_initial_state, want.d_initial_state));
+      }
 }
 
 TEST_F(Emulated, NothingToDo) {
