@@ -112,11 +112,14 @@ struct Pass {
   bool q_aligned, k_aligned, v_aligned, o_aligned, factor_aligned;  // to 16 bytes, every row
 };
 
-template <class E, class X, int K, int kColumns, bool kGradient = false>  // K padded
+template <class E, class X, int K, int kColumns, Aim kAim>  // K padded
 struct ChunkWalk {
+  static constexpr bool kGradient = kAim != Aim::outputs, kDecays = kAim == Aim::decays;
   static constexpr const char* kName = kGradient ? "chunks of gradients" : "chunks forward";
-  // Fewer warps where the factor would leave no room in shared memory.
-  static constexpr int kWarps = kGradient && sizeof(E) == 4 && K > 64 ? 2 : 4, kPasses = kGradient ? 3 : 1;
+  // Fewer warps where the factor would leave no room in shared memory; as many passes in one launch as there are
+  // registers to find one's own.
+  static constexpr int kWarps = kDecays && sizeof(E) == 4 && K > 64 ? 2 : 4;
+  static constexpr int kPasses = !kGradient || K > 128 ? 1 : kDecays ? 2 : 3;
   static constexpr int C = kChunk, V = kWarps * kColumns;
   static constexpr int kMaxThreads = 32 * kWarps;
   static constexpr int kMinBlocks = is_16_bit<X> && K <= 64 && kColumns == 16 && !kGradient ? 3 : 2;
@@ -124,13 +127,14 @@ struct ChunkWalk {
   using Score = std::conditional_t<is_16_bit<X>, X, float>;
   using At = Place<E, kGradient>;
   static constexpr int kQ = C * (K > V ? K : V), kFactor = kQ + C * (K + V);  // q and later o, k, v, factor
-  static constexpr int kStage = kFactor + (kGradient ? C * V : 0);
+  static constexpr int kStage = kFactor + (kDecays ? C * V : 0);
   static constexpr bool kOnlyOne = 2 * kStage * sizeof(E) > 227 * 1024;      // there is no room for a second stage
-  static constexpr bool kHolds = K <= 128 || !std::is_same_v<Own, float>;  // V^T for all of S; there are 255 registers
-  static constexpr bool kAhead = K <= 128;  // log-decays are loaded a chunk before their use
+  // There are 255 registers. V^T is held for all of S; log-decays are loaded a chunk before their use.
+  static constexpr bool kHolds = K <= 128 || !std::is_same_v<Own, float>;
+  static constexpr bool kAhead = K <= 128 && !(kGradient && K > 64 && sizeof(E) == 4);
   static constexpr int shared_bytes(int stages) {
     return stages * kStage * int(sizeof(E)) + C * C * int(sizeof(Score)) + 2 * ChunkDecay::kNumbers * 4 +
-           (kGradient ? kWarps * C * 4 : 0) + int(sizeof(At)) + 128;
+           (kDecays ? kWarps * C * 4 : 0) + int(sizeof(At)) + 128;
   }
 
   struct Params {
@@ -139,12 +143,12 @@ struct ChunkWalk {
   };
 
   static SIMT_DEV void run(const Params& params) {
-    const Pass& a = params.pass[unsigned(bid().x) % kPasses];
+    const Pass& a = params.pass[kPasses > 1 ? unsigned(bid().x) % kPasses : 0];
     if (kGradient && block() >= a.blocks) return;
     Smem smem;
     const Shared<Score, C, C> A{smem.alloc<Score>(C * C, 128)};
     const auto weights = smem.alloc<float>(2 * ChunkDecay::kNumbers);
-    const auto sums = smem.alloc<float>(kGradient ? kWarps * C : 0);
+    const auto sums = smem.alloc<float>(kDecays ? kWarps * C : 0);
     const auto place = smem.alloc<At>(1);
     const auto ring = smem.alloc<E>(params.stages * kStage, 128);
     if (!tid()) place.st(0, At(a.p, a.walk, block() / unsigned(a.slices), a.parts, a.part, a.writes));
@@ -167,18 +171,24 @@ struct ChunkWalk {
       const int n = tokens(a, at, i), c0 = block_column(a), columns = columns_of_block(a);
       const int64_t t = first_token(a, at, i);
       const auto to = stage(stages, ring, i);
-      const Shared<E, C, K> q{to.sub(0, C * K)}, k{to.sub(kQ, C * K)};
-      const Shared<E, C, V> v{to.sub(kQ + C * K, C * V)};
+      const auto [q, k, v] = operands(to);
       if (i >= at.silent) load_async(q, at.q.sub(t * p.q.stride[2]), p.q.stride[2], n, int(p.K), a.q_aligned);
       load_async(k, at.k.sub(t * p.k.stride[2]), p.k.stride[2], n, int(p.K), a.k_aligned);
       load_async(v, at.v.sub(t * p.v.stride[2] + c0), p.v.stride[2], n, columns, a.v_aligned, kGradient ? V : a.columns);
-      if constexpr (kGradient) {
+      if constexpr (kDecays) {
         const int64_t stride = a.walk.factor.stride[2];
-        if (at.products.p && i >= at.silent)
+        if (i >= at.silent)
           load_async(factor(to), at.factor.sub(t * stride + c0), stride, n, columns, a.factor_aligned);
       }
     }
     cp_commit();
+  }
+  struct Operands {
+    Shared<E, C, K> q, k;
+    Shared<E, C, V> v;
+  };
+  static SIMT_DEV Operands operands(sptr<E> stage) {
+    return {{stage.sub(0, C * K)}, {stage.sub(kQ, C * K)}, {stage.sub(kQ + C * K, C * V)}};
   }
   static SIMT_DEV Shared<E, C, V> factor(sptr<E> stage) { return {stage.sub(kFactor, C * V)}; }
   static SIMT_DEV int tokens(const Pass& a, const At& at, int i) {
@@ -196,10 +206,6 @@ struct ChunkWalk {
   }
   static SIMT_DEV bool is_still(const At& at, int i) {
     if constexpr (kGradient) return at.still && !i;
-    return false;
-  }
-  static SIMT_DEV bool multiplies(sptr<At> place) {
-    if constexpr (kGradient) return place.ld(0).products.p;
     return false;
   }
   static SIMT_DEV ChunkDecay weights_of(sptr<float> weights, int i) {
@@ -232,14 +238,16 @@ struct ChunkWalk {
     Strip<kColumns, K> S;
     zero(S);
     if (const auto before = place.ld(0).before; before.p) {
-      const int64_t stride = place.ld(0).before_stride;
-      const auto from = before.sub(in_state(a, stride, 0, block_column(a) + warp_column()));
+      const Steps step(a, place.ld(0).before_stride);
+      const auto from = before.sub((block_column(a) + warp_column()) * step.column);
       const int columns = columns_left(a), rows = int(a.p.K);
-      map(S, [&](int c, int r, float) { return c < columns && r < rows ? from.ld(in_state(a, stride, r, c)) : 0.f; });
+      map(S, [&](int c, int r, float) {
+        return c < columns && r < rows ? from.ld(r * step.row + c * step.column) : 0.f;
+      });
     }
 
+    if constexpr (kDecays) keep_state(a, place, 0, S);
     for (int i = 0; i < place.ld(0).chunks; ++i) {
-      if constexpr (kGradient) keep_state(a, place, i, S);
       if (stages == 1) sync_cta(), fetch(a, stages, ring, place, i);
       if (stages == 3)
         cp_wait<1>();
@@ -252,27 +260,27 @@ struct ChunkWalk {
         if (kAhead) next = decay_of(a, place, i + 2);
       }
       const auto now = stage(stages, ring, i);
-      const Shared<E, C, K> q{now.sub(0, C * K)}, k{now.sub(kQ, C * K)};
-      const Shared<E, C, V> v{now.sub(kQ + C * K, C * V)}, o{now.sub(0, C * V)};
+      const auto [q, k, v] = operands(now);
+      const Shared<E, C, V> o{now.sub(0, C * V)};
       const ChunkDecay decay = weights_of(weights, i);
       if (i >= place.ld(0).silent) {
-        const auto own = sums.sub(kGradient ? warp() * C : 0, kGradient ? C : 0);
-        if (multiplies(place)) own.stv(2 * lane(), float2{0, 0}), sync_warp();
+        const auto own = sums.sub(kDecays ? warp() * C : 0, kDecays ? C : 0);
+        if (kDecays) own.stv(2 * lane(), float2{0, 0}), sync_warp();
         for (int strip = warp(); strip < C / 16; strip += nwarps()) {
           const int i0 = 16 * (strip ^ flip());
           SIMT_UNROLL
           for (int j0 = 0; j0 < C; j0 += C / 2)
-            if (j0 <= i0) score(a, A, q, k, decay, i0, j0, multiplies(place) && !backward(a), own, factor(now), v);
+            if (j0 <= i0) score(a, A, now, decay, i0, j0, own);
         }
         Strip<kColumns, C> O;
         zero(O);
-        mma_nt(O, operand<X>(S), q);
+        if constexpr (kDecays)
+          multiply(a, own, O, S, q, factor(now), decay);
+        else
+          mma_nt(O, operand<X>(S), q);
         map(O, [&](int, int j, float x) { return x * decay.in.ld(j); });
-        if constexpr (kGradient)
-          if (multiplies(place)) add_products(own, O, operand_t<E>(factor(now), warp_column()));
         sync_cta();  // A is there, and q is read
-        if constexpr (kGradient)
-          if (multiplies(place)) write_products(a, place, i, sums);
+        if constexpr (kDecays) write_products(a, place, i, sums);
         if (!kGradient || a.p.o) {
           mma_nt<true>(O, operand_t<X>(v, warp_column()), A);
           const float scale = output_scale(a);
@@ -287,27 +295,29 @@ struct ChunkWalk {
       }
       if (i + 1 < place.ld(0).chunks || place.ld(0).after.p || backward(a))
         advance(a, S, v, k, decay);
+      if constexpr (kDecays) keep_state(a, place, i + 1, S);
     }
     cp_wait<0>();
 
-    if constexpr (kGradient) keep_state(a, place, place.ld(0).chunks, S);
     if (const auto after = place.ld(0).after; after.p) {
       float weight = 1;
       if constexpr (kGradient) weight = place.ld(0).after_weight;
-      store_state(a, after, place.ld(0).after_stride, S, weight);
+      store_state(a, after, {a, place.ld(0).after_stride}, S, weight);
     }
   }
 
-  // Where a number of a state lies.
-  static SIMT_DEV int64_t in_state(const Pass& a, int64_t stride, int r, int c) {
-    return kGradient && a.walk.turned ? c * stride + r : r * stride + c;
-  }
-  static SIMT_DEV void store_state(const Pass& a, gptr<float> to, int64_t stride, const Strip<kColumns, K>& S,
+  // How far rows and columns of a state in memory are apart, whose rows there are `stride` apart.
+  struct Steps {
+    int64_t row, column;
+    SIMT_DEV Steps(const Pass& a, int64_t stride)
+        : row(kGradient && a.walk.turned ? 1 : stride), column(kGradient && a.walk.turned ? stride : 1) {}
+  };
+  static SIMT_DEV void store_state(const Pass& a, gptr<float> to, const Steps& step, const Strip<kColumns, K>& S,
                                    float weight) {
-    const auto own = to.sub(in_state(a, stride, 0, block_column(a) + warp_column()));
+    const auto own = to.sub((block_column(a) + warp_column()) * step.column);
     const int columns = columns_left(a), rows = int(a.p.K);
     each(S, [&](int c, int r, float x) {
-      if (c < columns && r < rows) own.st(in_state(a, stride, r, c), kGradient ? x * weight : x);
+      if (c < columns && r < rows) own.st(r * step.row + c * step.column, kGradient ? x * weight : x);
     });
   }
   // The state before chunk i of the walk, where it is one of those to be kept. What two walks share, the one it is
@@ -318,11 +328,28 @@ struct ChunkWalk {
     const int chunk = backward(a) ? at.first_chunk - i + 1 : at.first_chunk + i;
     if (!at.kept.p || chunk % kEvery || (backward(a) ? i <= at.silent : i < at.silent || i >= at.chunks)) return;
     const int64_t size = a.p.K * a.p.V;
-    store_state(a, at.kept.sub(chunk / kEvery * a.p.Hs * size), a.walk.turned ? a.p.K : a.p.V, S, 1);
+    store_state(a, at.kept.sub(chunk / kEvery * a.p.Hs * size), {a, a.walk.turned ? a.p.K : a.p.V}, S, 1);
   }
   static SIMT_DEV float output_scale(const Pass& a) { return backward(a) ? 1 : float(a.p.scale); }
   static SIMT_DEV float key_scale(const Pass& a) { return backward(a) ? float(a.p.scale) : 1; }
 
+  static SIMT_DEV bool is_precise(const Pass& a) { return K > 128 || std::is_same_v<Own, float> || a.walk.precise; }
+  // The products of what comes through the state. Sums over chunks are made of them and of products of states, and if
+  // these disagreed, errors would add up. So S counts with all its digits, and the factor is rounded as it is where it
+  // becomes part of the states of the other direction.
+  static SIMT_DEV void multiply(const Pass& a, sptr<float> sums, Strip<kColumns, C>& O, const Strip<kColumns, K>& S,
+                                const Shared<E, C, K>& q, const Shared<E, C, V>& factor, const ChunkDecay& decay) {
+    if constexpr (std::is_same_v<X, float>)
+      mma_nt</*kLower=*/false, /*kRounded=*/true>(O, operand<float>(S), q);
+    else
+      mma_nt(O, in_two<X>(operand<float>(S)), q);
+    const auto columns = operand_t<E>(factor, warp_column());
+    const ChunkDecay::SinceFirst weights{decay};
+    if (is_precise(a))
+      add_products(sums, O, weighted<float>(columns, weights), decay.in.ld(0));
+    else
+      add_products(sums, O, weighted<Own>(columns, weights), decay.in.ld(0));
+  }
   // What the warps have added up for chunk i.
   static SIMT_DEV void write_products(const Pass& a, sptr<At> place, int i, sptr<float> sums) {
     const At at = place.ld(0);
@@ -345,23 +372,25 @@ struct ChunkWalk {
   }
 
   // A from (i0, j0) on, half of 16 rows of it.
-  static SIMT_DEV void score(const Pass& a, const Shared<Score, C, C>& A, const Shared<E, C, K>& q,
-                             const Shared<E, C, K>& k, const ChunkDecay& decay, int i0, int j0, bool multiplies,
-                             sptr<float> sums, const Shared<E, C, V>& factor, const Shared<E, C, V>& v) {
+  static SIMT_DEV void score(const Pass& a, const Shared<Score, C, C>& A, sptr<E> stage, const ChunkDecay& decay, int i0,
+                             int j0, sptr<float> sums) {
+    const auto [q, k, v] = operands(stage);
     Strip<16, C / 2> strip;
     zero(strip);
     mma_nt(strip, operand<Own>(q, i0), k.template rows<C / 2>(j0));
     map(strip, [&](int i, int j, float x) { return j0 + j <= i0 + i ? x * decay.mask(i0 + i, j0 + j) : 0.f; });
-    if constexpr (kGradient) {
-      if (multiplies) {
+    if constexpr (kDecays) {
+      if (!backward(a)) {
         Strip<16, C / 2> w;
         zero(w);
-        mma_nt(w, operand<Own>(factor, i0), v.template rows<C / 2>(j0));
+        mma_nt(w, operand<Own>(factor(stage), i0), v.template rows<C / 2>(j0));
         merge(w, 0, strip, [](float x, float y) { return x * y; });
         map(w, [&](int i, int j, float x) { return j0 + j < i0 + i ? x : 0.f; });
         add_rows(sums, i0, w);
         add_columns(sums, j0, w, -1);
       }
+    }
+    if constexpr (kGradient) {
       const float scale = key_scale(a);
       map(strip, [&](int, int, float x) { return x * scale; });
     }
@@ -370,24 +399,40 @@ struct ChunkWalk {
 
   static SIMT_DEV void advance(const Pass& a, Strip<kColumns, K>& S, const Shared<E, C, V>& v,
                                const Shared<E, C, K>& k, const ChunkDecay& decay) {
+    if constexpr (kDecays) {
+      if (is_precise(a)) {
+        SIMT_UNROLL
+        for (int j = 0; j < K; j += 32) {
+          const auto values = weighted<float>(operand_t<E>(v, warp_column()), decay.out);
+          if constexpr (std::is_same_v<Own, float>)
+            add<true>(a, S, values, k, decay, j);
+          else
+            add(a, S, in_two<Own>(values), k, decay, j);
+        }
+        return;
+      }
+    }
     const auto values = [&] { return weighted<Own>(operand_t<E>(v, warp_column()), decay.out); };
-    const float total = decay.total(), rest = decay.rest(), scale = key_scale(a);
-    const auto add = [&](const auto& left, int j) {
-      Strip<kColumns, 32> sum;
-      zero(sum);
-      mma(sum, left, k, j);
-      merge(S, j, sum, [&](float x, float y) {
-        return mul_add(x, total, mul_add(x, rest, kGradient ? y * scale : y));
-      });
-    };
     if constexpr (kHolds) {
       const auto held = hold<kColumns, C>(values());
       SIMT_UNROLL
-      for (int j = 0; j < K; j += 32) add(held, j);
+      for (int j = 0; j < K; j += 32) add(a, S, held, k, decay, j);
     } else {
       SIMT_UNROLL
-      for (int j = 0; j < K; j += 32) add(values(), j);
+      for (int j = 0; j < K; j += 32) add(a, S, values(), k, decay, j);
     }
+  }
+  // Of S^T, columns [j, j + 32).
+  template <bool kRounded = false, class Values>
+  static SIMT_DEV void add(const Pass& a, Strip<kColumns, K>& S, const Values& values, const Shared<E, C, K>& k,
+                           const ChunkDecay& decay, int j) {
+    const float total = decay.total(), rest = decay.rest(), scale = key_scale(a);
+    Strip<kColumns, 32> sum;
+    zero(sum);
+    mma<kRounded>(sum, values, k, j);
+    merge(S, j, sum, [&](float x, float y) {
+      return mul_add(x, total, mul_add(x, rest, kGradient ? y * scale : y));
+    });
   }
 };
 

@@ -1,5 +1,7 @@
 // chunks.h - segments of tokens, chunk by chunk, on the matrix unit: what chunk, scan and block launch.
 #pragma once
+#include <vector>
+
 #include "../problem.h"
 
 namespace lc::cuda {
@@ -25,6 +27,7 @@ struct Walk {
   View factor = {};          // [B, factor_heads, N, V]: products_t = factor_t.o_t, of o what comes through the state
   int64_t factor_heads = 1;  //   and, forward in time: + sum_j w_tj - sum_i w_it, w_ij = mask_ij q_i.k_j factor_i.v_j,
   float* products = nullptr; //   j < i in one chunk; [slice of V, H, token], summed over slices
+  bool precise = false;      // states with all digits of float32 at the cost of another product, where there are products
   float* kept = nullptr;     // states at every kKept tokens from the first on: before them, forward in time; after it
 };
 
@@ -32,6 +35,22 @@ inline constexpr int kKept = 16 * kChunk;
 
 const char* walk_refuses(const Problem& p);
 void walk(const Problem& p, const Walk& w);
+
+// What a walk is for: o; dq, dk or dv; dq or dk, and what d log_decay is made of.
+enum class Aim { outputs, gradients, decays };
+
+// Walks for the gradients of p, up to three side by side (gradient_walks.h): over operands of gradient.h, K and V up to
+// 256. `passes` of p there are altogether, which tells how full the device is.
+struct GradientWalk {
+  Problem p;
+  Walk walk;
+};
+using GradientWalks = std::vector<GradientWalk>;
+const char* gradients_refuse(const Problem& p);
+const char* decays_refuse(const Problem& p);
+void walk_gradients(const Problem& p, int passes, const GradientWalks& walks);
+void walk_decays(const Problem& p, int passes, const GradientWalks& walks);
+int decay_slices(const Problem& p);  // of products
 
 // For cost().
 int64_t walk_blocks(const Problem& p, const Walk& w);

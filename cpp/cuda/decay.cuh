@@ -33,6 +33,14 @@ struct ChunkDecay {
     const float x = high + low;
     return ex2(x < 0 ? x : 0);
   }
+  // Of two tokens, what their weight is in the state before this chunk backward in time, but for the first decay.
+  struct SinceFirst {
+    const ChunkDecay& decay;
+    template <class>
+    SIMT_DEV float2 ldv(int i) const {
+      return {decay.mask(i, 0), decay.mask(i + 1, 0)};
+    }
+  };
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
 

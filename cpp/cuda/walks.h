@@ -1,5 +1,4 @@
-// walks.h - launches chunks.cuh with the configuration that suits the problem and the device: of forward walks
-// (chunks.cu) and of those of gradients (kernels/chunk/chunk_backward.cu).
+// walks.h - the configuration of chunks.cuh that suits the problem and the device, for chunks.cu and gradient_walks.h.
 #pragma once
 #include "chunks.cuh"
 #include "launch.h"
@@ -8,26 +7,30 @@ namespace lc::cuda {
 
 inline constexpr int64_t kMostKeyDim = 256, kLeastSlice = 32;
 
-// f(kernel) with the one for this many rows of a state (K) and for so many columns of V a warp.
-template <bool kGradient, class E, class X, class F>
+// Whether a warp may take 32 columns of V, for this many rows of a state (K).
+constexpr bool may_be_wide(Aim aim, bool is_bf16, int64_t K) {
+  return aim != Aim::decays && K <= (is_bf16 && aim == Aim::outputs ? 128 : 64);
+}
+
+// f(kernel) with the one for this many rows of a state and for so many columns of V a warp.
+template <Aim kAim, class E, class X, class F>
 void with_size(int64_t K, bool wide, F&& f) {
-  if constexpr (is_16_bit<E>) {
-    if (wide && K <= 64) return f(ChunkWalk<E, X, 64, 32, kGradient>());
-    if constexpr (is_16_bit<X>)
-      if (wide && K <= 128) return f(ChunkWalk<E, X, 128, 32, kGradient>());
-  }
-  if (K <= 64) return f(ChunkWalk<E, X, 64, 16, kGradient>());
-  if (K <= 128) return f(ChunkWalk<E, X, 128, 16, kGradient>());
-  f(ChunkWalk<E, X, 256, 16, kGradient>());
+  constexpr bool kBf16 = std::is_same_v<E, bf16>;
+  if constexpr (is_16_bit<E> && may_be_wide(kAim, kBf16, 64))
+    if (wide && K <= 64) return f(ChunkWalk<E, X, 64, 32, kAim>());
+  if constexpr (is_16_bit<E> && may_be_wide(kAim, kBf16, 128))
+    if (wide && K <= 128) return f(ChunkWalk<E, X, 128, 32, kAim>());
+  if (K <= 64) return f(ChunkWalk<E, X, 64, 16, kAim>());
+  if (K <= 128) return f(ChunkWalk<E, X, 128, 16, kAim>());
+  f(ChunkWalk<E, X, 256, 16, kAim>());
 }
-template <bool kGradient, class F>
+template <Aim kAim, class F>
 void with_kernel(const Problem& p, int64_t K, bool wide, F&& f) {
-  if (p.type == Type::bf16) return with_size<kGradient, bf16, bf16>(K, wide, f);
-  if (p.type == Type::f16) return with_size<kGradient, f16, tf32>(K, wide, f);
-  if (p.tf32) return with_size<kGradient, float, tf32>(K, wide, f);
-  with_size<kGradient, float, float>(K, wide, f);
+  if (p.type == Type::bf16) return with_size<kAim, bf16, bf16>(K, wide, f);
+  if (p.type == Type::f16) return with_size<kAim, f16, tf32>(K, wide, f);
+  if (p.tf32) return with_size<kAim, float, tf32>(K, wide, f);
+  with_size<kAim, float, float>(K, wide, f);
 }
-inline bool may_be_wide(Type type, int64_t K) { return type != Type::f32 && K <= (type == Type::bf16 ? 128 : 64); }
 
 // How the columns of V are dealt out to blocks of up to 4 or (two_warps) 2 warps.
 struct Slices {

@@ -10,9 +10,10 @@
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "chunk_backward.cuh"
 
+#include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
+#include "../../cuda/launch.h"
 #include "../../cuda/scan_states.cuh"
-#include "../../cuda/walks.h"
 #include "../../gradient.h"
 #include "chunk_backward.h"
 
@@ -21,50 +22,45 @@ namespace {
 
 int64_t rows(const Problem& p) { return p.cu_bits ? 1 : p.B; }
 
-// A call: its passes, and where in the workspace they find what.
+// A call: its walks, and where in the workspace they find what.
 struct Call {
   Problem p;
-  bool decays, queries, keys, values;  // d log_decay is asked for; the passes that there are
-  bool wide;
-  Slices of_key, of_value;  // the columns of dq and dk, of dv
-  Segments cut;
+  bool decays;                 // d log_decay is asked for
+  bool queries, keys, values;  // the walks that there are
+  bool precise;                // a sum over all tokens has no digits left of what 16 bits have of states
+  int slices = 0;              // of products
   bool is_cut;
+  Segments cut;
   size_t bytes = 0;
   View zeros, d_q, d_k, d_v, d_initial_state;
   double *log2_before, *log2_after, *sums;
   float *before, *after, *states, *gradients, *x, *y;
 
   explicit Call(const Problem& problem) : p(problem) {
-    decays = bool(p.d_log_decay);
+    decays = bool(p.d_log_decay), precise = decays && p.decay == Decay::constant;
     queries = p.d_q || decays, keys = p.d_k || decays, values = p.d_v || p.d_initial_state;
-    const int64_t processors = limits(p.device.id).processors, kv = std::max(p.K, p.V);
-    const int64_t passes = int(queries) + int(keys) + int(values), heads = rows(p) * p.H * passes;
-    wide = may_be_wide(p.type, kv) && std::min(p.K, p.V) > 64 && heads * ((kv + 127) / 128) >= processors;
-    const bool two_warps = p.type == Type::f32 && kv > 64;
-    of_key = slice(p.K, wide, two_warps, heads, processors);
-    of_value = slice(p.V, wide, two_warps, heads, processors);
+    if (decays) slices = decay_slices(p);
 
     // Of segments as many as fill the device about twice. States are kept at the ends of some.
     const int64_t chunks = (p.N + kChunk - 1) / kChunk, every = kKept / kChunk;
-    const int64_t blocks = rows(p) * p.H * (int(queries) * of_key.count + int(keys) * of_key.count + int(values) * of_value.count);
-    const int64_t wanted = std::max<int64_t>(1, 2 * processors / std::max<int64_t>(1, blocks));
+    const int64_t blocks = std::max<int64_t>(1, rows(p) * p.H * passes() * ((std::max(p.K, p.V) + 63) / 64));
+    const int64_t wanted = std::max<int64_t>(1, 2 * limits(p.device.id).processors / blocks);
     int64_t length = std::max<int64_t>(4, (chunks + wanted - 1) / wanted);
     if (length > 4) length = length <= 8 ? 8 : (length + every - 1) / every * every;
     is_cut = length < chunks;
     cut = {(is_cut ? length : chunks + 1) * kChunk};
 
     const int64_t size = p.K * p.V, ends = is_cut ? cut.slots(p) : 0, kept = decays ? Segments{kKept}.slots(p) : 0;
-    const bool shares = decays && p.decay == Decay::constant;
     char* base = static_cast<char*>(p.workspace);
     const auto take = [&](auto*& to, int64_t numbers) {
       to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(base + bytes);
       bytes += (size_t(numbers) * sizeof(*to) + 15) / 16 * 16;
     };
-    take(sums, shares ? kept * p.Hs : 0);
+    take(sums, precise ? kept * p.Hs : 0);
     take(log2_before, queries ? ends * p.Hs : 0), take(before, queries ? ends * p.Hs * size : 0);
     take(log2_after, ends * p.H), take(after, ends * p.H * size);
     take(states, kept * p.Hs * size), take(gradients, kept * p.H * size);
-    take(x, decays ? of_key.count * p.H * tokens(p) : 0), take(y, decays ? of_key.count * p.H * tokens(p) : 0);
+    take(x, slices * p.H * tokens(p)), take(y, slices * p.H * tokens(p));
     // Gradients of every q head, dense, where fewer are asked for.
     const auto each = [&](const View& asked, int64_t b, int64_t own_heads, int64_t n, int64_t columns, int width) {
       if (!asked || own_heads == p.H) return asked;
@@ -80,6 +76,8 @@ struct Call {
     take(zero_row, p.d_o ? 0 : p.V * width);
     zeros = {zero_row, {}};
   }
+
+  int passes() const { return int(queries) + int(keys) + int(values); }
 };
 
 void backward_in_time(Problem& r, Walk& w) {
@@ -87,46 +85,30 @@ void backward_in_time(Problem& r, Walk& w) {
   w.backward = true;
 }
 
-// The three passes: what they read and write, of whole sequences.
-struct Role {
-  Problem p;
+// What the three walks read and write, of whole sequences.
+Walk walk_of(const Call& c) {
   Walk w;
-};
-Role queries_of(const Call& c) {
-  Role r{of_queries(c.p), {c.cut.length}};
-  r.p.o = c.d_q, r.w.turned = true;
-  if (c.decays) r.w.factor = c.p.q, r.w.factor_heads = c.p.Hq, r.w.products = c.x, r.w.kept = c.states;
+  w.length = c.cut.length, w.share = group(c.p), w.precise = c.precise;
+  return w;
+}
+GradientWalk queries_of(const Call& c) {
+  GradientWalk r{of_queries(c.p), walk_of(c)};
+  r.p.o = c.d_q, r.walk.turned = true, r.walk.share = 1;
+  if (c.decays) r.walk.factor = c.p.q, r.walk.factor_heads = c.p.Hq, r.walk.products = c.x, r.walk.kept = c.states;
   return r;
 }
-Role keys_of(const Call& c) {
-  Role r{of_keys(c.p), {c.cut.length}};
-  r.p.o = c.d_k, r.p.initial_state = c.p.d_final_state, r.w.turned = true, r.w.share = group(c.p);
-  if (c.decays) r.w.factor = c.p.k, r.w.factor_heads = c.p.Hk, r.w.products = c.y, r.w.kept = c.gradients;
-  backward_in_time(r.p, r.w);
+GradientWalk keys_of(const Call& c) {
+  GradientWalk r{of_keys(c.p), walk_of(c)};
+  r.p.o = c.d_k, r.p.initial_state = c.p.d_final_state, r.walk.turned = true;
+  if (c.decays) r.walk.factor = c.p.k, r.walk.factor_heads = c.p.Hk, r.walk.products = c.y, r.walk.kept = c.gradients;
+  backward_in_time(r.p, r.walk);
   return r;
 }
-Role values_of(const Call& c) {
-  Role r{of_values(c.p), {c.cut.length}};
-  r.p.o = c.d_v, r.p.initial_state = c.p.d_final_state, r.p.final_state = c.d_initial_state, r.w.share = group(c.p);
-  backward_in_time(r.p, r.w);
+GradientWalk values_of(const Call& c) {
+  GradientWalk r{of_values(c.p), walk_of(c)};
+  r.p.o = c.d_v, r.p.initial_state = c.p.d_final_state, r.p.final_state = c.d_initial_state;
+  backward_in_time(r.p, r.walk);
   return r;
-}
-
-void launch(const Call& c, std::initializer_list<std::pair<Role, Slices>> roles) {
-  with_kernel<true>(c.p, std::max(c.p.K, c.p.V), c.wide, [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    typename Kernel::Params params{};
-    params.stages = stages<Kernel>(limits(c.p.device.id));
-    unsigned blocks = 0;
-    int columns = 0, i = 0;
-    for (const auto& [role, slices] : roles) {
-      const int parts = role.w.alone ? 1 : int(group(role.p));
-      params.pass[i] = pass_of(role.p, role.w, slices, parts, 0, /*writes=*/true);
-      blocks = std::max(blocks, params.pass[i++].blocks), columns = std::max(columns, slices.columns);
-    }
-    start<Kernel>(c.p, dim3(Kernel::kPasses * blocks), threads({columns, 1}, c.wide),
-                  Kernel::shared_bytes(params.stages), params);
-  });
 }
 
 template <class E>
@@ -140,12 +122,8 @@ void sum_heads(const Problem& p, const View& from, const View& to, int64_t b, in
 }  // namespace
 
 const char* refuses(const Problem& p) {
-  if (p.type == Type::f64) return "has no gradients of float64 on a GPU";
-  if (std::max(p.K, p.V) > kMostKeyDim) return "its gradients want K and V up to 256";
-  bool fits = false;
-  with_kernel<true>(p, std::max(p.K, p.V), false,
-                    [&](auto kernel) { fits = stages<decltype(kernel)>(limits(p.device.id)) > 0; });
-  return fits ? nullptr : "K or V is too large for the shared memory of this device";
+  if (p.type == Type::f64) return "has gradients of float64 on the CPU only";
+  return p.d_log_decay ? decays_refuse(p) : gradients_refuse(p);
 }
 
 size_t workspace(const Problem& p) { return Call(p).bytes; }
@@ -160,30 +138,36 @@ void run(const Problem& problem) {
       p.d_o = c.zeros;
     }
   });
-  Role of_q = queries_of(c), of_k = keys_of(c), of_v = values_of(c);
-  const auto if_there = [](bool there, const Slices& slices) { return there ? slices : Slices{16, 0}; };
+  GradientWalk of_q = queries_of(c), of_k = keys_of(c), of_v = values_of(c);
+  const auto walk = [&](const GradientWalks& walks) { (c.decays ? walk_decays : walk_gradients)(p, c.passes(), walks); };
   if (c.is_cut) {
-    Role states = of_q, gradients = of_v;
-    for (Role* r : {&states, &gradients}) r->w.alone = r->w.warm_up = true, r->w.products = r->w.kept = nullptr;
-    states.w.after = c.before, states.w.log2 = c.log2_before;
-    gradients.w.after = c.after, gradients.w.log2 = c.log2_after;
+    GradientWalk states = of_q, gradients = of_v;
+    for (GradientWalk* w : {&states, &gradients}) w->walk.alone = w->walk.warm_up = true, w->walk.kept = nullptr;
+    states.walk.after = c.before, states.walk.log2 = c.log2_before;
+    gradients.walk.after = c.after, gradients.walk.log2 = c.log2_after;
     const bool back = c.keys || c.values;
-    launch(c, {{states, if_there(c.queries, c.of_key)}, {gradients, if_there(back, c.of_value)}});
-    if (c.queries) scan_states(states.p, states.w);
-    if (back) scan_states(gradients.p, gradients.w);
-    for (Role* r : {&of_q, &of_k, &of_v}) r->w.warm_up = true, r->w.before = c.after;
-    of_q.w.before = c.before;
+    GradientWalks alone;
+    if (c.queries) alone.push_back(states);
+    if (back) alone.push_back(gradients);
+    walk(alone);
+    if (c.queries) scan_states(states.p, states.walk);
+    if (back) scan_states(gradients.p, gradients.walk);
+    for (GradientWalk* w : {&of_q, &of_k, &of_v}) w->walk.warm_up = true, w->walk.before = c.after;
+    of_q.walk.before = c.before;
   }
-  launch(c, {{of_q, if_there(c.queries, c.of_key)},
-             {of_k, if_there(c.keys, c.of_key)},
-             {of_v, if_there(c.values, c.of_value)}});
+  of_v.walk.precise = false;
+  GradientWalks walks;
+  if (c.queries) walks.push_back(of_q);
+  if (c.keys) walks.push_back(of_k);
+  if (c.values && !c.decays) walks.push_back(of_v);
+  walk(walks);
+  if (c.values && c.decays) walk_gradients(p, c.passes(), {of_v});
   if (c.decays) {
-    const bool shares = p.decay == Decay::constant;
     const int64_t blocks = Segments{kKept}.slots(p) * p.Hs;
     start<DecayGradient>(p, dim3(unsigned(blocks)), DecayGradient::kMaxThreads, DecayGradient::kSharedBytes,
-                         {p, c.states, c.gradients, c.x, c.y, c.of_key.count, shares ? c.sums : nullptr});
+                         {p, c.states, c.gradients, c.x, c.y, c.slices, c.precise ? c.sums : nullptr});
     const bool by_row = p.d_log_decay.stride[0], by_head = p.d_log_decay.stride[1];
-    if (shares)
+    if (c.precise)
       start<SumDecays>(p, dim3(by_row ? unsigned(p.B) : 1, by_head ? unsigned(p.Hs) : 1), SumDecays::kMaxThreads,
                        SumDecays::kMaxThreads * 8, {p, c.sums});
   }
@@ -199,15 +183,12 @@ void run(const Problem& problem) {
 
 Cost cost(const Problem& p) {
   const Call c(p);
-  Walk w;
-  w.length = c.cut.length;
   const double chunks = double(std::min(c.cut.length, p.N)) / kChunk, n = double(tokens(p)), H = double(p.H);
-  const double KV = double(p.K * p.V), passes = double(int(c.queries) + int(c.keys) + int(c.values));
+  const double KV = double(p.K * p.V), passes = double(c.passes());
   const double again = n * H * type_bytes(p.type) * double(2 * p.K + 2 * p.V);  // dk's and dv's operands once more
-  const double flop = passes * chunk_flop(p) + (c.decays ? 2 * n * H * double(kChunk * p.K) : 0) +
-                      (c.is_cut ? 4 * n * H * KV : 0);
-  const double blocks = double(heads_of(p, w)) * (passes - double(c.values)) * c.of_key.count +
-                        double(heads_of(p, w)) * double(c.values) * c.of_value.count;
+  const double flop = passes * chunk_flop(p) + (c.decays ? 2 * n * H * double(kChunk * p.K) + 4 * n * H * KV : 0) +
+                      (c.precise ? 4 * n * H * KV : 0) + (c.is_cut ? 4 * n * H * KV : 0);
+  const double blocks = double(Segments{c.cut.length}.slots(p)) * H * passes * double((std::max(p.K, p.V) + 63) / 64);
   return predict(p, {flop, again + double(c.bytes), /*depth=*/2 * chunks, /*launches=*/c.is_cut ? 6. : 3., blocks,
                      /*steps=*/(c.is_cut ? 1.6 : 1) * chunks, chunk_step_us(p)});
 }
