@@ -128,7 +128,7 @@ class Emulated : public ::testing::Test {
       const bool written = gradient || call.args.o == t || call.args.final_state == t;
       const bool filled = !gradient && call.args.o != t &&
                           (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
-      if (t->ndim && !t->memory.empty())
+      if (t->device.type == LC_CUDA && !t->memory.empty())
         simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
     }
     simt::allow(call.args.workspace, call.args.workspace_bytes, true, false);
@@ -567,10 +567,17 @@ TEST_F(Emulated, GradientDevices) {
 
 TEST_F(Emulated, GradientsHaveOneRow) {
   Spec spec;
-  spec.op = LC_BACKWARD, spec.decay = Decay::token;
-  check(spec);
-  EXPECT_EQ(0u, served_.count("scan"));
-  EXPECT_EQ(1u, refusals_.count("scan: method: 'scan' does not serve this problem:"));
+  spec.op = LC_BACKWARD, spec.device = {LC_CUDA, 0};
+  for (const char* method : {"scan", "recurrent"}) {
+    Call call(spec);
+    call.args.method = method;
+    EXPECT_EQ(LC_UNSUPPORTED, call.run());
+    EXPECT_NE(nullptr, std::strstr(lc_last_error(), "leaves gradients to chunk, whose gradients are those of every"));
+  }
+  spec.dtype = kF64;
+  Call call(spec);
+  EXPECT_EQ(LC_UNSUPPORTED, call.run());
+  EXPECT_NE(nullptr, std::strstr(lc_last_error(), "chunk: has gradients of float64 on the CPU only"));
 }
 
 TEST_F(Emulated, NothingToDo) {
