@@ -5,7 +5,8 @@ import itertools
 import leetcore
 import numpy as np
 import pytest
-from conftest import DTYPES, log_decays, normal
+from conftest import DTYPES
+from gradients import HEADS, KINDS, TOLERANCE, backward, definition, problem
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from leetcore import reference
@@ -13,29 +14,6 @@ from leetcore import reference
 few = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-KINDS = [None, "[]", "[Hs]", "[B,Hs]", "[B,Hs,N]"]
-HEADS = [(1, 1, 1), (3, 3, 3), (4, 2, 1), (2, 1, 2), (2, 6, 3), (1, 2, 4)]
-TOLERANCE = {"f64": 1e-11, "f32": 2e-5, "f16": 1e-3, "bf16": 1e-2}
-
-
-def problem(B=2, heads=(2, 2, 2), N=12, K=3, V=4, dtype=np.float64, kind="[Hs]", layout="bhnd", lengths=None, seed=0):
-    """Arguments of both passes, with an initial state, and the gradients of both results."""
-    rng = np.random.default_rng(seed)
-    exact = np.float64 if dtype == np.float64 else np.float32
-    Hq, Hk, Hv = heads
-    Hs, cu_seqlens = max(Hk, Hv), None
-    sequences = B
-    if lengths is not None:
-        B, N, sequences = 1, sum(lengths), len(lengths)
-        cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
-    q, k, v, d_o = (normal(rng, (B, H, N, D), dtype) for H, D in ((Hq, K), (Hk, K), (Hv, V), (max(heads), V)))
-    decay = None if kind is None else np.asarray(log_decays(rng, kind, B, Hs, N), exact)
-    if layout == "bnhd":
-        q, k, v, d_o = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v, d_o))
-        decay = decay.swapaxes(1, 2).copy() if kind == "[B,Hs,N]" else decay
-    state, d_state = (normal(rng, (sequences, Hs, K, V), exact) for _ in range(2))
-    arguments = {"q": q, "k": k, "v": v, "log_decay": decay, "initial_state": state}
-    return arguments, {"scale": K**-0.5, "cu_seqlens": cu_seqlens, "layout": layout}, (d_o, d_state)
 
 
 def loss(arguments, options, d_results):
@@ -59,11 +37,6 @@ def finite_difference(arguments, options, d_results, name, index):
     return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
 
 
-def backward(arguments, options, d_results, **more):
-    d_o, d_state = d_results
-    return leetcore.linear_attention_backward(**arguments, **options, d_o=d_o, d_final_state=d_state, **more)
-
-
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,12 +57,6 @@ def test_gradients_are_finite_differences(kind, heads, layout):
         for i in rng.permutation(len(every))[:8]:
             want = finite_difference(arguments, options, d_results, name, every[i])
             assert gradient[every[i]] == pytest.approx(want, rel=1e-7, abs=1e-8), (name, every[i])
-
-
-def definition(arguments, options, d_results):
-    """The gradients in float64 of the same rounded inputs."""
-    wide = {name: None if x is None else np.asarray(x).astype(np.float64) for name, x in arguments.items()}
-    return backward(wide, options, [np.asarray(d).astype(np.float64) for d in d_results])
 
 
 @few

@@ -10,7 +10,9 @@ import sys
 import weakref
 
 import fake_gpu
+import gradients
 import leetcore
+import leetcore.torch.ops
 import ml_dtypes
 import numpy as np
 import pytest
@@ -161,6 +163,78 @@ def test_decode_updates_the_pool_in_place():
     q, k, v, state = (JaxArray(x) for x in (q, k, v, pool))
     with pytest.raises(TypeError, match=r"^state: expected an array that can be written, got one of jax"):
         leetcore.decode_step(q, k, v, state, -0.1)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def moved(make, p):
+    """The arguments of a problem of gradients.py, on the GPU."""
+    arguments, options, d_results = p
+    arguments = {name: make(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    bounds = options["cu_seqlens"]
+    return arguments, options | {"cu_seqlens": None if bounds is None else make(bounds)}, list(map(make, d_results))
+
+
+@pytest.mark.parametrize("decay", ["[Hs]", "[B,Hs,N]"])
+def test_gradients_are_those_of_the_cpu(kind, decay):
+    make, result = kind
+    p = gradients.problem(N=70, K=8, V=8, dtype=np.float32, kind=decay)
+    got, want = gradients.backward(*moved(make, p)), gradients.definition(*p)
+    assert emulator.launches
+    for name, x, y in zip(got._fields, got, want, strict=True):
+        assert type(x) is result and x.number == 0 and host(x).shape == y.shape, name
+        assert error(x, y) <= gradients.TOLERANCE["f32"], name
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
+def test_gradients_of_16_bits(dtype):
+    p = gradients.problem(heads=(4, 2, 1), K=8, V=16, dtype=dtype, lengths=[5, 0, 66], layout="bnhd", kind="[B,Hs,N]")
+    tolerance = gradients.TOLERANCE["f16" if dtype == "float16" else "bf16"]
+    got, want = gradients.backward(*moved(CuPyArray, p)), gradients.definition(*p)
+    for name, x, y in zip(got._fields, got, want, strict=True):
+        assert x.dtype == (np.float32 if name in ("d_log_decay", "d_initial_state") else dtype)
+        assert error(x, y) <= (2 if name == "d_log_decay" else 1) * tolerance, name
+
+
+def test_the_gradient_of_a_scalar_is_on_the_device(kind):
+    make, result = kind
+    arguments, options, d_results = gradients.problem(dtype=np.float32)
+    p = arguments | {"log_decay": -0.1}, options, d_results
+    got, want = gradients.backward(*moved(make, p)).d_log_decay, gradients.definition(*p).d_log_decay
+    assert type(got) is result and got.number == 0 and host(got).shape == () and error(got, want) <= 2e-5
+
+
+def test_gradients_go_to_the_stream_and_allocate_there():
+    arguments, options, d_results = moved(fake_gpu.torch_array, gradients.problem(dtype=np.float32))
+    TorchStream.current = TorchStream(0x70)
+    gradients.backward(arguments, options, d_results)
+    assert emulator.stream == 0x70 and TorchStream.events == []
+    fake_gpu.reset()
+    gradients.backward(arguments, options, d_results, stream=0x90)
+    assert emulator.stream == 0x90 and TorchStream.events[0] == ("wait", 0x90, 0x70)
+    assert {stream for _, stream, _ in fake_gpu.made} == {0x90} == set(fake_gpu.exports)
+    read = {shape for event, shape, stream in TorchStream.events if event == "record" and stream == 0x90}
+    assert {tuple(x.shape) for x in (*arguments.values(), *d_results)} <= read
+
+
+def test_gradients_that_a_gpu_does_not_have():
+    arguments, options, d_results = moved(fake_gpu.torch_array, gradients.problem())
+    with pytest.raises(NotImplementedError, match="chunk: has gradients of float64 on the CPU only"):
+        gradients.backward(arguments, options, d_results)
+    with pytest.raises(NotImplementedError, match=r"^linear_attention has gradients of float64 .* expected float32"):
+        leetcore.torch.ops._backward(*arguments.values(), None, *d_results, 1.0, "bhnd", False, 5 * [True])
+    assert emulator.launches == 0
+
+
+def test_gradients_of_two_places_are_refused():
+    arguments, options, (d_o, d_state) = moved(fake_gpu.torch_array, gradients.problem(dtype=np.float32))
+    for name, d_results in {"d_o": (d_o.cpu, d_state), "d_final_state": (d_o, d_state.cpu)}.items():
+        fake_gpu.readable = True
+        d_results = [d() if callable(d) else d for d in d_results]
+        with pytest.raises(ValueError, match=rf"^{name}: expected on CUDA device 0 like q, got the CPU"):
+            gradients.backward(arguments, options, d_results)
+    assert emulator.launches == 0
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
@@ -360,14 +434,6 @@ def test_read_only_inputs_are_welcome_and_outputs_refused():
     assert error(o, reference.linear_attention(q, k, v, np.float64(-0.1))[0]) < TOLERANCE["f32"][0]
     with pytest.raises(ValueError, match=r"^out: expected a writable array, got a read-only one"):
         leetcore.linear_attention(*map(OtherArray, (q, k, v)), -0.1, out=fake_gpu.ReadOnlyArray(np.zeros_like(q)))
-
-
-def test_gradients_are_left_to_the_cpu():
-    for make in (fake_gpu.torch_array, CuPyArray, JaxArray, OtherArray):
-        q, k, v = map(make, inputs())
-        with pytest.raises(NotImplementedError, match="no method serves this problem"):
-            leetcore.linear_attention_backward(q, k, v, -0.1, d_o=make(inputs()[0]))
-    assert emulator.launches == 0
 
 
 def test_a_library_that_cannot_make_arrays_is_refused():

@@ -142,7 +142,7 @@ def linear_attention_backward(
     stream: Stream | None = None,
 ) -> Gradients:
     """The gradients of `linear_attention`, whichever method computed it: of a loss whose gradients by its results are
-    d_o and d_final_state.
+    d_o and d_final_state. On a GPU: of float32, float16 and bfloat16, K and V up to 256.
 
     Args:
         q, k, v, log_decay, scale, initial_state, cu_seqlens, layout, precision, stream: as `linear_attention` had them.
@@ -153,10 +153,12 @@ def linear_attention_backward(
     Returns:
         Gradients(d_q, d_k, d_v, d_log_decay, d_initial_state), each of the shape and dtype of what it is named after
         (d_initial_state may be asked for without one) and in the caller's array library. A decay that tokens, sequences
-        or heads share has the sum over them. The gradient of log_decay = -inf is 0.
+        or heads share has the sum over them. The gradient of log_decay = -inf is 0. On a GPU all are arrays there, that
+        of a number as log_decay too, ready for what is put on the same stream.
 
     Raises:
-        ValueError, TypeError: as `linear_attention`.
+        ValueError, TypeError, RuntimeError: as `linear_attention`.
+        NotImplementedError: float64 on a GPU, or K or V above 256 there.
     """
     log_decay = _scalar(log_decay)
     lib, queue = library_of(_BACKWARD, q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state).at(q, stream)

@@ -52,9 +52,9 @@ def linear_attention(
     """`leetcore.linear_attention` as an operator of torch: differentiable, and opaque to torch.compile.
 
     Shapes, dtypes and errors are those of `leetcore.linear_attention`. Gradients reach q, k, v, initial_state and
-    log_decay, in any shape it may have, from o and from the final state; they have no derivatives themselves. Under
-    autocast q, k and v are cast to its dtype, log_decay and initial_state to float32. torch.vmap adds its dimension to
-    the batch.
+    log_decay, in any shape it may have, from o and from the final state; they have no derivatives themselves. On a GPU
+    there are none of float64, nor of K or V above 256: the backward pass raises NotImplementedError. Under autocast q, k
+    and v are cast to its dtype, log_decay and initial_state to float32. torch.vmap adds its dimension to the batch.
 
     Returns:
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
@@ -162,6 +162,11 @@ def _backward(
     tf32: bool,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
+    if q.dtype is torch.float64 and q.is_cuda:
+        raise NotImplementedError(
+            "linear_attention has gradients of float64 on the CPU only; expected float32, float16 or bfloat16 on a GPU "
+            "(x.float()), or tensors on the CPU (x.cpu())"
+        )
     gradients = api.linear_attention_backward(
         q,
         k,
