@@ -14,9 +14,10 @@ import sys
 
 import leetcore
 import torch
-from harness import Call, Problem, Shape, alibi, clock, relative_error
+from harness import Call, Shape, TrainingProblem, alibi, clock, relative_error
 from leetcore.bench.machine import ENVIRONMENT, extra_memory, restart_undisturbed
 from leetcore.bench.timing import stats
+from ours import backward
 from rivals import torch_autograd
 
 SHAPES = ("1,8,2048,64,64", "1,32,1024,128,128", "1,8,8192,128,128")
@@ -25,19 +26,14 @@ PLAIN = {name: value for name, value in os.environ.items() if name not in ENVIRO
 OURS = {"leetcore": ["d_q", "d_k", "d_v"], "leetcore, d_log_decay too": ["d_q", "d_k", "d_v", "d_log_decay"]}
 
 
-def problem(shape: str) -> tuple[Problem, torch.Tensor]:
+def problem(shape: str) -> TrainingProblem:
     s = Shape.parse(shape)
-    p = Problem(s, torch.float32, alibi(s.H))
-    return p, torch.randn(p.v.shape, generator=torch.Generator().manual_seed(1))
+    return TrainingProblem(s, torch.float32, alibi(s.H))
 
 
-def ours(p: Problem, d_o: torch.Tensor, wants: list[str]) -> Call:
-    def call() -> list[torch.Tensor]:
-        o = leetcore.linear_attention(p.q, p.k, p.v, p.log_decay)
-        d = leetcore.linear_attention_backward(p.q, p.k, p.v, p.log_decay, d_o=d_o, wants=wants)
-        return [o, d.d_q, d.d_k, d.d_v]
-
-    return call
+def ours(p: TrainingProblem, wants: list[str]) -> Call:
+    gradients = backward(p, wants)
+    return lambda: {"o": leetcore.linear_attention(p.q, p.k, p.v, p.log_decay)} | gradients()
 
 
 def measured_peak(shape: str, name: str) -> int:
@@ -47,20 +43,20 @@ def measured_peak(shape: str, name: str) -> int:
 
 def peak(shape: str, name: str) -> None:
     """Prints by how many bytes one training step raises the peak of this process."""
-    small, d_small = problem("1,1,256,8,8")  # threads, code and tables come first
-    ours(small, d_small, OURS["leetcore"])(), torch_autograd.Training(small, d_small, 64, 1, "loop")()
-    p, d_o = problem(shape)
-    print(extra_memory(ours(p, d_o, OURS[name]) if name in OURS else torch_autograd.training(p, d_o)[name]()))
+    small = problem("1,1,256,8,8")  # threads, code and tables come first
+    ours(small, OURS["leetcore"])(), torch_autograd.Training(small, 64, 1, "loop")()
+    p = problem(shape)
+    print(extra_memory(ours(p, OURS[name]) if name in OURS else torch_autograd.training(p)[name]()))
 
 
 def compare(shape: str) -> None:
-    p, d_o = problem(shape)
-    calls = {name: ours(p, d_o, wants) for name, wants in OURS.items()}
+    p = problem(shape)
+    calls = {name: ours(p, wants) for name, wants in OURS.items()}
     reference = calls["leetcore"]()
     tried: list[tuple[float, str, Call]] = []
-    for name, factory in torch_autograd.training(p, d_o).items():
+    for name, factory in torch_autograd.training(p).items():
         call = factory()
-        errors = [relative_error(x, y.double()) for x, y in zip(call(), reference, strict=True)]
+        errors = [relative_error(x, reference[label].double()) for label, x in call().items()]
         if max(errors) > 2e-5:
             sys.exit(f"{name}: differs from leetcore by {max(errors):.1e}")
         tried = sorted([*tried, (min(clock(call), clock(call)), name, call)])[:FINALISTS]

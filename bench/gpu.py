@@ -22,7 +22,7 @@ import leetcore
 import machine
 import ours
 import torch
-from harness import DTYPES, DecodeProblem, Problem, Row, Shape, alibi
+from harness import DTYPES, DecodeProblem, Problem, Row, Shape, TrainingProblem, alibi, gates
 from leetcore.bench.options import listed, sentence
 from leetcore.bench.problems import refusal
 from session import Session
@@ -38,7 +38,16 @@ SHORT = ("1,8,64,64,64", "1,32,1024,128,128")
 DECODE = ("64,32,1,128,128", "1,32,1,128,128", "8,32,1,128,128", "256,32,1,128,128")
 GROWTH = ((8, 64, range(8, 16)), (32, 128, range(9, 15)))  # heads, K = V, log2 of N
 CHOICE = tuple(f"1,{h},{n},{d},{d}" for n in (100, 3000, 24000) for h in (1, 6, 48, 200) for d in (64, 128))
-TINY = {"forward": ("1,2,200,16,24",), "decode": ("3,2,1,16,16",), "growth": ("1,1,64,8,8", "1,1,128,8,8")}
+GATED = "8,32,2048,128,128"  # a decay per token, whose gradient is wanted too
+SECTIONS = ("forward", "decode", "backward", "gated", "growth", "choice")
+TINY = {
+    "forward": ("1,2,200,16,24",),
+    "decode": ("3,2,1,16,16",),
+    "backward": ("1,2,256,16,24",),
+    "gated": ("2,2,128,16,8",),
+    "growth": ("1,1,64,8,8", "1,1,128,8,8"),
+}
+PROBLEMS = {"decode": DecodeProblem, "backward": TrainingProblem, "gated": TrainingProblem}  # else Problem
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,13 @@ def groups(tiny: bool) -> Iterator[Group]:
     for text in SHAPES[:2]:
         yield Group("forward", Shape.parse(text))
     yield Group("decode", Shape.parse(DECODE[0]))
-    for text in (*SHAPES[2:], *FEW_HEADS, *SHORT):
+    yield Group("backward", Shape.parse(SHAPES[0]))
+    for text in (*SHAPES[2:], *FEW_HEADS):
+        yield Group("forward", Shape.parse(text))
+    yield Group("gated", Shape.parse(GATED))
+    for text in (SHAPES[1], SHAPES[2], *FEW_HEADS, SHAPES[3]):
+        yield Group("backward", Shape.parse(text))
+    for text in SHORT:
         yield Group("forward", Shape.parse(text))
     for text in DECODE[1:]:
         yield Group("decode", Shape.parse(text), rivals=False)
@@ -90,25 +105,32 @@ class GpuSession(Session):
     broken: list[str] = field(default_factory=list)  # methods, or "rivals", that are not to be called any more
 
     def row(self, section: str, method: str, p: Problem | DecodeProblem, **fields: Any) -> Row:
-        work = p.shape.token_bytes(p.dtype) + (2 * p.shape.state_bytes() if isinstance(p, DecodeProblem) else 0)
+        work = p.shape.token_bytes(p.dtype)
+        if isinstance(p, DecodeProblem):
+            work += 2 * p.shape.state_bytes()
+        elif isinstance(p, TrainingProblem):
+            forward = 0 if method == ours.label("backward") else work + p.decay_bytes()
+            work = forward + p.backward_bytes()
         return super().row(section, method, p, **{"work": float(work), "dense_work": 0.0} | fields)
 
     def measure_group(self, group: Group) -> None:
         s, dtype = group.shape, DTYPES[group.dtype]
-        problem = DecodeProblem if group.section == "decode" else Problem
         needed = 12 * s.token_bytes(dtype) + 10 * s.state_bytes()
         if not self.device.fits(needed):
             self.rows.append(Row(group.section, "", s, group.dtype, status=f"skipped: wants {needed / 2**30:.0f} GiB"))
             return
-        p = problem(s, dtype, alibi(s.H), device=self.device.name)
+        decay = gates(s) if group.section == "gated" else alibi(s.H)
+        p = PROBLEMS.get(group.section, Problem)(s, dtype, decay, device=self.device.name)
         rows = [self.leetcore_row(group.section, p, method) for method in self.methods(group)]
         if group.rivals and "rivals" not in self.broken:
             rows += self.rival_rows(group.section, p)
             self.require("rivals", group)
-        p.__dict__.pop("references", None)
+        for oracle in ("references", "wanted"):
+            p.__dict__.pop(oracle, None)
         for row in rows:
-            if row.call and group.section in ("forward", "decode"):
+            if row.call and group.section in ("forward", *PROBLEMS):
                 row.host_us = [1e6 * t for t in self.device.host(row.call, HOST_CALLS)]
+                row.peak_bytes = self.device.peak(row.call)
         self.device.matmul()
         self.measure(rows, ceiling=self.device.copy)
         for row in rows:
@@ -120,6 +142,8 @@ class GpuSession(Session):
         names = group.methods or ("auto", *ours.methods(self.device.name))
         if group.section == "decode":
             names = ("decode_step",)
+        elif PROBLEMS.get(group.section) is TrainingProblem:
+            names = ("training", "backward")
         return [name for name in names if name not in self.broken and self.wants(ours.label(name))]
 
     def leetcore_row(self, section: str, p: Problem | DecodeProblem, method: str) -> Row:
@@ -127,12 +151,12 @@ class GpuSession(Session):
         row = self.row(section, ours.label(method), p)
         try:
             if isinstance(p, Problem):
-                row.note = ours.chosen(p) if method == "auto" else ""
+                row.note = ours.chosen(p) if method in ("auto", "training") else ""
                 predicted = 1e-6 * (ours.explained(p, row.note or method, "predicted") or 0.0)
                 if predicted > SLOW_S:
                     row.status = f"skipped: predicted {predicted:.2g} s"
                     return row
-            row.call = ours.decode(p) if isinstance(p, DecodeProblem) else ours.forward(p, method)
+            row.call = ours.call(p, method)
             harness.gate(row, p, self.timer)
         except NotImplementedError as error:
             row.status, row.call = f"refused: {refusal(method, error)}", None
@@ -217,7 +241,7 @@ def run(session: GpuSession, todo: list[Group], save: Callable[[], None], say: C
 
 @click.command()
 @click.option("--device", type=click.Choice(list(gpu_device.DEVICES)), default="cuda", show_default=True)
-@click.option("--sections", default="", help="Comma-separated, of: forward, decode, growth, choice.  [default: all]")
+@click.option("--sections", default="", help=f"Comma-separated, of: {', '.join(SECTIONS)}.  [default: all]")
 @click.option("--methods", default="*", help="Glob of the methods to time, e.g. 'leetcore*' or 'fla'.")
 @click.option("--rounds", type=click.IntRange(min=1), default=ROUNDS, show_default=True, help="Samples per method.")
 @click.option("--tiny", is_flag=True, help="A few tiny problems: to see that it works.")

@@ -15,6 +15,7 @@ import leetcore
 import machine
 import torch
 from harness import CPU, Call, Timer
+from leetcore.bench.machine import extra_memory
 
 SAMPLE_S = 0.002
 COLD_BYTES = 1 << 28  # at least; four times the L2 cache where that is more
@@ -86,6 +87,14 @@ class Gpu:
         self.products.append(2 * MATMUL_SIZE**3 / min(seconds))
         return self.products[-1]
 
+    def peak(self, call: Call) -> int | None:
+        """Bytes that torch has given out during a call at the most, beside those of before."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
     def fits(self, size: int) -> bool:
         torch.cuda.empty_cache()
         return size < torch.cuda.mem_get_info()[0]
@@ -131,6 +140,9 @@ class Cpu:
 
     def host(self, call: Call, reps: int = 1) -> list[float]:
         return [CPU.clock(call, 1) for _ in range(reps)]
+
+    def peak(self, call: Call) -> int | None:
+        return extra_memory(call)
 
     def fits(self, size: int) -> bool:
         return True

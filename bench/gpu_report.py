@@ -14,13 +14,16 @@ from report import error, median, number, section_rows, shapes_of, spread, table
 # Microseconds on a device that copies 4.3e12 bytes/s, bfloat16; for another device in proportion to its bandwidth.
 GOAL_COPY = 4.3e12
 GOAL_US = {
-    "1,32,8192,128,128": 85.0,
-    "8,32,2048,128,128": 150.0,
-    "1,64,131072,128,128": 2500.0,
-    "1,8,65536,64,64": 100.0,
+    ("forward", "1,32,8192,128,128"): 85.0,
+    ("forward", "8,32,2048,128,128"): 150.0,
+    ("forward", "1,64,131072,128,128"): 2500.0,
+    ("forward", "1,8,65536,64,64"): 100.0,
+    ("backward", "1,32,8192,128,128"): 160.0,  # of a backward pass alone
 }
 GOAL_FACTOR = 1.5  # of GOAL_US, for kernels that run on every GPU since Ampere
 DECODE = "64,32,1,128,128"
+STEP, BACKWARD = "leetcore training", "leetcore backward"  # the latter alone: not to be held against a rival's step
+TRAINING = {"backward": "a constant decay", "gated": "a decay per token, and its gradient"}
 
 
 def ours(row: Row) -> bool:
@@ -42,9 +45,9 @@ def best(rows: Iterable[Row]) -> Row | None:
     return min(rows, key=ms, default=None)
 
 
-def goal_us(results: Results, shape: str) -> float | None:
-    copied = results["copy"]
-    return GOAL_US[shape] * GOAL_COPY / copied["median"] if shape in GOAL_US and copied else None
+def goal_us(results: Results, section: str, shape: str) -> float | None:
+    copied, wanted = results["copy"], GOAL_US.get((section, shape))
+    return wanted * GOAL_COPY / copied["median"] if wanted and copied else None
 
 
 def problems(results: Results, *sections: str) -> list[list[Row]]:
@@ -71,19 +74,21 @@ def time_cell(row: Row) -> str:
 def method_table(results: Results, section: str, title: str) -> Iterator[str]:
     rows = section_rows(results, section)
     for shape in shapes_of(rows):
-        wanted = goal_us(results, shape) if section == "forward" else None
+        wanted = goal_us(results, section, shape)
         yield f"### {title}, B,H,N,K,V = {shape}" + (f": goal {number(wanted)} us in bfloat16" if wanted else "") + "\n"
         body = []
         for row in (row for row in rows if row["shape"] == shape):
             same = same_problem(results, row)
             fla = best(r for r in same if r["note"] == "fla")
             torch = best(r for r in same if r["note"].startswith("torch"))
-            timed = row if row["ms"] else None
+            timed = row if row["ms"] and row["method"] != BACKWARD else None
             name = f"{row['method']} ({row['note']})" if ours(row) and row["note"] else row["method"]
             cells = [name, row["dtype"], time_cell(row), median(row["fraction"]), number(over(timed, fla))]
-            body.append([*cells, number(over(timed, torch)), median(row["host_us"]), error(row)])
+            peak = row.get("peak_bytes")
+            cells += [number(over(timed, torch)), median(row["host_us"]), number(peak and 1e-6 * peak)]
+            body.append([*cells, error(row)])
         head = ["method", "dtype", "us median (p10-p90)", "of the floor", "time / best fla", "time / best torch"]
-        yield from table([*head, "host us", "error"], body)
+        yield from table([*head, "host us", "peak MB", "error"], body)
 
 
 def growth_tables(results: Results) -> Iterator[str]:
@@ -140,10 +145,11 @@ def regret_table(results: Results) -> Iterator[str]:
 
 def goals(results: Results) -> Iterator[dict[str, str]]:
     """As goals.goals."""
-    by_problem = {(r[0]["section"], r[0]["shape"], r[0]["dtype"]): r for r in problems(results, "forward", "decode")}
-    for shape in GOAL_US:
-        rows = by_problem.get(("forward", shape, "bfloat16"), [])
-        least, wanted = best(filter(ours, rows)), goal_us(results, shape)
+    found = problems(results, "forward", "decode", *TRAINING)
+    by_problem = {(r[0]["section"], r[0]["shape"], r[0]["dtype"]): r for r in found}
+    for section, shape in GOAL_US:
+        rows = by_problem.get((section, shape, "bfloat16"), [])
+        least, wanted = best(r for r in rows if ours(r) and r["method"] != STEP), goal_us(results, section, shape)
         name = f"{shape}: best method ({least['method'].split()[1]})" if least else f"{shape}: best method"
         yield goal(f"{name}, time / goal", "<=", GOAL_FACTOR, 1e3 * ms(least) / wanted if least and wanted else None)
     for (section, shape, dtype), rows in by_problem.items():
@@ -152,6 +158,9 @@ def goals(results: Results) -> Iterator[dict[str, str]]:
         limit = 2 if B * H >= 128 else 4 if B * H <= 16 and N >= 16384 else None
         if section == "forward" and limit and dtype == "bfloat16":
             yield goal(f"{shape}: fla's chunk_simple_gla / best method, time", ">=", limit, over(fla, least))
+        if section in TRAINING:
+            step = best(r for r in rows if r["method"] == STEP)
+            yield goal(f"{shape}, {TRAINING[section]}: fla's training step / ours, time", ">=", 2, over(fla, step))
     step = next(iter(find(results, "decode", "leetcore decode_step", shape=DECODE)), None)
     yield goal(f"decode {DECODE}: time / memory floor", "<=", 1.1, 1 / step["fraction"]["median"] if step else None)
     host = step and step["host_us"] and step["host_us"]["median"]
@@ -178,8 +187,9 @@ def header(results: Results) -> Iterator[str]:
     yield (
         "- us: GPU time of a call by events, nothing of its data in the L2 cache, the GPU kept busy until the host has"
         " queued it; all methods of a table in turn. Floor: q, k, v and o once (a decode step: also the states, read"
-        " and written) at the copy bandwidth beside each sample. host us: until a call returns, the GPU idle. Goals are"
-        " for 4.3e12 bytes/s, and scaled to this device's copy."
+        " and written; training: also q, k, v, the gradient of o, and their own gradients once) at the copy"
+        " bandwidth beside each sample. host us: until a call returns, the GPU idle. peak MB: what a call allocates at"
+        " the most, results included. Goals are for 4.3e12 bytes/s, and scaled to this device's copy."
     )
     yield "- Every method passed the correctness gate against float64 before it was timed, or is marked WRONG.\n"
 
@@ -211,6 +221,8 @@ def markdown(results: Results) -> str:
     lines = [*header(results), *stages(results), goals_section(results)]
     lines += method_table(results, "forward", "Forward")
     lines += method_table(results, "decode", "Decode, one token, float32 state")
+    for section, decay in TRAINING.items():
+        lines += method_table(results, section, f"Training, forward and backward, {decay}")
     lines += [*growth_tables(results), *regret_table(results), "### Remarks\n", *troubles(results)]
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative Frobenius error against float64 on the same rounded inputs, above which a time is no speed.
 TOLERANCE = {dtype: problems.TOLERANCE[name][0] for name, dtype in DTYPES.items()}
+# Likewise of gradients; that of log_decay, a difference of two sums, may have twice as much where inputs have 16 bits.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 Factory = Callable[[], Call]  # prepares (tables, buffers) outside the timing
 
@@ -43,6 +45,12 @@ class Shape(problems.Shape):
 def alibi(heads: int) -> Tensor:
     """log_decay [H] of ALiBi's slopes 2^(-8 (h + 1) / H)."""
     return -torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64).float()
+
+
+def gates(shape: Shape) -> Tensor:
+    """log_decay [B, H, N] as gated layers compute it, log(sigmoid(x)) / 16 of normal x."""
+    x = torch.randn(shape.B, shape.H, shape.N, generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.logsigmoid(x) / 16
 
 
 def normals(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int, device: str) -> list[Tensor]:
@@ -74,7 +82,42 @@ class Problem:
     @cached_property
     def references(self) -> list[Tensor]:
         """What successive calls must return, float64."""
-        return [chunk_oracle(self.q, self.k, self.v, self.gamma)[0]]
+        return [chunk_oracle(self.q, self.k, self.v, self.log_decay)[0]]
+
+
+@dataclass(eq=False)
+class TrainingProblem(Problem):
+    """A forward and a backward pass: also d_o [B, H, N, V]; log_decay [H] is constant, and [B, H, N] has a gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        [self.d_o] = normals([tuple(self.v.shape)], self.dtype, self.seed + 1, self.device)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are wanted of: tensors of the same memory."""
+        names = ("q", "k", "v", "log_decay")[: 4 if self.log_decay.ndim == 3 else 3]
+        return {name: getattr(self, name).detach().requires_grad_() for name in names}
+
+    @cached_property
+    def wanted(self) -> dict[str, Tensor]:
+        """o and the gradients, float64, by name: what a call may return."""
+        found = gradient_oracle(self.q, self.k, self.v, self.log_decay, self.d_o)
+        return {"o": self.references[0]} | {name: found[name] for name in (f"d_{leaf}" for leaf in self.leaves())}
+
+    def tolerance(self, name: str) -> float:
+        if name == "o":
+            return TOLERANCE[self.dtype]
+        twice = name == "d_log_decay" and self.dtype.itemsize == 2
+        return (2 if twice else 1) * GRADIENT_TOLERANCE[self.dtype]
+
+    def decay_bytes(self) -> int:
+        return self.log_decay.nbytes if self.log_decay.ndim == 3 else 0
+
+    def backward_bytes(self) -> int:
+        """q, k, v, d_o read once, the gradients of q, k, v written once; decays of tokens likewise."""
+        s = self.shape
+        gradients = s.B * s.H * s.N * (2 * s.K + s.V) * self.dtype.itemsize
+        return s.token_bytes(self.dtype) + gradients + 2 * self.decay_bytes()
 
 
 @dataclass(eq=False)
@@ -121,20 +164,47 @@ def recurrence_oracle(
     return o, state
 
 
-def chunk_oracle(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """The same in chunks of all heads; weights are float64 powers of gamma with exponents >= 0."""
-    power = gamma[:, None] ** torch.arange(chunk + 1, dtype=torch.float64, device=q.device)  # [H, chunk + 1]
-    i = torch.arange(chunk, device=q.device)
-    age = i[:, None] - i
-    mask = torch.where(age >= 0, power[:, age.clamp(min=0)], 0.0)
+def chunk_oracle(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """The same in chunks of all heads, of a decay [H] or [B, H, N]."""
+    g = log_decay.double().clamp(min=-1000)  # exp(-1000) is 0, and sums of it have differences
+    g = g if g.ndim == 3 else g[None, :, None].expand(1, -1, q.shape[2])
     o = torch.empty(v.shape, dtype=torch.float64, device=q.device)
     state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64, device=q.device)
     for start in range(0, q.shape[2], chunk):
         Q, K, V = (x[:, :, start : start + chunk].double() for x in (q, k, v))
-        n = Q.shape[2]
-        o[:, :, start : start + n] = (Q @ K.mT * mask[:, :n, :n]) @ V + power[:, 1 : n + 1, None] * (Q @ state)
-        state = power[:, n, None, None] * state + (power[:, :n].flip(1)[..., None] * K).mT @ V
+        G = g[:, :, start : start + chunk, None].cumsum(2)  # [B or 1, H, n, 1]
+        mask, end = (G - G.mT).tril().exp().tril(), G[:, :, -1:]
+        o[:, :, start : start + chunk] = (Q @ K.mT * mask) @ V + G.exp() * (Q @ state)
+        state = end.exp() * state + ((end - G).exp() * K).mT @ V
     return o, state
+
+
+def gradient_oracle(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, d_o: Tensor) -> dict[str, Tensor]:
+    """Gradients in float64: the operator over other operands, those of k and v backward in time.
+
+    A token decays what comes before it: backward in time, what the token before it has added. The sum of log_decay up
+    to a token multiplies what the token reads and divides what it writes.
+    """
+    late = log_decay.flip(2).roll(1, 2) if log_decay.ndim == 3 else log_decay
+    q_late, k_late, v_late, d_o_late = (x.flip(2) for x in (q, k, v, d_o))
+    d_q = chunk_oracle(d_o, v, k, log_decay)[0]
+    d_k = chunk_oracle(v_late, d_o_late, q_late, late)[0].flip(2)
+    d_v = chunk_oracle(k_late, q_late, d_o_late, late)[0].flip(2)
+    found = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    if log_decay.ndim == 3:
+        found["d_log_decay"] = ((q * d_q).sum(3) - (k * d_k).sum(3)).flip(2).cumsum(2).flip(2)
+    return found
+
+
+def training_step(forward: Callable[..., Tensor], leaves: dict[str, Tensor], d_o: Tensor) -> dict[str, Tensor]:
+    """One forward and backward pass: o and the gradients by name; the leaves keep none."""
+    o = forward(**leaves)
+    o.backward(d_o)
+    results = {"o": o.detach()}
+    for name, x in leaves.items():
+        assert x.grad is not None
+        results[f"d_{name}"], x.grad = x.grad, None
+    return results
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -191,6 +261,7 @@ class Row:
     beside: list[float] = field(default_factory=list)  # the adjacent ceiling, in units of work per second
     copy: list[float] = field(default_factory=list)  # copy bandwidth of the round
     host_us: list[float] = field(default_factory=list)  # on a GPU: until the call returns
+    peak_bytes: int | None = None  # of memory that a call has in use beside its inputs, results included
 
     @property
     def fractions(self) -> list[float]:
@@ -199,6 +270,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         scale = self.dense_work / self.work if self.work else 0.0
         keys = ("section", "method", "dtype", "status", "note", "peers", "error", "wrong_ms", "work", "dense_work")
+        keys += ("peak_bytes",)
         return {
             **{key: getattr(self, key) for key in keys},
             "shape": str(self.shape),
@@ -219,11 +291,15 @@ def worst_error(call: Call, references: list[Tensor]) -> float:
 
 
 def verdict(call: Call, p: Problem | DecodeProblem) -> tuple[str, float | None]:
-    """The correctness gate: "ok", "wrong" or "not finite", and the error."""
-    error = worst_error(call, p.references)
-    if math.isinf(error):
+    """The correctness gate: "ok", "wrong" or "not finite", and the largest error."""
+    if isinstance(p, TrainingProblem):
+        found = [(relative_error(x, p.wanted[name]), p.tolerance(name)) for name, x in call().items()]
+    else:
+        found = [(worst_error(call, p.references), TOLERANCE[p.dtype])]
+    if not all(math.isfinite(error) for error, _ in found):
         return "not finite", None
-    return ("ok" if error <= TOLERANCE[p.dtype] else "wrong"), error
+    right = all(error <= tolerance for error, tolerance in found)
+    return ("ok" if right else "wrong"), max(error for error, _ in found)
 
 
 def gate(row: Row, p: Problem | DecodeProblem, timer: Timer = CPU) -> Row:

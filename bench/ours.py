@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 
 import leetcore
 import torch
-from harness import Call, DecodeProblem, Problem
+from harness import Call, DecodeProblem, Problem, TrainingProblem, training_step
+from leetcore.torch import linear_attention
 from torch import Tensor
 
 MAX_PREDICTED_S = 4.0
@@ -62,6 +64,31 @@ def forward(p: Problem, method: str = "chunk", out: Tensor | None = None) -> Cal
     return lambda: leetcore.linear_attention(p.q, p.k, p.v, p.log_decay, method=method, out=out)
 
 
+def training(p: TrainingProblem) -> Call:
+    """A forward and a backward pass by torch's autograd."""
+    leaves = p.leaves()
+    operator = linear_attention if "log_decay" in leaves else partial(linear_attention, log_decay=p.log_decay)
+    return lambda: training_step(operator, leaves, p.d_o)
+
+
+def backward(p: TrainingProblem, wants: list[str] | None = None) -> Call:
+    """A backward pass alone, of the gradients that the problem wants or others."""
+    names = wants or [f"d_{name}" for name in p.leaves()]
+
+    def call() -> dict[str, Tensor]:
+        d = leetcore.linear_attention_backward(p.q, p.k, p.v, p.log_decay, d_o=p.d_o, wants=names)
+        return {name: getattr(d, name) for name in names}
+
+    return call
+
+
 def decode(p: DecodeProblem, out: Tensor | None = None) -> Call:
     state = p.initial_state.clone()
     return lambda: leetcore.decode_step(p.q, p.k, p.v, state, p.log_decay, out=out)
+
+
+def call(p: Problem | DecodeProblem, method: str) -> Call:
+    """Of a training problem: "training", or "backward" alone."""
+    if isinstance(p, TrainingProblem):
+        return backward(p) if method == "backward" else training(p)
+    return decode(p) if isinstance(p, DecodeProblem) else forward(p, method)

@@ -11,7 +11,7 @@ import harness
 import ours
 import rivals
 import torch
-from harness import CPU, Call, Ceilings, DecodeProblem, Problem, Row, Shape, Timer
+from harness import CPU, Call, Ceilings, DecodeProblem, Factory, Problem, Row, Shape, Timer, TrainingProblem
 
 
 @dataclass(eq=False)
@@ -57,13 +57,18 @@ class Session:
         name = ours.label("decode_step" if isinstance(p, DecodeProblem) else method, reuse_out)
         return harness.gate(self.row(section, name, p, call=call, **fields), p, self.timer)
 
+    def factories(self, rival: Any, p: Problem | DecodeProblem) -> dict[str, Factory]:
+        if isinstance(p, TrainingProblem):
+            return rival.training(p, self.quick)
+        return rival.decode(p, self.quick) if isinstance(p, DecodeProblem) else rival.forward(p, self.quick)
+
     def rival_rows(self, section: str, p: Problem | DecodeProblem) -> list[Row]:
         """The best candidates of every rival; what failed is noted in left_out."""
         rows = []
-        for rival in rivals.ALL:
+        for rival in rivals.TRAINING if isinstance(p, TrainingProblem) else rivals.ALL:
             if not self.wants(rival.NAME):
                 continue
-            factories = rival.decode(p, self.quick) if isinstance(p, DecodeProblem) else rival.forward(p, self.quick)
+            factories = self.factories(rival, p)
             kept, failed = harness.tune(factories, p, rival.KEEP, 2 if self.quick else 6, self.tick, self.timer)
             for c in kept:
                 label = f"{rival.NAME}: {c.name}" if c.name else rival.NAME

@@ -10,7 +10,7 @@ import harness
 import pytest
 import rivals
 import torch
-from harness import DecodeProblem, Problem, Row, Shape, alibi
+from harness import DecodeProblem, Problem, Row, Shape, TrainingProblem, alibi, gates
 from rivals import minimax, torch_autograd
 
 GAMMAS = (1.0, 0.9, 0.5, 1e-3, 0.0)
@@ -25,9 +25,28 @@ def log_decay(gamma: float, heads: int) -> torch.Tensor:
 def test_chunk_oracle_is_the_recurrence(gamma: float, n: int) -> None:
     p = Problem(Shape(2, 3, n, 5, 7), torch.float32, log_decay(gamma, 3))
     expected = harness.recurrence_oracle(p.q, p.k, p.v, p.gamma)
-    actual = harness.chunk_oracle(p.q, p.k, p.v, p.gamma)
+    actual = harness.chunk_oracle(p.q, p.k, p.v, p.log_decay)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_gradient_oracle_is_autograd_of_the_recurrence(gated: bool) -> None:
+    s = Shape(2, 3, 300, 5, 7)
+    p = TrainingProblem(s, torch.float32, gates(s) if gated else log_decay(0.9, 3))
+    leaves = [getattr(p, name).double().requires_grad_() for name in ("q", "k", "v")]
+    decay = p.log_decay.double() if gated else p.log_decay.double()[None, :, None].expand(2, 3, 300)
+    leaves += [decay.requires_grad_()] if gated else []
+    state, outputs = torch.zeros(2, 3, 5, 7, dtype=torch.float64), []
+    q, k, v = leaves[:3]
+    for t in range(s.N):
+        state = decay[:, :, t, None, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None]
+        outputs.append((q[:, :, t, None] @ state)[:, :, 0])
+    o = torch.stack(outputs, 2)
+    expected = [o.detach(), *torch.autograd.grad(o, leaves, p.d_o.double())]
+    assert list(p.wanted) == ["o", "d_q", "d_k", "d_v", "d_log_decay"][: len(expected)]
+    for a, e in zip(p.wanted.values(), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,18 +64,21 @@ def test_every_candidate_is_right(rival: Any, shape: str, decay: str | float, dt
             assert harness.worst_error(call, p.references) <= limit, (name, repeat)
 
 
-@pytest.mark.parametrize("decay", ["alibi", 1.0, 0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", ["alibi", "gates", 1.0, 0.5, 0.0])
 @pytest.mark.parametrize("shape", ["1,4,512,16,16", "2,3,256,16,24"])
-def test_every_training_candidate_is_right(shape: str, decay: str | float) -> None:
+def test_every_training_candidate_is_right(shape: str, decay: str | float, dtype: torch.dtype) -> None:
     s = Shape.parse(shape)
-    p = Problem(s, torch.float32, alibi(s.H) if isinstance(decay, str) else log_decay(decay, s.H))
-    d_o = torch.randn(p.v.shape, generator=torch.Generator().manual_seed(1))
-    inputs = [x.double().requires_grad_() for x in (p.q, p.k, p.v)]
-    o = harness.chunk_oracle(*inputs, p.gamma)[0]
-    expected = [o.detach(), *torch.autograd.grad(o, inputs, d_o.double())]
-    for name, factory in torch_autograd.training(p, d_o).items():
-        for actual, want in zip(factory()(), expected, strict=True):
-            assert harness.relative_error(actual, want) <= 2e-5, name
+    known = {"alibi": alibi(s.H), "gates": gates(s)}
+    p = TrainingProblem(s, dtype, known[decay] if isinstance(decay, str) else log_decay(decay, s.H))
+    for name, factory in torch_autograd.training(p).items():
+        call = factory()
+        for repeat in range(2):
+            results = call()
+            assert list(results) == list(p.wanted)
+            for what, x in results.items():
+                limit = p.tolerance(what) * (1 if dtype == torch.float32 else 3)
+                assert harness.relative_error(x, p.wanted[what]) <= limit, (name, repeat, what)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,12 +9,16 @@ import re
 from functools import partial
 from pathlib import Path
 
+import gradients
 import leetcore
 import numpy as np
 import pytest
 import torch
+from conftest import DTYPES as SHORT
 from leetcore import reference
 from leetcore.bench.problems import TOLERANCE, Case
+from leetcore.torch import linear_attention
+from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax takes most of the memory otherwise
 
@@ -266,6 +270,143 @@ def test_the_device_of_the_tensors(method):
     given["k"] = given["k"].to("cuda:0")
     with pytest.raises(ValueError, match=r"^k: expected on CUDA device 1 like q, got CUDA device 0"):
         leetcore.linear_attention(**given, method=method)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+GRADIENTS = (
+    *({"N": N, "K": 64, "V": 64} for N in (1, 65, 3000)),
+    *({"N": 200, "K": K, "V": V, "kind": kind} for K, V in ((128, 128), (33, 17)) for kind in (None, "[Hs]")),
+    *({"N": 200, "K": K, "V": V, "kind": "[B,Hs,N]"} for K, V in ((64, 64), (128, 128), (33, 17))),
+    *({"N": 70, "K": 256, "V": 64, "kind": kind} for kind in (None, "[B,Hs,N]")),
+    *({"N": 130, "K": 64, "V": 64, "heads": heads, "kind": "[B,Hs]"} for heads in ((8, 2, 2), (2, 4, 1))),
+    {"N": 300, "K": 64, "V": 64, "heads": (4, 1, 2), "kind": "[B,Hs,N]", "layout": "bnhd"},
+    *({"lengths": [0, 5, 64, 0, 431, 200], "K": 64, "V": 64, "kind": kind} for kind in ("[Hs]", "[B,Hs,N]")),
+    *({"N": 3000, "K": 64, "V": 64, "state": False, "kind": kind} for kind in ("[Hs]", "[B,Hs,N]")),
+    {"B": 64, "heads": (16, 16, 16), "N": 64, "K": 32, "V": 32},
+)
+
+
+def on_gpu(p):
+    arguments, options, d_results = p
+    moved = {name: to_gpu(x) for name, x in options.items()}
+    return {name: to_gpu(x) for name, x in arguments.items()}, moved, tuple(map(to_gpu, d_results))
+
+
+def check_gradients(dtype, **fields):
+    p = gradients.problem(dtype=SHORT[dtype], **fields)
+    got = gradients.backward(*on_gpu(p))
+    for name, x, want in zip(got._fields, got, gradients.definition(*p), strict=True):
+        assert (x is None) == (want is None)
+        assert x is None or error(x, want) <= gradients.tolerance(name, dtype), name
+    return got
+
+
+@pytest.mark.parametrize("dtype", ("f32", "f16", "bf16"))
+@pytest.mark.parametrize("fields", GRADIENTS, ids=str)
+def test_gradients_are_those_of_the_definition(fields, dtype):
+    check_gradients(dtype, **fields)
+
+
+@pytest.mark.parametrize("dtype", ("f32", "bf16"))
+@pytest.mark.parametrize("kind", ("[Hs]", "[B,Hs,N]"))
+def test_gradients_of_many_tokens(kind, dtype):
+    check_gradients(dtype, B=1, N=65536, K=64, V=64, kind=kind)
+
+
+@pytest.mark.parametrize("dtype", ("f32", "bf16"))
+@pytest.mark.parametrize("kind", ("[Hs]", "[B,Hs,N]"))
+def test_the_same_bits_of_gradients_every_time(kind, dtype):
+    fields = {"N": 3000, "K": 64, "V": 64, "heads": (4, 2, 2), "kind": kind}
+    first, again = (check_gradients(dtype, **fields) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def training(**fields):
+    """Leaves, the options of a call, d_o, and what the library itself returns as the leaves' gradients."""
+    fields = {"N": 500, "K": 64, "V": 64, "kind": "[B,Hs,N]", "dtype": np.float32} | fields
+    arguments, options, (d_o, _) = on_gpu(gradients.problem(**fields))
+    want = gradients.backward(arguments, options, (d_o, None))
+    return {name: x.requires_grad_() for name, x in arguments.items()}, options, d_o, list(want)
+
+
+def gradients_of(leaves, options, d_o):
+    """By autograd, as a list; nothing is kept."""
+    return list(torch.autograd.grad(linear_attention(**leaves, **options), list(leaves.values()), d_o))
+
+
+def same_bits(got, want):
+    return all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+WAYS = {
+    "eager": lambda: linear_attention,
+    "compiled": lambda: torch.compile(linear_attention, fullgraph=True, backend="aot_eager"),
+    "checkpointed": lambda: partial(checkpoint, linear_attention, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_autograd_returns_them(way):
+    torch._dynamo.reset()
+    leaves, options, d_o, want = training()
+    WAYS[way]()(**leaves, **options).backward(d_o)
+    assert same_bits([x.grad for x in leaves.values()], want)
+
+
+def test_a_scalar_that_requires_a_gradient():
+    p = gradients.problem(N=500, K=64, V=64, dtype=np.float32)
+    p[0]["log_decay"] = np.array(-0.1, np.float32)
+    leaves, options, d_results = on_gpu(p)
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    results = linear_attention(**leaves, **options, return_state=True)
+    torch.autograd.backward(results, d_results)
+    assert leaves["log_decay"].grad.shape == ()
+    for (name, x), want in zip(leaves.items(), gradients.definition(*p), strict=True):
+        assert error(x.grad, want) <= gradients.TOLERANCE["f32"], name
+
+
+def test_a_loss_that_autograd_expands():
+    """The gradient of a sum is one number, at every place with strides of 0."""
+    leaves, options, d_o, _ = training()
+    want = gradients_of(leaves, options, torch.ones_like(d_o))
+    linear_attention(**leaves, **options).sum().backward()
+    assert same_bits([x.grad for x in leaves.values()], want)
+
+
+def test_autograd_on_another_stream():
+    leaves, options, d_o, want = training()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = {name: torch.zeros_like(x) for name, x in leaves.items()}
+        busy()
+        with torch.no_grad():
+            for name, x in leaves.items():
+                late[name].copy_(x)
+        got = gradients_of({name: x.requires_grad_() for name, x in late.items()}, options, d_o)
+    stream.synchronize()
+    assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("kind", ("[Hs]", "[B,Hs,N]"))
+def test_a_training_step_is_captured_and_replayed(kind):
+    leaves, options, d_o, _ = training(kind=kind)
+    graph, got = captured(partial(gradients_of, leaves, options, d_o))
+    for factor in (1, -2):
+        with torch.no_grad():
+            leaves["v"].mul_(factor)
+            for x in got:
+                x.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(got, gradients_of(leaves, options, d_o))
+
+
+def test_float64_has_no_gradients_here():
+    leaves, options, (d_o, _) = on_gpu(gradients.problem())
+    o = linear_attention(**{name: x.requires_grad_() for name, x in leaves.items()}, **options)
+    with pytest.raises(NotImplementedError, match="gradients of float64 on the CPU only; expected float32"):
+        o.backward(d_o)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

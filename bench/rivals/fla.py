@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from harness import Call, DecodeProblem, Factory, Problem
+from harness import Call, DecodeProblem, Factory, Problem, TrainingProblem, training_step
 from torch import Tensor
 
 NAME = "fla"
@@ -39,6 +39,27 @@ def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
     functions = {"chunk": "chunk_simple_gla", "recurrent": "fused_recurrent_simple_gla"}
     found = {label: fn for label, name in functions.items() if p.device == "cuda" and (fn := simple_gla(name))}
     return {label: lambda fn=fn: make(fn) for label, fn in found.items()}
+
+
+def training(p: TrainingProblem, quick: bool = False) -> dict[str, Factory]:
+    fn = simple_gla("chunk_simple_gla") if p.device == "cuda" else None
+    if fn is None:
+        return {}
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        decay = {"g_gamma": p.log_decay} if log_decay is None else {"g": log_decay}
+        return fn(q, k, v, **decay, scale=1.0)[0]
+
+    def make() -> Call:
+        leaves = {name: x.detach().transpose(1, 2).contiguous().requires_grad_() for name, x in p.leaves().items()}
+        d_o = p.d_o.transpose(1, 2).contiguous()
+
+        def call() -> dict[str, Tensor]:
+            return {name: x.transpose(1, 2) for name, x in training_step(forward, leaves, d_o).items()}
+
+        return call
+
+    return {"chunk": make}
 
 
 def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
