@@ -27,16 +27,24 @@ def bench(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def test_everything_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "x.json"
-    ran = bench("--device=cpu", "--tiny", "--rounds=1", "--sections=forward,growth", "--commit=abc", "-o", out)
+    ran = bench(
+        "--device=cpu", "--tiny", "--rounds=1", "--sections=forward,growth,backward,gated", "--commit=abc", "-o", out
+    )
     assert ran.returncode == 0, ran.stderr
     results = json.loads(out.read_text())
-    assert results["commit"] == "abc" and len(results["facts"]["done"]) == 3
+    assert results["commit"] == "abc" and len(results["facts"]["done"]) == 5
     timed = {row["method"] for row in results["rows"] if row["section"] == "forward" and row["ms"]}
     assert {ours.label(m) for m in ("auto", *ours.methods())} < timed and any(m.startswith("torch") for m in timed)
     assert all(row["host_us"] for row in results["rows"] if row["section"] == "forward")
     text = out.with_suffix(".md").read_text()
     assert text == gpu_report.markdown(results)
     assert "Forward, B,H,N,K,V = 1,2,200,16,24" in text and "Growth with N" in text and "Regret" in text
+    for section in gpu_report.TRAINING:
+        rows = [row for row in results["rows"] if row["section"] == section]
+        assert {gpu_report.STEP, gpu_report.BACKWARD} < {row["method"] for row in rows}
+        assert any(row["method"].startswith("torch autograd") for row in rows)
+        assert all(row["ms"] and row["host_us"] and row["peak_bytes"] is not None for row in rows)
+    assert text.count("Training, forward and backward") == 2
     assert "| rows of leetcore that are wrong or failed | <= 0 | 0 | met |" in text
 
 
@@ -99,6 +107,13 @@ class Fragile(gpu_device.Cpu):
         return self.broken
 
 
+def made(device: Fragile) -> gpu.GpuSession:
+    fields: dict[str, Any] = {"shapes": [], "decode_shapes": [], "dtypes": [], "argv": []}
+    return gpu.GpuSession(
+        **fields, rounds=1, quick=True, pattern="*", ceilings=device, timer=device.timer, device=device
+    )
+
+
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuSession:
     device = Fragile()
@@ -112,10 +127,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuSession:
         return call if method == "scan" else forward(p, method, out)
 
     monkeypatch.setattr(ours, "forward", breaking)
-    fields: dict[str, Any] = {"shapes": [], "decode_shapes": [], "dtypes": [], "argv": []}
-    return gpu.GpuSession(
-        **fields, rounds=1, quick=True, pattern="*", ceilings=device, timer=device.timer, device=device
-    )
+    return made(device)
 
 
 def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.GpuSession) -> None:
@@ -145,10 +157,40 @@ def verdicts(rows: list[Any], copy: float = 4.3e12) -> dict[str, tuple[str, str]
 
 def test_goals_scale_with_the_bandwidth_and_take_the_best_method() -> None:
     rows = [row("leetcore chunk", 300), row("leetcore scan", 240), row("fla: chunk", 500, note="fla")]
-    name = "8,32,2048,128,128: best method (scan), time / goal"
+    name = "forward 8,32,2048,128,128: best method (scan), time / goal"
     assert verdicts(rows)[name] == ("1.6", "MISSED")
     assert verdicts(rows, 2.15e12)[name] == ("0.8", "met")
-    assert verdicts(rows)["8,32,2048,128,128: fla's chunk_simple_gla / best method, time"] == ("2.08", "met")
+    assert verdicts(rows)["forward 8,32,2048,128,128: fla's chunk_simple_gla / best method, time"] == ("2.08", "met")
+
+
+def test_goals_of_training() -> None:
+    """A backward pass has its goal alone, and fla's step is held against ours."""
+    shape = "1,32,8192,128,128"
+    rows = [row(method, us, shape, "backward") for method, us in ((gpu_report.STEP, 300), (gpu_report.BACKWARD, 200))]
+    rows.append(row("fla: chunk", 500, shape, "backward", note="fla"))
+    found = verdicts(rows)
+    assert found[f"backward {shape}: best method (backward), time / goal"] == ("1.25", "met")
+    assert found[f"backward {shape}: fla's forward and backward / ours, time"] == ("1.67", "MISSED")
+    assert verdicts(rows, 2.15e12)[f"backward {shape}: best method (backward), time / goal"] == ("0.625", "met")
+    table = list(gpu_report.method_table({"rows": rows, "copy": None}, "backward", "Training"))
+    [step, alone] = [line for line in table for name in rows[:2] if line.startswith(f"| {name['method']} |")]
+    assert "| 0.600 |" in step and "| 0.400 |" not in alone
+
+
+@pytest.mark.parametrize("method", ["training", "backward"])
+def test_wrong_gradients_are_no_speed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ours.call
+
+    def wrong(p: Any, name: str) -> Any:
+        right = call(p, name)
+        return lambda: right() | {"d_log_decay": 1.1 * right()["d_log_decay"]}
+
+    monkeypatch.setattr(ours, "call", wrong)
+    device = Fragile()
+    session = made(device)
+    p = harness.TrainingProblem(Shape(1, 2, 70, 8, 8), torch.float32, harness.gates(Shape(1, 2, 70, 8, 8)))
+    row = session.leetcore_row("gated", p, method)
+    assert row.status == "wrong" and row.error == pytest.approx(0.1, rel=1e-3)
 
 
 def test_goals_of_decode() -> None:
@@ -175,4 +217,5 @@ def test_regret_is_of_auto_over_the_best() -> None:
 def test_every_goal_is_measured() -> None:
     """A shape with a goal that no group measures would stay "not measured" for ever."""
     measured = {(g.section, str(g.shape)) for g in gpu.groups(tiny=False) if g.dtype == "bfloat16" and not g.methods}
-    assert {("forward", shape) for shape in gpu_report.GOAL_US} | {("decode", gpu_report.DECODE)} <= measured
+    assert {*gpu_report.GOAL_US, ("decode", gpu_report.DECODE)} <= measured
+    assert {section for section, _ in measured} | {g.section for g in gpu.groups(tiny=True)} <= {*gpu.SECTIONS}
