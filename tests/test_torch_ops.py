@@ -96,6 +96,13 @@ def test_registered_functions_are_methods():
         leetcore.unregister_method("zeros")
 
 
+@pytest.mark.parametrize("name", ["linear_attention", "linear_attention_backward", "decode_step"])
+def test_operators_have_kernels_for_both_devices_and_for_tracing(name):
+    for key in ("CPU", "CUDA", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"leetcore::{name}", key)
+    assert torch._library.simple_registry.singleton.find(f"leetcore::{name}").fake_impl.kernel is not None
+
+
 # ---- gradients
 
 
