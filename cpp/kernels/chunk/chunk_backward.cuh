@@ -6,7 +6,7 @@
 //
 //   M from what crosses before the chunk, and it gives what crosses before the next: M = before - sum x, next = M + sum
 //   y. That starts anew, with the product of two states, every kKept tokens, lest rounding errors add up
-//   a block for kKept tokens of a state; 2 K V flop and a few for each token
+//   a block for kKept tokens of a state; 2 K V flop and a few for each token; Mamba-2, arXiv:2405.21060
 #pragma once
 #include "../../cuda/segments.cuh"
 
