@@ -448,6 +448,10 @@ REFUSED = {
     "method": ({"method": "quick"}, ValueError, "^method: unknown method 'quick'; known are auto, chunk"),
     "layout": ({"layout": "nbhd"}, ValueError, "^layout: expected 'bhnd' or 'bnhd', got 'nbhd'"),
     "precision": ({"precision": "low"}, ValueError, "^precision: expected None, 'ieee' or 'tf32', got 'low'"),
+    "no layout": ({"layout": None}, ValueError, "^layout: expected 'bhnd' or 'bnhd', got None"),
+    "no method": ({"method": None}, TypeError, "^method: expected 'auto' or a name .*, got NoneType"),
+    "text as scale": ({"scale": "1"}, TypeError, "^scale: expected a number, got str"),
+    "tensor as scale": ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "^scale: .* multiply q by it"),
     "scale": ({"scale": float("nan")}, ValueError, "^scale: expected a finite number, got nan"),
     "served by none": (
         {"method": "fft", "log_decay": -torch.ones(2, 3, 7)},
@@ -456,6 +460,16 @@ REFUSED = {
     ),
     "devices": (
         {"k": torch.zeros(2, 3, 7, 4, device="meta")},
+        ValueError,
+        "^q: expected on one device .* cpu and meta",
+    ),
+    "device of the decay": (
+        {"log_decay": torch.zeros(3, device="meta")},
+        ValueError,
+        "^q: expected on one device .* cpu and meta",
+    ),
+    "device of a single decay": (
+        {"log_decay": torch.zeros((), device="meta")},
         ValueError,
         "^q: expected on one device .* cpu and meta",
     ),

@@ -66,13 +66,13 @@ def linear_attention(
         q,
         k,
         v,
-        _decay(log_decay, q, k, v, 2 if layout == "bnhd" else 1),
+        _decay(log_decay, q, k, v, 2 if api._bnhd(layout) else 1),
         initial_state,
         cu_seqlens,
-        scale,
+        _number(scale),
         return_state,
         layout,
-        method,
+        api._name(method),
         api._tf32(precision),
     )
     return (o, final_state) if return_state else o
@@ -94,7 +94,7 @@ def decode_step(
     NotImplementedError, and linear_attention with initial_state is what computes it.
     """
     _require_tensors(q=q, k=k, v=v, state=state, state_indices=state_indices)
-    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, scale)
+    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
@@ -102,6 +102,13 @@ def _require_tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _number(scale: Any) -> Any:
+    """Unchanged: under torch.compile it may stand for one. A tensor would lose its gradient here."""
+    if isinstance(scale, Tensor):
+        raise TypeError("scale: expected a number, got a torch.Tensor; multiply q by it instead")
+    return scale if isinstance(scale, (torch.SymFloat, torch.SymInt)) else api._real("scale", scale)
 
 
 def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
@@ -202,9 +209,11 @@ def _absent(like: Tensor) -> Tensor:
 # ---- shapes, for tracing
 
 
-def _require_one_device(q: Tensor, *others: Tensor | None) -> None:
+def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
     """One tensor on the device "meta" brings all here, whose results are memory that nobody writes."""
-    for x in others:
+    if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
+        log_decay = None  # a number, for whatever device
+    for x in (log_decay, *others):
         if x is not None and x.device != q.device:
             raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
 
@@ -222,7 +231,7 @@ def _forward_shapes(
     method: str = "auto",
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    _require_one_device(q, log_decay, k, v, initial_state, cu_seqlens)
     head_axis = 2 if layout == "bnhd" else 1
     Hs = max(k.shape[head_axis], v.shape[head_axis])
     shape = list(v.shape)
@@ -249,7 +258,7 @@ def _backward_shapes(
     tf32: bool,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
-    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    _require_one_device(q, log_decay, k, v, initial_state, cu_seqlens, d_o, d_final_state)
     inputs = (q, k, v, log_decay, initial_state)
     return tuple(
         x.new_empty(x.shape) if wanted and x is not None else _absent(v)
@@ -266,7 +275,7 @@ def _decode_shapes(
     state_indices: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    _require_one_device(q, k, v, state, state_indices)
+    _require_one_device(q, log_decay, k, v, state, state_indices)
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
 
 
