@@ -105,10 +105,12 @@ def _require_tensors(**arguments: Any) -> None:
 
 
 def _number(scale: Any) -> Any:
-    """Unchanged: under torch.compile it may stand for one. A tensor would lose its gradient here."""
+    """As a float; what stands for one under torch.compile stays. A tensor would lose its gradient here."""
+    if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
+        return scale
     if isinstance(scale, Tensor):
         raise TypeError("scale: expected a number, got a torch.Tensor; multiply q by it instead")
-    return scale if isinstance(scale, (torch.SymFloat, torch.SymInt)) else api._real("scale", scale)
+    return api._real("scale", scale)
 
 
 def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
