@@ -464,7 +464,7 @@ struct Call {
     }
 
     for (Tensor* t : tensors())
-      if (t->ndim) t->device = s.device;
+      if (t->ndim || t == &d_log_decay) t->device = s.device;
 
     args.struct_size = sizeof args;
     args.op = s.op;
