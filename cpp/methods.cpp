@@ -73,8 +73,7 @@ const char* refusal(const Method& m, const Problem& p) {
 const char* forward_only(const Problem& p) {
   if (p.op == LC_DECODE) return "decodes by recurrent only";
   if (p.op == LC_FORWARD) return nullptr;
-  return p.device.type == LC_CUDA ? "has no gradients on a GPU"
-                                  : "leaves gradients to chunk, whose gradients are those of every method";
+  return "leaves gradients to chunk, whose gradients are those of every method";
 }
 
 // Only forward passes on the CPU are measured: decoding has one method.

@@ -14,11 +14,11 @@
 namespace lc::cuda {
 
 // The log-decays of the n tokens of a chunk as loaded, two a lane (own: which lane this is): the loads have time until
-// they become weights.
-SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n, int own) {
+// they become weights. Where the first token is `still`, it has none.
+SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n, int own, bool still = false) {
   const int first = 2 * own;
   const int64_t i = t + first;
-  return {first < n ? from.ld(i * stride) : 0, first + 1 < n ? from.ld((i + 1) * stride) : 0};
+  return {first < n && (first || !still) ? from.ld(i * stride) : 0, first + 1 < n ? from.ld((i + 1) * stride) : 0};
 }
 
 struct ChunkDecay {
@@ -33,13 +33,23 @@ struct ChunkDecay {
     const float x = high + low;
     return ex2(x < 0 ? x : 0);
   }
+  // Of two tokens, what their weight is in the state before this chunk backward in time, but for the first decay.
+  struct SinceFirst {
+    const ChunkDecay& decay;
+    template <class>
+    SIMT_DEV float2 ldv(int i) const {
+      return {decay.mask(i, 0), decay.mask(i + 1, 0)};
+    }
+  };
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
 
-  // By one warp, from the natural logs of n tokens; those behind them do not decay. The log2 of all together.
-  SIMT_DEV double set(const Problem& p, float2 log_decay, int n) const {
-    const double x0 = 2 * lane() < n ? log2_decay(p, p.log_decay ? double(log_decay.x) : p.uniform_log_decay) : 0;
-    const double x1 = 2 * lane() + 1 < n ? log2_decay(p, p.log_decay ? double(log_decay.y) : p.uniform_log_decay) : 0;
+  // By one warp, from the natural logs of n tokens; those behind them do not decay, nor does the first if it is
+  // `still`. The log2 of all together.
+  SIMT_DEV double set(const Problem& p, float2 log_decay, int n, bool still = false) const {
+    const auto log2 = [&](float x) { return log2_decay(p, p.log_decay ? double(x) : p.uniform_log_decay); };
+    const double x0 = 2 * lane() < n && (lane() || !still) ? log2(log_decay.x) : 0;
+    const double x1 = 2 * lane() + 1 < n ? log2(log_decay.y) : 0;
     const double second = cumulative(x0 + x1), first = second - x1, last = shfl_idx(second, 31);
     const double high0 = ::rint(first * 64) / 64, high1 = ::rint(second * 64) / 64;
     const int at = 2 * lane();

@@ -16,6 +16,9 @@ namespace simt {
 
 // Of operands only: in memory they are floats. The unit ignores the low 13 bits of a number: cuts it.
 struct tf32 {};
+// A number rounded to X and what is left of it, as X: two products, with twice as many digits.
+template <class X>
+struct Twice {};
 // Cut, this is x to nearest: up to a quarter of the last place, on average. A multiplication, where cvt.rna takes four
 // instructions; exact numbers stay exact, and what is not finite stays so.
 SIMT_DEV float near_tf32(float x) { return x * (1 + 0.7f / 2048); }
@@ -143,6 +146,43 @@ SIMT_DEV void merge(Strip<R, L>& a, int j0, const Strip<R, C>& b, F&& f) {
   for (int e = 0; e < 4; ++e) a.x[m][j0 / 8 + n][e] = f(a.x[m][j0 / 8 + n][e], b.x[m][n][e]);
 }
 
+// to_(i0 + i) += sum_j a_ij, by one warp.
+template <int R, int C>
+SIMT_DEV void add_rows(sptr<float> to, int i0, const Strip<R, C>& a) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float sum = 0;
+    SIMT_UNROLL
+    for (int n = 0; n < C / 8; ++n) sum += a.x[m][n][2 * r] + a.x[m][n][2 * r + 1];
+    SIMT_UNROLL
+    for (int d = 1; d < 4; d *= 2) sum += shfl_xor(sum, d);
+    const int i = i0 + 16 * m + 8 * r + lane.row();
+    if (!lane.pair()) to.st(i, to.ld(i) + sum);
+  }
+  sync_warp();
+}
+// to_(j0 + j) += weight sum_i a_ij, by one warp.
+template <int R, int C>
+SIMT_DEV void add_columns(sptr<float> to, int j0, const Strip<R, C>& a, float weight) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int n = 0; n < C / 8; ++n) {
+    float2 sum{0, 0};
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m) sum.x += a.x[m][n][0] + a.x[m][n][2], sum.y += a.x[m][n][1] + a.x[m][n][3];
+    SIMT_UNROLL
+    for (int d = 4; d < 32; d *= 2) sum.x += shfl_xor(sum.x, d), sum.y += shfl_xor(sum.y, d);
+    const int j = j0 + 8 * n + lane.pair();
+    if (!lane.row()) {
+      const auto x = to.ldv<float2>(j);
+      to.stv(j, float2{mul_add(weight, sum.x, x.x), mul_add(weight, sum.y, x.y)});
+    }
+  }
+  sync_warp();
+}
+
 // t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32; i0 a multiple of 8, j0 of 16.
 template <class X, class E, int R, int C, int R2, int C2>
 SIMT_DEV void store(const Shared<E, R2, C2>& t, int i0, int j0, const Strip<R, C>& a) {
@@ -211,6 +251,11 @@ struct Left<tf32> {
   float x[2][4];
 };
 
+template <class X>
+struct Left<Twice<X>> {
+  Left<X> big, small;
+};
+
 // 16 (k) x 16 (n) on the right side, as stored: [2 * (n / 8) + k / 8], each a pair along k.
 template <class E>
 struct Right {
@@ -231,7 +276,9 @@ SIMT_DEV Left<X> left(const Left<E>& a) {
     SIMT_UNROLL
     for (int s = 0; s < 2; ++s) SIMT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if constexpr (is_16_bit<E>) {
+      if constexpr (is_16_bit<X>) {
+        b.x[2 * s + i] = pack2<X>(a.x[s][i], a.x[s][i + 2]);
+      } else if constexpr (is_16_bit<E>) {
         const float2 pair = unpack2<E>(a.x[2 * s + i]);
         b.x[s][i] = pair.x, b.x[s][i + 2] = pair.y;
       } else {
@@ -242,6 +289,14 @@ SIMT_DEV Left<X> left(const Left<E>& a) {
   }
 }
 
+// The pair of half s in row g or g + 8 (r) of a fragment.
+template <class X>
+SIMT_DEV float2 pair(const Left<X>& a, int s, int r) {
+  if constexpr (is_16_bit<X>)
+    return unpack2<X>(a.x[2 * s + r]);
+  else
+    return {a.x[s][r], a.x[s][r + 2]};
+}
 // The two k8 halves of n8 tile i as pairs of floats.
 template <class E>
 SIMT_DEV float2 pair(const Right<E>& b, int i) {
@@ -251,10 +306,18 @@ SIMT_DEV float2 pair(const Right<E>& b, int i) {
     return b.x[i];
 }
 
+template <class X>
+inline constexpr bool is_twice = false;
+template <class X>
+inline constexpr bool is_twice<Twice<X>> = true;
+
 // (c0 c1) += a b, 16 x 16 each.
 template <class X, class E>
 SIMT_DEV void product(float (&c0)[4], float (&c1)[4], const Left<X>& a, const Right<E>& b) {
-  if constexpr (is_16_bit<X>) {
+  if constexpr (is_twice<X>) {
+    product(c0, c1, a.small, b);
+    product(c0, c1, a.big, b);
+  } else if constexpr (is_16_bit<X>) {
     static_assert(std::is_same_v<X, E>);
     Mma<X>::m16n8k16(c0, a.x, b.x[0], b.x[1]);
     Mma<X>::m16n8k16(c1, a.x, b.x[2], b.x[3]);
@@ -362,16 +425,40 @@ SIMT_DEV Rounded<X, R, C> operand(const Strip<R, C>& a) {
   return {a};
 }
 
-// a diag(w), w in shared memory: the numbers as A has them, weighted, as X.
+// An operand of floats, as X twice.
 template <class X, class A>
+struct InTwo {
+  using Kind = Twice<X>;
+  A a;
+  SIMT_DEV Left<Twice<X>> piece(int m, int l) const {
+    const Left<float> whole = a.piece(m, l);
+    const Left<X> big = left<X>(whole);
+    Left<float> rest;
+    SIMT_UNROLL
+    for (int s = 0; s < 2; ++s) SIMT_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float2 x = pair(big, s, r);
+      rest.x[s][r] = whole.x[s][r] - (is_16_bit<X> ? x.x : cut_tf32(x.x));
+      rest.x[s][r + 2] = whole.x[s][r + 2] - (is_16_bit<X> ? x.y : cut_tf32(x.y));
+    }
+    return {big, left<X>(rest)};
+  }
+};
+template <class X, class A>
+SIMT_DEV InTwo<X, A> in_two(const A& a) {
+  return {a};
+}
+
+// a diag(w), w in shared memory or what is read like it: the numbers as A has them, or as floats, weighted, as X.
+template <class X, class A, class W>
 struct Weighted {
   using Kind = X;
   A a;
-  sptr<float> w;
+  W w;
   Lane lane;
   SIMT_DEV Left<X> piece(int m, int l) const {
-    using E = typename A::Kind;
-    Left<E> piece = a.piece(m, l);
+    using E = std::conditional_t<std::is_same_v<X, float>, float, typename A::Kind>;
+    Left<E> piece = left<E>(a.piece(m, l));
     SIMT_UNROLL
     for (int s = 0; s < 2; ++s) {
       const auto f = w.template ldv<float2>(16 * l + 8 * s + lane.pair());
@@ -388,8 +475,8 @@ struct Weighted {
     return left<X>(piece);
   }
 };
-template <class X, class A>
-SIMT_DEV Weighted<X, A> weighted(const A& a, sptr<float> w) {
+template <class X, class A, class W>
+SIMT_DEV Weighted<X, A, W> weighted(const A& a, const W& w) {
   return {a, w, {}};
 }
 
@@ -407,6 +494,27 @@ SIMT_DEV Held<typename A::Kind, R, L> hold(const A& a) {
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int l = 0; l < L / 16; ++l) to.x[m][l] = a.piece(m, l);
   return to;
+}
+
+// to_j += weight sum_i a_ij b_ij, by one warp.
+template <int R, int C, class B>
+SIMT_DEV void add_products(sptr<float> to, const Strip<R, C>& a, const B& b, float weight) {
+  SIMT_UNROLL
+  for (int l = 0; l < C / 16; ++l) {
+    Strip<R, 16> ab;
+    SIMT_UNROLL
+    for (int m = 0; m < R / 16; ++m) {
+      const auto piece = b.piece(m, l);
+      SIMT_UNROLL
+      for (int s = 0; s < 2; ++s) SIMT_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float2 x = pair(piece, s, r);
+        ab.x[m][s][2 * r] = a.x[m][2 * l + s][2 * r] * x.x;
+        ab.x[m][s][2 * r + 1] = a.x[m][2 * l + s][2 * r + 1] * x.y;
+      }
+    }
+    add_columns(to, 16 * l, ab, weight);
+  }
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -440,10 +548,23 @@ SIMT_DEV Right<E> right(const Shared<E, R, C>& b, int l, int j, const Lane& lane
   return r;
 }
 
+template <bool kRounded, class A, class B>
+SIMT_DEV void add_product(float (&c0)[4], float (&c1)[4], const A& a, const B& b) {
+  if constexpr (kRounded) {
+    float d0[4] = {}, d1[4] = {};
+    product(d0, d1, a, b);
+    SIMT_UNROLL
+    for (int e = 0; e < 4; ++e) c0[e] += d0[e], c1[e] += d1[e];
+  } else {
+    product(c0, c1, a, b);
+  }
+}
+
 }  // namespace tile
 
 // c += a b^T: a [R, L], b [C, L]. kLower: of a b whose piece (n, l) is zero, and may not even be written, where l > n.
-template <bool kLower = false, int R, int C, class A, class E, int L>
+// kRounded: sums of more than 16 products are rounded to nearest, which the unit does not.
+template <bool kLower = false, bool kRounded = false, int R, int C, class A, class E, int L>
 SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
   const Lane lane;
   SIMT_UNROLL
@@ -455,12 +576,12 @@ SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
     for (int n = kLower ? l : 0; n < C / 16; ++n) {
       const Right<E> r = tile::right_nt(b, n, l, lane);
       SIMT_UNROLL
-      for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+      for (int m = 0; m < R / 16; ++m) tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }
   }
 }
 // c += a b: a [R, L], b the columns [j, j + C) of a tile [L, C2].
-template <int R, int C, class A, class E, int L, int C2>
+template <bool kRounded = false, int R, int C, class A, class E, int L, int C2>
 SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) {
   const Lane lane;
   SIMT_UNROLL
@@ -472,7 +593,7 @@ SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) 
     for (int n = 0; n < C / 16; ++n) {
       const Right<E> r = tile::right(b, l, j + 16 * n, lane);
       SIMT_UNROLL
-      for (int m = 0; m < R / 16; ++m) product(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+      for (int m = 0; m < R / 16; ++m) tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }
   }
 }

@@ -79,16 +79,55 @@ class Emulated : public ::testing::Test {
     }
   }
 
+  // Gradients of the row that serves them, likewise.
+  void check_gradients(Spec spec, int schedules = 1) {
+    spec.device = {LC_CUDA, 0}, spec.op = LC_BACKWARD;
+    if (spec.decay == Decay::none) spec.wants &= ~8u;
+    SCOPED_TRACE(describe(spec));
+    std::vector<Bytes> first;
+    for (int n = 0; n < schedules; ++n) {
+      SCOPED_TRACE(n);
+      Call call(spec);
+      for (Tensor* t : call.gradients())
+        if (!t->memory.empty()) t->poison();
+      const auto before = call.memory();
+      ASSERT_EQ(LC_OK, run(call, kSchedules[n])) << lc_last_error();
+      ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
+      EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
+      if (n) {
+        EXPECT_TRUE(first == call.memory()) << "gradients depend on the schedule";
+        continue;
+      }
+      first = call.memory();
+      const Gradients want = reference_gradients(call.args);
+      const double tolerance = gradient_tolerance(spec.dtype);
+      close("d_q", call.d_q, want.d_q, want.d_q, tolerance);
+      close("d_k", call.d_k, want.d_k, want.d_k, tolerance);
+      close("d_v", call.d_v, want.d_v, want.d_v, tolerance);
+      const double sum = norm(want.d_log_decay), terms = norm(want.d_log_decay_size);
+      close("d_log_decay", call.d_log_decay, want.d_log_decay, sum > terms ? want.d_log_decay : want.d_log_decay_size,
+            spec.dtype == kF32 ? tolerance : 2 * tolerance);
+      close("d_initial_state", call.d_initial_state, want.d_initial_state, want.d_initial_state, tolerance);
+    }
+  }
+  static void close(const char* name, const Tensor& x, const std::vector<double>& want, const std::vector<double>& size,
+                    double tolerance) {
+    if (x.memory.empty()) return;
+    EXPECT_LE(relative_error(values(x), want, size), tolerance) << name;
+  }
+
   static lc_status run(Call& call, const Schedule& schedule) {
     simt::options() = {schedule.policy, schedule.seed, simt::CpAsync::poison};
     const lc_status status = call.make_workspace();
     if (status != LC_OK) return status;
     simt::forget();
+    const std::vector<Tensor*> gradients = call.gradients();
     for (const Tensor* t : call.tensors()) {
-      const bool written = call.args.o == t || call.args.final_state == t;
-      const bool filled =
-          call.args.o != t && (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
-      if (t->ndim && !t->memory.empty())
+      const bool gradient = std::find(gradients.begin(), gradients.end(), t) != gradients.end();
+      const bool written = gradient || call.args.o == t || call.args.final_state == t;
+      const bool filled = !gradient && call.args.o != t &&
+                          (call.args.final_state != t || call.spec.in_place || call.spec.op == LC_DECODE);
+      if (t->device.type == LC_CUDA && !t->memory.empty())
         simt::allow(t->memory.data() + Tensor::kGuard, t->memory.size() - 2 * Tensor::kGuard, written, filled);
     }
     simt::allow(call.args.workspace, call.args.workspace_bytes, true, false);
@@ -393,12 +432,151 @@ TEST_F(Emulated, DecodeDevices) {
   EXPECT_EQ(0, served_["recurrent"]);
 }
 
-// No row computes gradients, or takes them for something else.
-TEST_F(Emulated, Gradients) {
+// ---- gradients
+
+constexpr lc_dtype kOnMatrixUnit[] = {kF32, kF16, kBf16};
+
+TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
+  constexpr int64_t head_dims[][2] = {{1, 1}, {16, 24}, {33, 17}, {64, 64}, {7, 80}, {128, 3}};
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (int64_t N : {1, 63, 64, 65, 130})
+      for (const auto& dims : head_dims) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.initial = spec.final = N != 65, spec.decay = N == 63 ? Decay::head : Decay::token;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, GradientSchedules) {
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (Decay decay : {Decay::none, Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = dtype, spec.B = 1, spec.N = 330, spec.K = 40, spec.V = 24, spec.decay = decay;
+      spec.initial = spec.final = true;
+      check_gradients(spec, std::size(kSchedules));
+    }
+}
+
+TEST_F(Emulated, GradientsOfLargeHeadDims) {
+  constexpr int64_t head_dims[][2] = {{256, 256}, {128, 144}, {250, 16}};
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (Decay decay : {Decay::none, Decay::head, Decay::token})
+      for (const auto& dims : head_dims) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 70, spec.K = dims[0], spec.V = dims[1];
+        spec.decay = decay, spec.initial = spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, GradientsOfDecays) {
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
+      for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
+        if (decay == Decay::none && gamma != 1) continue;
+        Spec spec;
+        spec.dtype = dtype, spec.N = 140, spec.K = 8, spec.V = 16, spec.decay = decay, spec.gamma = gamma;
+        spec.initial = spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+// Every combination of what is asked for and given.
+TEST_F(Emulated, SomeGradients) {
+  for (unsigned wants = 1; wants < 32; ++wants)
+    for (int given = 0; given < 4; ++given) {
+      Spec spec;
+      spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 300, spec.K = 4, spec.V = 8;
+      spec.decay = wants & 1 ? Decay::token : Decay::head, spec.wants = wants;
+      spec.initial = given & 1, spec.final = given != 0, spec.d_o = given != 2;
+      check_gradients(spec);
+    }
+}
+
+TEST_F(Emulated, GradientsOfGroupedHeads) {
+  constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
+  for (lc_dtype dtype : {kF32, kBf16})
+    for (const auto& h : heads)
+      for (Decay decay : {Decay::batch, Decay::token}) {
+        Spec spec;
+        spec.dtype = dtype, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 270, spec.K = 16, spec.V = 8;
+        spec.decay = decay, spec.initial = spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, GradientLayouts) {
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (bool bnhd : {false, true})
+      for (bool strided : {false, true}) {
+        Spec spec;
+        spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+// Segments, which heads forget and do not; states that are kept at every 1024 tokens; packed sequences.
+TEST_F(Emulated, GradientsOfSegments) {
+  for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
+    for (Decay decay : {Decay::head, Decay::token}) {
+      Spec spec;
+      spec.dtype = gamma == 0.5 ? kF32 : kBf16, spec.B = 1, spec.N = gamma == 0.95 ? 2200 : 700, spec.K = 8;
+      spec.V = 16, spec.decay = decay, spec.gamma = gamma, spec.initial = spec.final = true;
+      check_gradients(spec);
+    }
+  for (lc_dtype cu : {kI32, kI64})
+    for (const Index& bounds : {Index{0, 0, 300, 300, 310, 1450, 1500}, Index{0, 1500}, Index{0, 256, 512, 1500}})
+      for (Decay decay : {Decay::head, Decay::token}) {
+        Spec spec;
+        spec.dtype = cu == kI32 ? kBf16 : kF32, spec.B = 1, spec.N = 1500, spec.cu = bounds, spec.cu_dtype = cu;
+        spec.decay = decay, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+// Of a device that is full without segments: states go through all of a sequence, and errors must not.
+TEST_F(Emulated, GradientsOfLongSequences) {
+  simt::device().processors = 1;
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (Decay decay : {Decay::head, Decay::token})
+      for (double gamma : {0.9, 1 - 1e-4, 1.}) {
+        Spec spec;
+        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 4200, spec.K = 8, spec.V = 16;
+        spec.decay = decay, spec.gamma = gamma, spec.final = true;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, GradientDevices) {
+  for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
+    for (lc_dtype dtype : kOnMatrixUnit)
+      for (int64_t K : {128, 256}) {
+        if (device.shared_block == simt::kAda.shared_block && K == 256) continue;
+        simt::device() = device, simt::device().processors = K == 128 ? 1 : 100;
+        Spec spec;
+        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 100, spec.K = 40, spec.V = K;
+        spec.decay = Decay::token, spec.final = true;
+        check_gradients(spec);
+        spec.wants = 7;
+        check_gradients(spec);
+      }
+}
+
+TEST_F(Emulated, GradientsHaveOneRow) {
   Spec spec;
-  spec.op = LC_BACKWARD;
-  check(spec);
-  EXPECT_TRUE(served_.empty());
+  spec.op = LC_BACKWARD, spec.device = {LC_CUDA, 0};
+  for (const char* method : {"scan", "recurrent"}) {
+    Call call(spec);
+    call.args.method = method;
+    EXPECT_EQ(LC_UNSUPPORTED, call.run());
+    EXPECT_NE(nullptr, std::strstr(lc_last_error(), "leaves gradients to chunk, whose gradients are those of every"));
+  }
+  spec.dtype = kF64;
+  Call call(spec);
+  EXPECT_EQ(LC_UNSUPPORTED, call.run());
+  EXPECT_NE(nullptr, std::strstr(lc_last_error(), "chunk: has gradients of float64 on the CPU only"));
 }
 
 TEST_F(Emulated, NothingToDo) {

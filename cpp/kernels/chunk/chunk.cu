@@ -8,6 +8,7 @@
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
+#include "chunk_backward.h"
 
 namespace lc {
 namespace {
@@ -17,22 +18,28 @@ using namespace cuda;
 // Every sequence is one segment.
 Walk whole(const Problem& p) { return {(p.N / kChunk + 1) * kChunk}; }
 
-void run(const Problem& p) { walk(p, whole(p)); }
+const char* refuses(const Problem& p) { return p.op == LC_BACKWARD ? backward::refuses(p) : walk_refuses(p); }
+
+void run(const Problem& p) {
+  if (p.op == LC_BACKWARD) return backward::run(p);
+  walk(p, whole(p));
+}
 
 Cost cost(const Problem& p) {
+  if (p.op == LC_BACKWARD) return backward::cost(p);
   const double chunks = mean_length(p) / kChunk;
   return predict(p, {chunk_flop(p), /*extra_bytes=*/0, /*depth=*/chunks, /*launches=*/1,
                      double(walk_blocks(p, whole(p))), /*steps=*/chunks, chunk_step_us(p)});
 }
 
-size_t workspace(const Problem&) { return 0; }
+size_t workspace(const Problem& p) { return p.op == LC_BACKWARD ? backward::workspace(p) : 0; }
 
 }  // namespace
 
 extern const Method chunk_cuda = {
     {"chunk", "cuda", "chunks of 64 tokens: matrix products inside, one state in registers between",
      "Lightning Attention-2, arXiv:2401.04658"},
-    walk_refuses,
+    refuses,
     cost,
     workspace,
     run,

@@ -14,6 +14,7 @@
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../gradient.h"
 
 namespace lc::LC_ISA::backward {
 namespace {
@@ -83,22 +84,6 @@ struct Call : Problem {
   }
 };
 
-// dO in the place of queries, v of keys, k of values: its states are S^T, its scores D.
-Problem past_of(const Problem& p) {
-  Problem r = p;
-  r.q = p.d_o, r.k = p.v, r.v = p.k, r.K = p.V, r.V = p.K;
-  r.Hq = p.H, r.Hk = p.Hv, r.Hv = p.Hk;
-  return r;
-}
-
-// dO in the place of keys, q of values: its states, backward in time, are dS^T. Every head has its own.
-Problem future_of(const Problem& p) {
-  Problem r = p;
-  r.k = p.d_o, r.v = p.q, r.K = p.V, r.V = p.K;
-  r.Hk = r.Hs = p.H, r.Hv = p.Hq;
-  return r;
-}
-
 // What all workers share: for each segment the state before it and the gradient of the state after it (not cut: one a
 // state, which every chunk moves on); for one decay a head, what each chunk adds to its gradient.
 template <class E>
@@ -111,7 +96,7 @@ struct Shared {
 
   Shared(const Call& call, Arena& arena)
       : p(call),
-        past(past_of(p)),
+        past(of_queries(p)),
         states(arena.take<T>(p.wants_state ? p.base(p.B, p.segment) * p.Hs * State<E>::size(past) : 0)),
         gradients(arena.take<T>(p.wants_gradient ? gradient_slot(p.B, 0) * p.Hs * State<E>::size(past) : 0)),
         decays(arena.take<double>(sums_decays() ? p.base(p.B, 1) * p.Hs : 0)) {}
@@ -162,8 +147,8 @@ struct Worker {
   Worker(const Call& call, Arena& arena)
       : p(call),
         zeros(arena.take<E>(padded<T>(p.V))),
-        past_problem(past_of(p)),
-        future_problem(future_of(p)),
+        past_problem(of_queries(p)),
+        future_problem(of_keys(p)),
         past(arena, past_problem),
         present(arena, p, past.decay),
         future(arena, future_problem, past.decay),

@@ -1,17 +1,15 @@
 // scan.cu - GPU: segments of a sequence in parallel, for few heads and long N. Three launches:
 //
 //   1. every segment i but the last, from zero:  S_i+1 <- total S_i+1 + (diag(out) K)^T V       cuda/chunks.cuh
-//   2. a scan over them:                         S_i+1 <- 2^(sum L over segment i) S_i + S_i+1  scan.cuh
+//   2. a scan over them:                         S_i+1 <- 2^(sum L over segment i) S_i + S_i+1  cuda/scan_states.cuh
 //   3. every segment, from the state before it:  O = scale (diag(in) Q S + A V), and S as in 1  cuda/chunks.cuh
 //
 //   Heads whose constant decay leaves less than 2^-30 of a state within a segment skip 1 and 2: in 3 they start from
 //   zero that many tokens before the segment. B N H ((C+1)(K+V) + 6KV) flop; workspace: K V numbers a segment
 //   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
-#include "scan.cuh"
-
 #include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
-#include "../../cuda/launch.h"
+#include "../../cuda/scan_states.cuh"
 
 namespace lc {
 namespace {
@@ -50,9 +48,7 @@ void run(const Problem& p) {
   Walk alone = w;
   alone.alone = true, alone.after = space.states, alone.log2 = space.log2;
   walk(p, alone);
-  const int64_t pieces = (p.K * p.V + ScanStates::kMaxThreads - 1) / ScanStates::kMaxThreads;
-  start<ScanStates>(p, dim3(unsigned(p.B * p.Hs * pieces)), ScanStates::kMaxThreads, 0,
-                    {p, cut, space.states, space.log2});
+  scan_states(p, alone);
   w.before = space.states;
   walk(p, w);
 }
