@@ -48,16 +48,16 @@ pytest: .venv/test
 # The library with the CUDA methods for two architectures, and what can be known of it without a GPU.
 cuda: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS) --target cuda_tests
-	ctest --test-dir build/ctest --output-on-failure -L cuda
+	ctest --test-dir build/ctest -j $(JOBS) --output-on-failure -L cuda
 
 ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
-	ctest --test-dir build/ctest --output-on-failure -LE 'slow|cuda'
+	ctest --test-dir build/ctest -j $(JOBS) --output-on-failure -LE 'slow|cuda'
 
 # The C and C++ tests with the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
-	ctest --test-dir build/sanitize --output-on-failure -LE slow
+	ctest --test-dir build/sanitize -j $(JOBS) --output-on-failure -LE slow
 
 # 80: code and PTX, which says what a kernel's launch bounds are.
 build/ctest/build.ninja: .venv/nvcc | system .venv/test

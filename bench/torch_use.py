@@ -60,6 +60,26 @@ def operators() -> Table:
     return table
 
 
+def against(table: Table, name: str, call: Callable[[Any], Any], original: Any, patched: Any, rounds: int) -> None:
+    """A row of the table: milliseconds of a call of both, in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for _ in range(rounds):
+            for taken, model in zip(times, (original, patched), strict=True):
+                start = time.perf_counter()
+                call(model)
+                taken.append(time.perf_counter() - start)
+    one, other = (1e3 * min(taken) for taken in times)
+    table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{other / one:.2f}")
+
+
+def compared(title: str) -> Table:
+    table = Table(title=title)
+    for heading in ("", "transformers", "patched", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    return table
+
+
 def minimax(quick: bool) -> Table:
     from leetcore.torch.integrations.transformers import patch
     from transformers import MiniMaxConfig, MiniMaxForCausalLM
@@ -89,27 +109,42 @@ def minimax(quick: bool) -> Table:
     def generate(model: Any) -> Any:
         return model.generate(ids[:, :64], max_new_tokens=made, do_sample=False)
 
-    table = Table(title="MiniMax, 4 layers of 8 heads of 64, three of them linear, float32; ms")
-    for heading in ("", "transformers", "patched", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = compared("MiniMax, 4 layers of 8 heads of 64, three of them linear, float32; ms")
     for name, call in (
         (f"a linear layer, {N} tokens", lambda model: model.model.layers[1].self_attn(hidden, None, None)),
         (f"the model, prefill of {N} tokens", lambda model: model(ids)),
         (f"the model, {made} tokens generated", generate),
     ):
-        times: dict[str, list[float]] = {"transformers": [], "patched": []}
+        against(table, name, call, original, patched, 2 if quick else 5)
+    return table
+
+
+def minimax_cached(quick: bool) -> Table:
+    """A linear layer that continues a cache, with the heads of the published model; a narrow model around it."""
+    from leetcore.torch.integrations.transformers import patch
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+
+    config = MiniMaxConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=64, head_dim=128)
+    original = MiniMaxLightningAttention(config, 1).eval()
+    patched = copy.deepcopy(original)
+    patch(patched)
+    table = compared("A linear layer of MiniMax after 20 tokens, 64 heads of 128, float32; ms")
+    for B, N in ((1, 1), (4, 1), (1, 64), (4, 64)):
+        hidden, caches = torch.randn(B, N, 512), {original: MiniMaxCache(), patched: MiniMaxCache()}
+
+        def go_on(layer: Any, x: Any = hidden, caches: Any = caches) -> None:
+            layer(x, None, None, cache=caches[layer])
+
         with torch.no_grad():
-            for _ in range(2 if quick else 5):
-                for who, model in (("transformers", original), ("patched", patched)):
-                    start = time.perf_counter()
-                    call(model)
-                    times[who].append(time.perf_counter() - start)
-        one, other = min(times["transformers"]), min(times["patched"])
-        table.add_row(name, f"{one * 1e3:.1f}", f"{other * 1e3:.1f}", f"{other / one:.2f}")
+            for layer in caches:
+                go_on(layer, torch.randn(B, 20, 512))
+        against(table, f"batch {B}, tokens {N}", go_on, original, patched, 2 if quick else 8)
     return table
 
 
 if __name__ == "__main__":
     console = Console()
     console.print(operators())
-    console.print(minimax("--quick" in sys.argv[1:]))
+    for table in (minimax, minimax_cached):
+        console.print(table("--quick" in sys.argv[1:]))

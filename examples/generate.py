@@ -6,14 +6,16 @@ Everything that came before is in states of a fixed size, so that the ten-thousa
 --quadratic lets the same weights generate the usual way too: each byte looks at the keys and values of all before.
 """
 
+import codecs
+import os
 import sys
 import time
 
 import torch
-from lm import LanguageModel, parser
+from lm import chart, load, parser, positive
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
-from train_lm import load
 
 REPORTS = 10
 
@@ -69,6 +71,34 @@ class ByCache:
         return self.read(token[:, None])
 
 
+class Shown:
+    """The first bytes as text, each when it comes, and a bar for the others."""
+
+    def __init__(self, console, most, count):
+        self.most, self.written = most, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self.task = self.bar.add_task("", total=count)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def write(self, byte):
+        if self.written == self.most:
+            self.bar.start()
+        self.written += 1
+        if self.written > self.most:
+            self.bar.update(self.task, completed=self.written)
+            return
+        sys.stdout.write(self.decoder.decode(bytes([byte])))
+        if self.written == self.most:
+            sys.stdout.write(" ...\n")
+        sys.stdout.flush()
+
+
 @torch.inference_mode()
 def generate(way, prompt, count, temperature, write):
     """The bytes that follow, and the bytes a second in each of REPORTS parts of the way."""
@@ -76,52 +106,41 @@ def generate(way, prompt, count, temperature, write):
     logits, made, rates = way.read(prompt), [], []
     start, part = time.perf_counter(), max(1, count // REPORTS)
     for i in range(count):
-        token = torch.multinomial((logits[0] / temperature).softmax(0), 1, generator=random)
-        made.append(token.item())
-        write(made[-1:])
-        logits = way.step(token)
+        made.append(torch.multinomial((logits[0] / temperature).softmax(0), 1, generator=random))
+        write(made[-1].item())
+        logits = way.step(made[-1])
         if (i + 1) % part == 0:
             now = time.perf_counter()
             rates.append((i + 1, part / (now - start)))
             start = now
-    return bytes(made), rates
+    return bytes(torch.cat(made).tolist()), rates
 
 
 def main(arguments, console):
     made = parser("Continues a prompt, byte by byte.")
     made.add_argument("prompt", nargs="?", default="The statement ")
-    made.add_argument("--bytes", type=int, default=10_000)
-    made.add_argument("--temperature", type=float, default=0.7)
+    made.add_argument("--bytes", type=positive(int), default=10_000)
+    made.add_argument("--temperature", type=positive(float), default=0.7)
     made.add_argument("--quadratic", action="store_true", help="time the quadratic form with all keys and values too")
     made.add_argument("--show", type=int, default=600, help="bytes of the text to print")
     options = made.parse_args(arguments)
     if not options.prompt:
         sys.exit("PROMPT: expected at least one character, got none")
 
-    saved = load(options.run / "checkpoint.pt")
-    model = LanguageModel(**saved["config"]).eval()
-    model.load_state_dict(saved["model"])
-    prompt = torch.tensor([list(options.prompt.encode())])
+    model = load(options.run / "checkpoint.pt")[1].eval()
+    prompt = torch.tensor([list(os.fsencode(options.prompt))])
     torch.set_num_threads(1)  # a byte is too little work to share
 
-    written = 0
-
-    def write(new):
-        nonlocal written
-        if written < options.show:
-            sys.stdout.write(bytes(new).decode(errors="replace"))
-            sys.stdout.flush()
-        written += 1
+    def run(way, most):
+        with Shown(console, most, options.bytes) as shown:
+            return generate(way, prompt, options.bytes, options.temperature, shown.write)
 
     sys.stdout.write(options.prompt)
-    text, rates = generate(ByState(model), prompt, options.bytes, options.temperature, write)
-    sys.stdout.write(" ...\n\n" if options.bytes > options.show else "\n\n")
-
+    text, rates = run(ByState(model), min(options.show, options.bytes))
     columns = {"by state": rates}
     if options.quadratic:
-        most = prompt.shape[1] + options.bytes
-        way = ByCache(model, most)
-        other, columns["by all tokens"] = generate(way, prompt, options.bytes, options.temperature, lambda new: None)
+        console.print("again, by the keys and values of all bytes before:")
+        other, columns["by all bytes"] = run(ByCache(model, prompt.shape[1] + options.bytes), 0)
         same = next((i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b), len(text))
         console.print(f"both ways gave the same {same} first bytes")
     table = Table(title="bytes a second")
@@ -131,6 +150,8 @@ def main(arguments, console):
     for row in zip(*columns.values(), strict=True):
         table.add_row(str(row[0][0]), *(f"{rate:.0f}" for _, rate in row))
     console.print(table)
+    lines = {name: (*zip(*rates, strict=True), {"marker": "."}) for name, rates in columns.items()}
+    chart(options.run / "speed.png", console, ("byte", "bytes a second"), lines)
     return text, columns
 
 

@@ -1,10 +1,12 @@
 """A language model of bytes on decayed linear attention; examples/train_lm.py and examples/generate.py share it."""
 
 import argparse
+import pickle
 import pydoc_data.topics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from leetcore.torch.nn import GatedLinearAttention, State
@@ -70,10 +72,61 @@ def read(path=None):
             data = Path(path).read_bytes()
         except OSError as error:
             sys.exit(f"{path}: {error.strerror}")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
+
+
+def build(dim, heads, layers):
+    try:
+        return LanguageModel(dim, heads, layers)
+    except ValueError as error:
+        sys.exit(f"a model of dim {dim}, {heads} heads, {layers} layers: {error}")
+
+
+def load(checkpoint):
+    """What train_lm.py saved, and the model of it."""
+    try:
+        saved = torch.load(checkpoint, weights_only=True)
+        model = LanguageModel(**saved["config"])
+        model.load_state_dict(saved["model"])
+        return saved, model
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        sys.exit(f"{checkpoint}: {error.strerror}; train first, or name the folder with --run")
+    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError):
+        sys.exit(f"{checkpoint}: is damaged, or not of this example; remove it, or name another folder with --run")
+
+
+def chart(path, console, axis, lines, levels=None):
+    """A picture of lines, {name: (x, y, style)}, over an axis each way, and of horizontal levels {name: y}."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("no plot: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y, style) in lines.items():
+        axes.plot(x, y, label=name, **style)
+    for (name, y), style in zip((levels or {}).items(), (":", "--"), strict=False):
+        axes.axhline(y, color="gray", ls=style, lw=1, label=name)
+    axes.set(xlabel=axis[0], ylabel=axis[1], ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    console.print(f"{path}: {axis[1]} by {axis[0]}")
 
 
 def parser(description):
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--run", type=Path, default=Path("lm-run"), help="folder of the checkpoint and the plot")
+    made.add_argument("--run", type=Path, default=Path("lm-run"), help="folder of the checkpoint and the plots")
     return made
+
+
+def positive(kind):
+    """A type of argparse: numbers of a kind, > 0."""
+
+    def number(text):
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where kind itself refuses
+    return number

@@ -16,6 +16,15 @@ import train_lm
 SMALL = ["--dim", "32", "--heads", "2", "--layers", "2", "--batch", "4", "--length", "64", "--check", "500"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A step of these models is too little work to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """Words in random order: pairs of bytes tell part of what follows, words the rest."""
@@ -85,14 +94,43 @@ def test_both_ways_generate_the_same(trained, capsys):
     assert len(text) == 200 and {len(rates) for rates in columns.values()} == {generate.REPORTS}
     words = text.decode().split()
     assert sum(word in {"retention", "recurrence", "decay", "attention", "chunk"} for word in words) > len(words) / 2
-    assert capsys.readouterr().out.startswith("attention " + text[:20].decode())
+    assert capsys.readouterr().out.startswith("attention " + text[:20].decode() + " ...\n")
+    assert (trained[0] / "speed.png").stat().st_size > 1000
+
+
+def test_characters_of_several_bytes_are_shown_whole(capsys):
+    text = "Größe: 5 €"
+    with generate.Shown(Console(quiet=True), 14, 14) as shown:
+        for byte in text.encode():
+            shown.write(byte)
+    assert capsys.readouterr().out == text + " ...\n"
+
+
+def test_a_checkpoint_of_other_things_is_named(trained, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    whole = (trained[0] / "checkpoint.pt").read_bytes()
+    for write in (
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(whole[:5000]),
+        lambda: path.write_text("words"),
+        lambda: torch.save({"model": {}}, path),
+        lambda: torch.save(
+            torch.load(trained[0] / "checkpoint.pt") | {"config": {"dim": 64, "heads": 2, "layers": 2}}, path
+        ),
+    ):
+        write()
+        with pytest.raises(SystemExit, match=r"checkpoint\.pt: is damaged, or not of this example"):
+            lm.load(path)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run, text: train(text, "--run", run / "none", "--resume"), "no such file; train first"),
+        (lambda run, text: train(text, "--run", run / "none", "--resume"), "No such file or directory; train first"),
         (lambda run, text: train("no such text", "--run", run / "none"), "no such text: No such file"),
+        (lambda run, text: train("/dev/null", "--run", run / "none"), "/dev/null: expected at least 1280 bytes"),
+        (lambda run, text: train(text, "--run", __file__ + "/none"), "none: Not a directory; --run takes another"),
+        (lambda run, text: train(text, "--run", run / "none", "--dim", "31"), "a model of dim 31, 2 heads, 2 layers"),
         (lambda run, text: train(text, "--run", run), "--resume goes on from it"),
         (lambda run, text: train(text, "--run", run, "--resume", "--dim", "16"), "is of a model with"),
         (
@@ -101,7 +139,17 @@ def test_both_ways_generate_the_same(trained, capsys):
         ),
         (lambda run, text: generate.main(["", "--run", str(run)], Console()), "expected at least one character"),
     ],
-    ids=["no checkpoint", "no text", "a checkpoint", "another model", "short text", "no prompt"],
+    ids=[
+        "no checkpoint",
+        "no file",
+        "no text",
+        "no folder",
+        "no such model",
+        "a checkpoint",
+        "another model",
+        "short text",
+        "no prompt",
+    ],
 )
 def test_what_is_refused(trained, text, call, message):
     with pytest.raises(SystemExit) as error:

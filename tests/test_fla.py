@@ -3,6 +3,7 @@
 fla-core is not imported, as that needs triton; its files of references are read by their paths.
 """
 
+import ast
 import importlib.metadata
 import importlib.util
 import inspect
@@ -42,6 +43,16 @@ def assert_close(got, want, tolerance=5e-6):
     assert got.shape == want.shape and (got - want).norm() <= tolerance * want.norm()
 
 
+@pytest.mark.parametrize("name", fla.__all__)
+def test_parameters_and_defaults_are_those_of_fla(name):
+    form = "chunk" if name.startswith("chunk") else "fused_recurrent"
+    path = importlib.metadata.distribution("fla-core").locate_file(f"fla/ops/{name.removeprefix(form + '_')}/{form}.py")
+    theirs = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == name).args
+    ours = [p for p in inspect.signature(getattr(fla, name)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in ours] == [a.arg for a in theirs.args]
+    assert [p.default for p in ours if p.default is not p.empty] == [ast.literal_eval(x) for x in theirs.defaults]
+
+
 @pytest.mark.parametrize("call", [fla.chunk_simple_gla, fla.fused_recurrent_simple_gla])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_simple_gla(naive, tensors, call, scale):
@@ -79,6 +90,14 @@ def test_retention(naive, tensors, call):
     q, k, v, _, _ = tensors
     want = naive["retention"].naive_retention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     assert_close(call(q, k, v)[0], want)
+
+
+def test_gradients_of_retention(naive, tensors):
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+    want = naive["retention"].naive_retention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+    results = [torch.autograd.grad(o.square().sum(), leaves) for o in (fla.chunk_retention(*leaves)[0], want)]
+    for x, y in zip(*results, strict=True):
+        assert_close(x, y, 2e-5)
 
 
 @pytest.mark.parametrize("call", [fla.chunk_lightning_attn, fla.fused_recurrent_lightning_attn])
@@ -195,3 +214,11 @@ def test_what_is_refused(tensors, call):
             call(q, k, v, g, g[0, 0])
         with pytest.raises(ValueError, match=r"^log_decay: expected values <= 0"):
             call(q, k, v, -g)
+
+
+def test_states_of_another_kind_are_refused(tensors):
+    q, k, v, _, h0 = tensors
+    with pytest.raises(TypeError, match=r"^initial_state: expected a tensor where normalize is False, got a tuple"):
+        fla.chunk_linear_attn(q, k, v, initial_state=(h0, torch.rand(B, 1, H, K)), normalize=False)
+    with pytest.raises(TypeError, match=r"^initial_state: expected a torch\.Tensor, got list"):
+        fla.chunk_simple_gla(q, k, v, initial_state=[h0])

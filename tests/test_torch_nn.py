@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import leetcore
 import pytest
@@ -124,8 +125,11 @@ def test_state_dict(name, x):
     file.seek(0)
     with torch.device("meta"):
         other = LAYERS[name]()
+    assigned = copy.deepcopy(other)
     other.to_empty(device="cpu").load_state_dict(torch.load(file))
-    assert torch.equal(other(x.float()), layer(x.float()))
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    for loaded in (other, assigned, pickle.loads(pickle.dumps(assigned))):
+        assert torch.equal(loaded(x.float()), layer(x.float()))
 
 
 @pytest.mark.parametrize("layer", ["lightning", "gated"], indirect=True)
@@ -166,10 +170,13 @@ def test_weights_of_minimax_load():
             lambda: nn.LinearAttention(C, 4, log_decay=[-1, -2]),
             r"^log_decay: expected a number or shape \[4\], got \[2\]",
         ),
+        (lambda: nn.LinearAttention(C, 2, log_decay=[-1, 0.5]), "^log_decay: expected values <= 0, got 0.5"),
+        (lambda: nn.LinearAttention(C, 4, log_decay=float("nan")), "^log_decay: expected values <= 0, got nan"),
+        (lambda: nn.GatedLinearAttention(C, 0), "^num_heads: expected at least 1, got 0"),
         (lambda: nn.Retention(C, 4, key_dim=5), "^key_dim: expected an even number, as pairs are rotated, got 5"),
         (lambda: nn.Lightning(C, 4, layer=3, num_layers=3), "^layer: expected an integer from 0 to 2, got 3"),
     ],
-    ids=["width", "decay", "odd", "layer"],
+    ids=["width", "decay", "growth", "nan", "heads", "odd", "layer"],
 )
 def test_refusals(make, text):
     with pytest.raises(ValueError, match=text):

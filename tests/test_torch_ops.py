@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from conftest import normal
 from leetcore import reference
 from leetcore.torch import decode_step, linear_attention
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -247,14 +248,51 @@ def test_vmap_is_a_loop():
         assert torch.equal(o[i], want[0]) and torch.equal(state[i], want[1])
 
 
-def test_what_vmap_and_forward_mode_refuse():
+def test_transforms_of_the_operator_itself_and_of_compiled_code():
+    q, k, v = (x.detach() for x in list(problem().values())[:3])
+    want = torch.func.grad(loss)(q, k, v, None)
+    operator = torch.func.grad(lambda q: FORWARD(q, k, v)[0].square().sum())
+    torch._dynamo.reset()
+    for call in (operator, torch.compile(operator, fullgraph=True, backend="aot_eager")):
+        assert torch.equal(call(q), want)
+
+
+def test_a_transform_inside_of_another_keeps_the_derivatives_of_both():
+    given = [x.detach() for x in problem().values()]
+    q, rest = given[0], given[1:]
+
+    def outer(k):
+        return torch.func.vjp(lambda q: linear_attention(q, k, rest[1], rest[2]), q)[0].square().sum()
+
+    assert torch.equal(torch.func.grad(outer)(rest[0]), torch.func.grad(loss, 1)(q, *rest[:3]))
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, *rest).sum())(q)
+
+
+def test_what_vmap_refuses():
     given = {name: x.detach() for name, x in problem(B=1, S=1).items()}
     with pytest.raises(NotImplementedError, match=r"^cu_seqlens: expected None under torch\.vmap"):
         torch.vmap(lambda q: linear_attention(**{**given, "q": q}, cu_seqlens=torch.tensor([0, 7])))(given["q"][None])
     with pytest.raises(NotImplementedError, match=r"decode_step: expected no torch\.vmap"):
         torch.vmap(lambda x: decode_step(x, x, x, torch.zeros(1, 2, 3, 3)))(torch.zeros(4, 1, 2, 3))
-    with pytest.raises(NotImplementedError, match="forward mode"):
-        torch.func.jvp(lambda q: linear_attention(**{**given, "q": q}), (given["q"],), (given["q"],))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+def test_forward_mode_is_refused_and_never_drops_a_tangent(grad):
+    given = problem() if grad else {name: x.detach() for name, x in problem().items()}
+    refused = pytest.raises(NotImplementedError, match=r"leetcore\.torch has no forward mode")
+    for name, x in given.items():
+        with refused:
+            torch.func.jvp(lambda x, name=name: linear_attention(**{**given, name: x}), (x,), (x,))
+        with forward_ad.dual_level(), refused:
+            linear_attention(**{**given, name: forward_ad.make_dual(x, torch.ones_like(x))})
+    with refused:
+        torch.func.hessian(loss)(*(x.detach() for x in given.values()))
+    x = torch.ones(2, 3, 8)
+    with forward_ad.dual_level():
+        decode_step(x, x, x, torch.zeros(2, 3, 8, 8))  # without tangents nothing is lost
+        with torch.no_grad(), refused:
+            decode_step(forward_ad.make_dual(x, x), x, x, torch.zeros(2, 3, 8, 8))
 
 
 # ---- the dispatcher
@@ -417,6 +455,10 @@ REFUSED = {
     "method": ({"method": "quick"}, ValueError, "^method: unknown method 'quick'; known are auto, chunk"),
     "layout": ({"layout": "nbhd"}, ValueError, "^layout: expected 'bhnd' or 'bnhd', got 'nbhd'"),
     "precision": ({"precision": "low"}, ValueError, "^precision: expected None, 'ieee' or 'tf32', got 'low'"),
+    "no layout": ({"layout": None}, ValueError, "^layout: expected 'bhnd' or 'bnhd', got None"),
+    "no method": ({"method": None}, TypeError, "^method: expected 'auto' or a name .*, got NoneType"),
+    "text as scale": ({"scale": "1"}, TypeError, "^scale: expected a number, got str"),
+    "tensor as scale": ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "^scale: .* multiply q by it"),
     "scale": ({"scale": float("nan")}, ValueError, "^scale: expected a finite number, got nan"),
     "served by none": (
         {"method": "fft", "log_decay": -torch.ones(2, 3, 7)},
@@ -425,6 +467,16 @@ REFUSED = {
     ),
     "devices": (
         {"k": torch.zeros(2, 3, 7, 4, device="meta")},
+        ValueError,
+        "^q: expected on one device .* cpu and meta",
+    ),
+    "device of the decay": (
+        {"log_decay": torch.zeros(3, device="meta")},
+        ValueError,
+        "^q: expected on one device .* cpu and meta",
+    ),
+    "device of a single decay": (
+        {"log_decay": torch.zeros((), device="meta")},
         ValueError,
         "^q: expected on one device .* cpu and meta",
     ),

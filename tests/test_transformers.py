@@ -1,6 +1,9 @@
 """leetcore.torch.integrations.transformers: a patched MiniMax says what the unpatched one says."""
 
 import copy
+import functools
+import importlib
+import sys
 
 import pytest
 import torch
@@ -79,19 +82,31 @@ def test_logits_of_a_prompt_in_pieces(models, tokens, cuts):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
-    ids=["greedy", "beams", "two of four"],
+    [
+        {},
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": True, "num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "sampled", "sampled beams", "two of three beams"],
 )
 def test_generate_gives_the_same_tokens(models, tokens, options):
     ids, mask = tokens
-    given = {"attention_mask": mask[:, :60], "max_new_tokens": 24, "do_sample": False, **options}
-    want, got = (model.generate(ids[:, :60], **given) for model in models)
-    assert torch.equal(got, want)
-    assert len(set(got[0, 60:].tolist())) > 4  # not one token for ever
+    given = {"attention_mask": mask[:, :60], "max_new_tokens": 10, "do_sample": False, **options}
+    results = []
+    for model in models:
+        torch.manual_seed(0)
+        results.append(model.generate(ids[:, :60], **given))
+    assert torch.equal(*results)
+    assert len(set(results[0][0, 60:].tolist())) > 4  # not one token for ever
 
 
-def test_gradients(models, tokens):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(models, tokens, checkpointing):
     ids, mask = tokens
+    if checkpointing:
+        models = models[0], copy.deepcopy(models[1]).train()
+        models[1].activation_checkpointing_enable()
     losses = [model(ids, attention_mask=mask, labels=ids).loss for model in models]
     assert_close(losses[1].detach(), losses[0].detach())
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -132,6 +147,42 @@ def test_unpatch(models):
     assert unpatch(model) == 2 and {type(m) for m in layers} == {MiniMaxLightningAttention} and unpatch(model) == 0
 
 
+def hooked(layer):
+    """What accelerate does to a layer that it moves between devices; how often the hook was called."""
+    calls = []
+
+    def forward(layer, *arguments, **options):
+        calls.append(layer)
+        return layer._old_forward(*arguments, **options)
+
+    layer._old_forward = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(forward, layer), layer._old_forward)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [False, True])
+def test_hooks_around_a_layer_stay_around_it(models, monkeypatch, removed):
+    layer = copy.deepcopy(next(m for m in models[0].modules() if isinstance(m, MiniMaxLightningAttention)))
+    calls, x = hooked(layer), torch.randn(1, 5, 48)
+    if removed:
+        layer.forward = layer.__dict__.pop("_old_forward")
+    ours, linear_attention = [], integration.linear_attention
+    monkeypatch.setattr(integration, "linear_attention", lambda *a, **o: ours.append(a) or linear_attention(*a, **o))
+    for change, by_us in ((patch, 1), (unpatch, 1)):  # calls of ours so far
+        assert change(layer) == 1
+        layer(x, None, None)
+        assert len(ours) == by_us
+    assert len(calls) == (0 if removed else 2)
+
+
+def test_a_version_without_minimax_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.models.minimax.modeling_minimax", None)
+    monkeypatch.delitem(sys.modules, integration.__name__)
+    with pytest.raises(ImportError, match=rf"expected a version with MiniMaxLight.*, got {transformers.__version__}$"):
+        importlib.import_module(integration.__name__)
+
+
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(ValueError, match=r"^model: expected one with layers MiniMaxLightningAttention, got Linear"):
         patch(torch.nn.Linear(2, 2))
@@ -147,8 +198,9 @@ def test_a_model_without_such_layers_is_refused():
             lambda m, layer: m.setattr(MiniMaxLightningAttention, "forward", lambda self, x: x),
             "its forward takes no cache",
         ),
+        (lambda m, layer: setattr(layer, "forward", lambda *x: x), "its forward has been replaced"),
     ],
-    ids=["module", "decay", "cache", "forward"],
+    ids=["module", "decay", "cache", "forward", "forward of one layer"],
 )
 def test_another_version_of_the_layer_is_refused_before_anything_is_changed(models, monkeypatch, change, text):
     model = copy.deepcopy(models[0])

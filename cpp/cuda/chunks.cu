@@ -6,7 +6,8 @@ namespace lc::cuda {
 namespace {
 
 bool is_wide(const Problem& p, int64_t heads) {
-  return p.type != Type::f32 && may_be_wide(Aim::outputs, p.type == Type::bf16, p.K) && p.V > 64 && heads * ((p.V + 127) / 128) >= limits(p.device.id).processors;
+  return p.type != Type::f32 && may_be_wide(Aim::outputs, p.type == Type::bf16, p.K) && p.V > 64 &&
+         heads * ((p.V + 127) / 128) >= limits(p.device.id).processors;
 }
 
 Slices slices_of(const Problem& p, int64_t heads) {
@@ -35,7 +36,8 @@ const char* walk_refuses(const Problem& p) {
   if (p.type == Type::f64) return "float64 has no matrix unit that it uses";
   if (p.K > kMostKeyDim) return "K is over 256";
   bool fits = false;
-  with_kernel<Aim::outputs>(p, p.K, false, [&](auto kernel) { fits = stages<decltype(kernel)>(limits(p.device.id)) > 0; });
+  with_kernel<Aim::outputs>(p, p.K, false,
+                            [&](auto kernel) { fits = stages<decltype(kernel)>(limits(p.device.id)) > 0; });
   return fits ? nullptr : "K is too large for the shared memory of this device";
 }
 
@@ -50,8 +52,7 @@ void walk(const Problem& p, const Walk& w) {
     const int depth = stages<Kernel>(limits(p.device.id));
     for (int i = 0; i < times; ++i) {
       const Pass pass = pass_of(p, w, slices, parts, i, i + 1 == times);
-      start<Kernel>(p, dim3(pass.blocks), threads(slices, wide), Kernel::shared_bytes(depth),
-                    {{pass}, depth});
+      start<Kernel>(p, dim3(pass.blocks), threads(slices, wide), Kernel::shared_bytes(depth), {{pass}, depth});
     }
   });
 }

@@ -96,8 +96,7 @@ struct Place : PlaceOfGradient<E, kGradient> {
     else if (p.final_state)
       after = row<float>(p.final_state, b, hs, 0), after_stride = p.final_state.stride[2];
     if constexpr (kGradient)
-      if (backward && last && s.length)
-        this->after_weight = ex2(float(log2_decay_at(p, s.row, hs / share, -s.begin)));
+      if (backward && last && s.length) this->after_weight = ex2(float(log2_decay_at(p, s.row, hs / share, -s.begin)));
   }
 };
 
@@ -128,7 +127,7 @@ struct ChunkWalk {
   using At = Place<E, kGradient>;
   static constexpr int kQ = C * (K > V ? K : V), kFactor = kQ + C * (K + V);  // q and later o, k, v, factor
   static constexpr int kStage = kFactor + (kDecays ? C * V : 0);
-  static constexpr bool kOnlyOne = 2 * kStage * sizeof(E) > 227 * 1024;      // there is no room for a second stage
+  static constexpr bool kOnlyOne = 2 * kStage * sizeof(E) > 227 * 1024;  // there is no room for a second stage
   // There are 255 registers. V^T is held for all of S; log-decays are loaded a chunk before their use.
   static constexpr bool kHolds = K <= 128 || !std::is_same_v<Own, float>;
   static constexpr bool kAhead = K <= 128 && !(kGradient && K > 64 && sizeof(E) == 4);
@@ -174,7 +173,8 @@ struct ChunkWalk {
       const auto [q, k, v] = operands(to);
       if (i >= at.silent) load_async(q, at.q.sub(t * p.q.stride[2]), p.q.stride[2], n, int(p.K), a.q_aligned);
       load_async(k, at.k.sub(t * p.k.stride[2]), p.k.stride[2], n, int(p.K), a.k_aligned);
-      load_async(v, at.v.sub(t * p.v.stride[2] + c0), p.v.stride[2], n, columns, a.v_aligned, kGradient ? V : a.columns);
+      load_async(v, at.v.sub(t * p.v.stride[2] + c0), p.v.stride[2], n, columns, a.v_aligned,
+                 kGradient ? V : a.columns);
       if constexpr (kDecays) {
         const int64_t stride = a.walk.factor.stride[2];
         if (i >= at.silent)
@@ -241,9 +241,8 @@ struct ChunkWalk {
       const Steps step(a, place.ld(0).before_stride);
       const auto from = before.sub((block_column(a) + warp_column()) * step.column);
       const int columns = columns_left(a), rows = int(a.p.K);
-      map(S, [&](int c, int r, float) {
-        return c < columns && r < rows ? from.ld(r * step.row + c * step.column) : 0.f;
-      });
+      map(S,
+          [&](int c, int r, float) { return c < columns && r < rows ? from.ld(r * step.row + c * step.column) : 0.f; });
     }
 
     if constexpr (kDecays) keep_state(a, place, 0, S);
@@ -293,8 +292,7 @@ struct ChunkWalk {
                                warp_column(), tokens(a, at, i), columns_left(a), a.o_aligned);
         }
       }
-      if (i + 1 < place.ld(0).chunks || place.ld(0).after.p || backward(a))
-        advance(a, S, v, k, decay);
+      if (i + 1 < place.ld(0).chunks || place.ld(0).after.p || backward(a)) advance(a, S, v, k, decay);
       if constexpr (kDecays) keep_state(a, place, i + 1, S);
     }
     cp_wait<0>();
@@ -372,8 +370,8 @@ struct ChunkWalk {
   }
 
   // A from (i0, j0) on, half of 16 rows of it.
-  static SIMT_DEV void score(const Pass& a, const Shared<Score, C, C>& A, sptr<E> stage, const ChunkDecay& decay, int i0,
-                             int j0, sptr<float> sums) {
+  static SIMT_DEV void score(const Pass& a, const Shared<Score, C, C>& A, sptr<E> stage, const ChunkDecay& decay,
+                             int i0, int j0, sptr<float> sums) {
     const auto [q, k, v] = operands(stage);
     Strip<16, C / 2> strip;
     zero(strip);
@@ -397,8 +395,8 @@ struct ChunkWalk {
     store<X>(A, i0, j0, strip);
   }
 
-  static SIMT_DEV void advance(const Pass& a, Strip<kColumns, K>& S, const Shared<E, C, V>& v,
-                               const Shared<E, C, K>& k, const ChunkDecay& decay) {
+  static SIMT_DEV void advance(const Pass& a, Strip<kColumns, K>& S, const Shared<E, C, V>& v, const Shared<E, C, K>& k,
+                               const ChunkDecay& decay) {
     if constexpr (kDecays) {
       if (is_precise(a)) {
         SIMT_UNROLL
@@ -430,9 +428,7 @@ struct ChunkWalk {
     Strip<kColumns, 32> sum;
     zero(sum);
     mma<kRounded>(sum, values, k, j);
-    merge(S, j, sum, [&](float x, float y) {
-      return mul_add(x, total, mul_add(x, rest, kGradient ? y * scale : y));
-    });
+    merge(S, j, sum, [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, kGradient ? y * scale : y)); });
   }
 };
 

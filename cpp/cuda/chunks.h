@@ -21,14 +21,14 @@ struct Walk {
   // What only gradients need. Backward in time, states are gradients of states: the weight of a key is the scale, that
   // of an output is 1; token t decays what comes from t + 1 by the decay of t + 1, and the state that leaves the first
   // token by its own.
-  bool backward = false;     // from the last token to the first: strides of tokens are negative
-  bool turned = false;       // states lie in memory as [V, K]
-  int64_t share = 1;         // states that share a decay, of which the first has the initial state
-  View factor = {};          // [B, factor_heads, N, V]: products_t = factor_t.o_t, of o what comes through the state
-  int64_t factor_heads = 1;  //   and, forward in time: + sum_j w_tj - sum_i w_it, w_ij = mask_ij q_i.k_j factor_i.v_j,
-  float* products = nullptr; //   j < i in one chunk; [slice of V, H, token], summed over slices
-  bool precise = false;      // states with all digits of float32 at the cost of another product, where there are products
-  float* kept = nullptr;     // states at every kKept tokens from the first on: before them, forward in time; after it
+  bool backward = false;      // from the last token to the first: strides of tokens are negative
+  bool turned = false;        // states lie in memory as [V, K]
+  int64_t share = 1;          // states that share a decay, of which the first has the initial state
+  View factor = {};           // [B, factor_heads, N, V]: products_t = factor_t.o_t, of o what comes through the state
+  int64_t factor_heads = 1;   //   and, forward in time: + sum_j w_tj - sum_i w_it, w_ij = mask_ij q_i.k_j factor_i.v_j,
+  float* products = nullptr;  //   j < i in one chunk; [slice of V, H, token], summed over slices
+  bool precise = false;   // states with all digits of float32 at the cost of another product, where there are products
+  float* kept = nullptr;  // states at every kKept tokens from the first on: before them, forward in time; after it
 };
 
 inline constexpr int kKept = 16 * kChunk;

@@ -44,8 +44,8 @@ struct ChunkDecay {
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
 
-  // By one warp, from the natural logs of n tokens; those behind them do not decay, nor does the first if it is `still`.
-  // The log2 of all together.
+  // By one warp, from the natural logs of n tokens; those behind them do not decay, nor does the first if it is
+  // `still`. The log2 of all together.
   SIMT_DEV double set(const Problem& p, float2 log_decay, int n, bool still = false) const {
     const auto log2 = [&](float x) { return log2_decay(p, p.log_decay ? double(x) : p.uniform_log_decay); };
     const double x0 = 2 * lane() < n && (lane() || !still) ? log2(log_decay.x) : 0;

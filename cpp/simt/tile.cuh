@@ -171,8 +171,7 @@ SIMT_DEV void add_columns(sptr<float> to, int j0, const Strip<R, C>& a, float we
   for (int n = 0; n < C / 8; ++n) {
     float2 sum{0, 0};
     SIMT_UNROLL
-    for (int m = 0; m < R / 16; ++m)
-      sum.x += a.x[m][n][0] + a.x[m][n][2], sum.y += a.x[m][n][1] + a.x[m][n][3];
+    for (int m = 0; m < R / 16; ++m) sum.x += a.x[m][n][0] + a.x[m][n][2], sum.y += a.x[m][n][1] + a.x[m][n][3];
     SIMT_UNROLL
     for (int d = 4; d < 32; d *= 2) sum.x += shfl_xor(sum.x, d), sum.y += shfl_xor(sum.y, d);
     const int j = j0 + 8 * n + lane.pair();
@@ -577,8 +576,7 @@ SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
     for (int n = kLower ? l : 0; n < C / 16; ++n) {
       const Right<E> r = tile::right_nt(b, n, l, lane);
       SIMT_UNROLL
-      for (int m = 0; m < R / 16; ++m)
-        tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+      for (int m = 0; m < R / 16; ++m) tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }
   }
 }
@@ -595,8 +593,7 @@ SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) 
     for (int n = 0; n < C / 16; ++n) {
       const Right<E> r = tile::right(b, l, j + 16 * n, lane);
       SIMT_UNROLL
-      for (int m = 0; m < R / 16; ++m)
-        tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
+      for (int m = 0; m < R / 16; ++m) tile::add_product<kRounded>(c.x[m][2 * n], c.x[m][2 * n + 1], pieces[m], r);
     }
   }
 }

@@ -126,12 +126,11 @@ class Torch:
     def export(self, name: str, array: Array, writable: bool) -> Any:
         import torch
 
-        if array.requires_grad:
-            if torch.is_grad_enabled():
-                raise TypeError(
-                    f"{name}: expected a tensor without requires_grad, as no gradient is computed; detach() it"
-                )
-            array = array.detach()
+        if array.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name}: expected a tensor without requires_grad, as no gradient is computed; detach() it, or take "
+                "leetcore.torch, which has gradients"
+            )
         if array.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
         if array.device.type not in ("cpu", "cuda"):

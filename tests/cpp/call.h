@@ -324,6 +324,12 @@ inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
   return d;
 }
 
+inline double norm(const std::vector<double>& x) {
+  double sum = 0;
+  for (double y : x) sum += y * y;
+  return std::sqrt(sum);
+}
+
 // ||x - want|| / ||size||; infinite when x is not finite.
 inline double relative_error(const std::vector<double>& x, const std::vector<double>& want,
                              const std::vector<double>& size) {

@@ -119,7 +119,7 @@ bool run_there(Call& call, int n, lc_status* status) {
   };
   std::vector<Moved> moved;
   for (Tensor* t : call.tensors()) {
-    if (t->memory.empty() || !t->ndim) continue;  // a number stays on the host
+    if (t->memory.empty() || t->device.type != LC_CUDA) continue;  // a number stays on the host
     moved.push_back({t, t->data, std::make_unique<Memory>(t->memory.size())});
     moved.back().there->upload(t->memory);
     t->data = moved.back().there->data() + (static_cast<unsigned char*>(t->data) - t->memory.data());
@@ -148,15 +148,55 @@ struct Count {
   std::set<std::string> refusals;
 };
 
+// What a call has to write: whole tensors, and how far from the definition they may be.
+struct Output {
+  const char* name;
+  Tensor* tensor;
+  const std::vector<double>*want, *size;
+  double tolerance;
+};
+struct Definition {
+  Answer answer;
+  Gradients gradients;
+  explicit Definition(Call&& call) {
+    if (call.spec.op == LC_BACKWARD)
+      gradients = reference_gradients(call.args);
+    else
+      answer = reference(call.args);
+  }
+  std::vector<Output> outputs(Call& call) const {
+    const lc_dtype dtype = call.spec.dtype;
+    if (call.spec.op == LC_BACKWARD) {
+      const Gradients& d = gradients;
+      const double tolerance = gradient_tolerance(dtype), decays = dtype == kF32 ? tolerance : 2 * tolerance;
+      const bool cancels = norm(d.d_log_decay) < norm(d.d_log_decay_size);
+      return {
+          {"d_q", &call.d_q, &d.d_q, &d.d_q, tolerance},
+          {"d_k", &call.d_k, &d.d_k, &d.d_k, tolerance},
+          {"d_v", &call.d_v, &d.d_v, &d.d_v, tolerance},
+          {"d_log_decay", &call.d_log_decay, &d.d_log_decay, cancels ? &d.d_log_decay_size : &d.d_log_decay, decays},
+          {"d_initial_state", &call.d_initial_state, &d.d_initial_state, &d.d_initial_state, tolerance}};
+    }
+    std::vector<Output> all;
+    all.push_back({"o", &call.o, &answer.o, &answer.o, output_tolerance(dtype)});
+    if (const lc_tensor* state = call.args.final_state)
+      all.push_back({"final_state", call.spec.in_place ? &call.initial_state : &call.final_state, &answer.state,
+                     &answer.state, std::max(state_tolerance(dtype), state_tolerance(state->dtype))});
+    return all;
+  }
+};
+
 // What is wrong with a method's answers to a call, "" if nothing; *served: whether it gave any.
-std::string examine(const Spec& spec, const char* method, const Answer& answer, bool* served, std::string* refusal) {
-  Bytes first_o, first_state;
+std::string examine(const Spec& spec, const char* method, const Definition& definition, bool* served,
+                    std::string* refusal) {
+  std::vector<Bytes> first;
   *served = false;
   for (int n = 0; n < 2; ++n) {
     Call call(spec);
     call.args.method = method;
-    poison(call.o);
-    if (spec.op == LC_FORWARD) poison(call.final_state);
+    for (const Output& output : definition.outputs(call))
+      if (output.tensor != &call.initial_state && spec.op != LC_DECODE) poison(*output.tensor);
+    if (spec.op == LC_DECODE) poison(call.o);
     const std::vector<Bytes> before = call.memory();
     lc_status status;
     const bool inside = run_there(call, n, &status);
@@ -168,23 +208,18 @@ std::string examine(const Spec& spec, const char* method, const Answer& answer, 
     if (status != LC_OK) return lc_last_error();
     *served = true;
     if (!inside || !call.stayed_inside(before)) return "wrote outside of its outputs and workspace";
-    const Bytes& state = (spec.in_place ? call.initial_state : call.final_state).memory;
+    const std::vector<Bytes> memory = call.memory();
     if (n) {
-      if (first_o != call.o.memory || first_state != state) return "gave another answer the second time";
+      if (first != memory) return "gave another answer the second time";
       continue;
     }
-    first_o = call.o.memory, first_state = state;
-    char text[80];
-    const double o_error = relative_error(values(call.o), answer.o, answer.o);
-    if (!(o_error <= output_tolerance(spec.dtype))) {
-      std::snprintf(text, sizeof text, "o: error %.2e, allowed %.0e", o_error, output_tolerance(spec.dtype));
-      return text;
-    }
-    if (!call.args.final_state) continue;
-    const double allowed = std::max(state_tolerance(spec.dtype), state_tolerance(call.args.final_state->dtype));
-    const double error = relative_error(values(*call.args.final_state), answer.state, answer.state);
-    if (!(error <= allowed)) {
-      std::snprintf(text, sizeof text, "final_state: error %.2e, allowed %.0e", error, allowed);
+    first = memory;
+    for (const Output& output : definition.outputs(call)) {
+      if (output.tensor->memory.empty()) continue;
+      const double error = relative_error(values(*output.tensor), *output.want, *output.size);
+      if (error <= output.tolerance) continue;
+      char text[80];
+      std::snprintf(text, sizeof text, "%s: error %.2e, allowed %.0e", output.name, error, output.tolerance);
       return text;
     }
   }
@@ -196,16 +231,18 @@ std::string examine(const Spec& spec, const char* method, const Answer& answer, 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
 // One of each kind: ragged chunks and dims; strides; packed with an empty sequence; in place with grouped heads; a
-// pool.
+// pool; gradients with one decay a head, and with one a token.
 std::vector<Spec> small_calls(lc_dtype dtype) {
   Spec base;
   base.dtype = dtype, base.B = 1, base.N = 70, base.K = 24, base.V = 40;
-  std::vector<Spec> all(5, base);
+  std::vector<Spec> all(7, base);
   all[0].initial = all[0].final = true;
   all[1].strided = all[1].bnhd = true, all[1].decay = Decay::token, all[1].final = true;
   all[2].cu = {0, 0, 5, 70}, all[2].initial = all[2].final = true;
   all[3].Hq = 4, all[3].in_place = true;
   all[4].op = LC_DECODE, all[4].B = 3, all[4].N = 2, all[4].slots = 4, all[4].indices = {3, -1, 0};
+  for (int i : {5, 6}) all[i].op = LC_BACKWARD, all[i].initial = all[i].final = true;
+  all[6].decay = Decay::token, all[6].Hq = 4, all[6].N = 300;
   return all;
 }
 
@@ -243,6 +280,14 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
       all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1, all.back().N = N, all.back().gamma = gamma;
       all.back().K = all.back().V = 64;
     }
+  // Gradients: what forward passes have above, and states kept along the way.
+  const size_t forward = all.size();
+  for (size_t i = 0; i < forward; ++i) {
+    if (all[i].op != LC_FORWARD || all[i].in_place) continue;
+    all.push_back(all[i]);
+    all.back().op = LC_BACKWARD;
+    if (all.back().decay == Decay::none) all.back().wants &= ~8u;
+  }
   for (lc_dtype pool : kInputs)
     for (int64_t N : {1, 5, 8, 64}) {
       if ((pool == kF64) != (dtype == kF64)) continue;
@@ -277,11 +322,12 @@ int main(int argc, char** argv) {
   for (lc_dtype dtype : kInputs)
     for (Spec spec : small ? small_calls(dtype) : all_calls(dtype)) {
       spec.device = {LC_CUDA, 0};
-      const Answer answer = reference(Call(spec).args);
+      if (dtype == kF64 && spec.op == LC_BACKWARD) continue;
+      const Definition definition{Call(spec)};
       for (auto& [name, count] : counts) {
         bool served;
         std::string refusal;
-        const std::string wrong = examine(spec, name.c_str(), answer, &served, &refusal);
+        const std::string wrong = examine(spec, name.c_str(), definition, &served, &refusal);
         count.served += served, count.failed += !wrong.empty();
         if (!refusal.empty()) count.refusals.insert(refusal);
         if (!wrong.empty()) std::printf("WRONG %s: %s: %s\n", name.c_str(), describe(spec).c_str(), wrong.c_str());

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <map>
-#include <numeric>
 #include <set>
 
 #include "../../cpp/simt/simt.h"
@@ -89,7 +88,8 @@ class Emulated : public ::testing::Test {
     for (int n = 0; n < schedules; ++n) {
       SCOPED_TRACE(n);
       Call call(spec);
-      for (Tensor* t : call.gradients()) if (!t->memory.empty()) t->poison();
+      for (Tensor* t : call.gradients())
+        if (!t->memory.empty()) t->poison();
       const auto before = call.memory();
       ASSERT_EQ(LC_OK, run(call, kSchedules[n])) << lc_last_error();
       ASSERT_EQ(0, simt::report().errors()) << simt::report().messages[0];
@@ -110,7 +110,6 @@ class Emulated : public ::testing::Test {
       close("d_initial_state", call.d_initial_state, want.d_initial_state, want.d_initial_state, tolerance);
     }
   }
-  static double norm(const std::vector<double>& x) { return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.)); }
   static void close(const char* name, const Tensor& x, const std::vector<double>& want, const std::vector<double>& size,
                     double tolerance) {
     if (x.memory.empty()) return;

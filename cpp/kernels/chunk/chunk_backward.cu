@@ -80,16 +80,16 @@ struct Call {
   int passes() const { return int(queries) + int(keys) + int(values); }
 };
 
-void backward_in_time(Problem& r, Walk& w) {
-  for (View* view : {&r.q, &r.k, &r.v, &r.o, &r.log_decay, &w.factor}) view->stride[2] = -view->stride[2];
-  w.backward = true;
-}
-
-// What the three walks read and write, of whole sequences.
+// The three walks: what they read and write, of whole sequences.
 Walk walk_of(const Call& c) {
   Walk w;
   w.length = c.cut.length, w.share = group(c.p), w.precise = c.precise;
   return w;
+}
+void backward_in_time(GradientWalk& r) {
+  for (View* view : {&r.p.q, &r.p.k, &r.p.v, &r.p.o, &r.p.log_decay, &r.walk.factor})
+    view->stride[2] = -view->stride[2];
+  r.p.initial_state = r.p.d_final_state, r.walk.backward = true;
 }
 GradientWalk queries_of(const Call& c) {
   GradientWalk r{of_queries(c.p), walk_of(c)};
@@ -99,16 +99,32 @@ GradientWalk queries_of(const Call& c) {
 }
 GradientWalk keys_of(const Call& c) {
   GradientWalk r{of_keys(c.p), walk_of(c)};
-  r.p.o = c.d_k, r.p.initial_state = c.p.d_final_state, r.walk.turned = true;
+  r.p.o = c.d_k, r.walk.turned = true;
   if (c.decays) r.walk.factor = c.p.k, r.walk.factor_heads = c.p.Hk, r.walk.products = c.y, r.walk.kept = c.gradients;
-  backward_in_time(r.p, r.walk);
+  backward_in_time(r);
   return r;
 }
 GradientWalk values_of(const Call& c) {
   GradientWalk r{of_values(c.p), walk_of(c)};
-  r.p.o = c.d_v, r.p.initial_state = c.p.d_final_state, r.p.final_state = c.d_initial_state;
-  backward_in_time(r.p, r.walk);
+  r.p.o = c.d_v, r.p.final_state = c.d_initial_state;
+  backward_in_time(r);
   return r;
+}
+
+void walk(const Call& c, const GradientWalks& walks) {
+  (c.decays ? walk_decays : walk_gradients)(c.p, c.passes(), walks);
+}
+
+// S before and dS after every segment but the first, and but the last: c.before, c.after.
+void make_states(const Call& c, GradientWalk states, GradientWalk gradients) {
+  for (GradientWalk* w : {&states, &gradients}) w->walk.alone = w->walk.warm_up = true, w->walk.kept = nullptr;
+  states.walk.after = c.before, states.walk.log2 = c.log2_before;
+  gradients.walk.after = c.after, gradients.walk.log2 = c.log2_after;
+  GradientWalks alone;
+  if (c.queries) alone.push_back(states);
+  if (c.keys || c.values) alone.push_back(gradients);
+  walk(c, alone);
+  for (const GradientWalk& w : alone) scan_states(w.p, w.walk);
 }
 
 template <class E>
@@ -123,7 +139,8 @@ void sum_heads(const Problem& p, const View& from, const View& to, int64_t b, in
 
 const char* refuses(const Problem& p) {
   if (p.type == Type::f64) return "has gradients of float64 on the CPU only";
-  return p.d_log_decay ? decays_refuse(p) : gradients_refuse(p);
+  const char* why = gradients_refuse(p);
+  return why || !p.d_log_decay ? why : decays_refuse(p);
 }
 
 size_t workspace(const Problem& p) { return Call(p).bytes; }
@@ -131,45 +148,31 @@ size_t workspace(const Problem& p) { return Call(p).bytes; }
 void run(const Problem& problem) {
   Call c(problem);
   Problem& p = c.p;
-  with_type(p.type, [&](auto e) {
-    using E = decltype(e);
-    if (!p.d_o) {
-      sum_heads<E>(p, c.zeros, c.zeros, 1, 1, 0, 1, p.V);
-      p.d_o = c.zeros;
-    }
-  });
+  if (!p.d_o) {
+    p.d_o = c.zeros;
+    with_type(p.type, [&](auto e) { sum_heads<decltype(e)>(p, c.zeros, c.zeros, 1, 1, /*share=*/0, 1, p.V); });
+  }
   GradientWalk of_q = queries_of(c), of_k = keys_of(c), of_v = values_of(c);
-  const auto walk = [&](const GradientWalks& walks) { (c.decays ? walk_decays : walk_gradients)(p, c.passes(), walks); };
   if (c.is_cut) {
-    GradientWalk states = of_q, gradients = of_v;
-    for (GradientWalk* w : {&states, &gradients}) w->walk.alone = w->walk.warm_up = true, w->walk.kept = nullptr;
-    states.walk.after = c.before, states.walk.log2 = c.log2_before;
-    gradients.walk.after = c.after, gradients.walk.log2 = c.log2_after;
-    const bool back = c.keys || c.values;
-    GradientWalks alone;
-    if (c.queries) alone.push_back(states);
-    if (back) alone.push_back(gradients);
-    walk(alone);
-    if (c.queries) scan_states(states.p, states.walk);
-    if (back) scan_states(gradients.p, gradients.walk);
+    make_states(c, of_q, of_v);
     for (GradientWalk* w : {&of_q, &of_k, &of_v}) w->walk.warm_up = true, w->walk.before = c.after;
     of_q.walk.before = c.before;
   }
-  of_v.walk.precise = false;
   GradientWalks walks;
   if (c.queries) walks.push_back(of_q);
   if (c.keys) walks.push_back(of_k);
   if (c.values && !c.decays) walks.push_back(of_v);
-  walk(walks);
+  walk(c, walks);
   if (c.values && c.decays) walk_gradients(p, c.passes(), {of_v});
+
   if (c.decays) {
-    const int64_t blocks = Segments{kKept}.slots(p) * p.Hs;
-    start<DecayGradient>(p, dim3(unsigned(blocks)), DecayGradient::kMaxThreads, DecayGradient::kSharedBytes,
+    start<DecayGradient>(p, dim3(unsigned(Segments{kKept}.slots(p) * p.Hs)), DecayGradient::kMaxThreads,
+                         DecayGradient::kSharedBytes,
                          {p, c.states, c.gradients, c.x, c.y, c.slices, c.precise ? c.sums : nullptr});
     const bool by_row = p.d_log_decay.stride[0], by_head = p.d_log_decay.stride[1];
     if (c.precise)
       start<SumDecays>(p, dim3(by_row ? unsigned(p.B) : 1, by_head ? unsigned(p.Hs) : 1), SumDecays::kMaxThreads,
-                       SumDecays::kMaxThreads * 8, {p, c.sums});
+                       SumDecays::kSharedBytes, {p, c.sums});
   }
   with_type(p.type, [&](auto e) {
     using E = decltype(e);

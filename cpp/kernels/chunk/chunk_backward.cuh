@@ -6,7 +6,7 @@
 //
 //   M from what crosses before the chunk, and it gives what crosses before the next: M = before - sum x, next = M + sum
 //   y. That starts anew, with the product of two states, every kKept tokens, lest rounding errors add up
-//   a block for kKept tokens of a state; 2 K V flop and a few for each token
+//   a block for kKept tokens of a state; 2 K V flop and a few for each token; Mamba-2, arXiv:2405.21060
 #pragma once
 #include "../../cuda/segments.cuh"
 
@@ -58,7 +58,8 @@ struct DecayGradient {
     Smem smem;
     const auto x = smem.alloc<float>(kKept), y = smem.alloc<float>(kKept);
     const auto of_warp = smem.alloc<double>(kWarps), total = smem.alloc<double>(kWarps);
-    const auto xs = smem.alloc<double>(kChunks), ys = smem.alloc<double>(kChunks), through = smem.alloc<double>(kChunks);
+    const auto xs = smem.alloc<double>(kChunks), ys = smem.alloc<double>(kChunks),
+               through = smem.alloc<double>(kChunks);
 
     gather(a, s, hs, first, n, x, y);
     double product = 0;
@@ -70,8 +71,7 @@ struct DecayGradient {
       const int i = c * kChunk + 2 * lane();
       double of_x = double(x.ld(i)) + double(x.ld(i + 1)), of_y = double(y.ld(i)) + double(y.ld(i + 1));
       double log2 = log2_at(p, s, hs, first + i, first + n) + log2_at(p, s, hs, first + i + 1, first + n);
-      for (int d = 1; d < 32; d *= 2)
-        of_x += shfl_xor(of_x, d), of_y += shfl_xor(of_y, d), log2 += shfl_xor(log2, d);
+      for (int d = 1; d < 32; d *= 2) of_x += shfl_xor(of_x, d), of_y += shfl_xor(of_y, d), log2 += shfl_xor(log2, d);
       if (!lane()) xs.st(c, of_x), ys.st(c, of_y), through.st(c, log2);
     }
     sync_cta();
@@ -162,7 +162,7 @@ struct DecayGradient {
 // d log_decay of what shares one decay: over tokens, and over heads and sequences where its strides are 0.
 struct SumDecays {
   static constexpr const char* kName = "sum of decays";
-  static constexpr int kMaxThreads = 128, kMinBlocks = 4;
+  static constexpr int kMaxThreads = 128, kMinBlocks = 4, kSharedBytes = kMaxThreads * int(sizeof(double));
   struct Params {
     Problem p;
     const double* sums;  // [slot, Hs]
@@ -173,7 +173,8 @@ struct SumDecays {
     const Segments cut{kKept};
     const bool by_row = p.d_log_decay.stride[0], by_head = p.d_log_decay.stride[1];
     const int64_t b = by_row ? int64_t(bid().x) : 0, hs = by_head ? int64_t(bid().y) : 0;
-    const int64_t slots = cut.slots(p), first = by_row ? b * cut.each(p) : 0, end = by_row ? first + cut.each(p) : slots;
+    const int64_t slots = cut.slots(p), first = by_row ? b * cut.each(p) : 0,
+                  end = by_row ? first + cut.each(p) : slots;
     const int64_t heads = by_head ? 1 : p.Hs;
     const gptr<const double> sums{a.sums};
     Smem smem;

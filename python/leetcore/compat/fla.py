@@ -3,7 +3,8 @@
 Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. The work is that of leetcore.torch: on any
 device, without graph breaks, with gradients for a constant decay too. `chunk_` and `fused_recurrent_` name the same
 operator. All return (o, final_state), the latter None unless output_final_state is set. chunk_size and cu_seqlens_cpu,
-which only choose among fla's kernels, are ignored; an unknown argument is a TypeError.
+which only choose among fla's kernels, are ignored; an unknown argument is a TypeError, and so is
+transpose_state_layout, the older name of state_v_first.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def chunk_simple_gla(
         cu_seqlens: [S + 1], bounds of S sequences packed along T; B is 1.
 
     Raises:
-        ValueError, TypeError: as `leetcore.linear_attention`.
+        ValueError, TypeError: as `leetcore.linear_attention`, whose log_decay is g or g_gamma.
     """
     return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens)
 
@@ -184,6 +185,8 @@ def chunk_linear_attn(
 
     With normalize, states are pairs (kv [B, H, K, V], z [B, 1, H, K]), z the sum of the keys.
     """
+    if isinstance(initial_state, tuple) and not normalize:
+        raise TypeError("initial_state: expected a tensor where normalize is False, got a tuple")
     kv, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
     o, final = _simple_gla(q, k, v, None, None, scale, kv, output_final_state, False, False, cu_seqlens)
     if not normalize:
@@ -216,7 +219,8 @@ def _simple_gla(
     if log_decay is not None:
         log_decay = _exact(log_decay, q)
     if initial_state is not None:
-        initial_state = _exact(initial_state.transpose(2, 3) if state_v_first else initial_state, q)
+        initial_state = _exact(initial_state, q)
+        initial_state = initial_state.transpose(2, 3) if state_v_first else initial_state
     if reverse:
         q, k, v = (x.flip(1) for x in (q, k, v))
         log_decay = log_decay.flip(1) if log_decay is not None and log_decay.ndim == 3 else log_decay
@@ -246,6 +250,8 @@ def _reversed(cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor |
 
 
 def _exact(x: Tensor, q: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):  # for the operator to refuse
+        return x
     return x.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
 
 

@@ -61,8 +61,11 @@ class _Layer(nn.Module):
         self._log_decay = None if log_decay is None else np.array(log_decay, np.float32)
         if self._log_decay is not None and self._log_decay.shape not in ((), (num_heads,)):
             raise ValueError(f"log_decay: expected a number or shape [{num_heads}], got {list(self._log_decay.shape)}")
+        if self._log_decay is not None and not (self._log_decay <= 0).all():  # a GPU's are not checked in calls
+            raise ValueError(f"log_decay: expected values <= 0, got {self._log_decay.max():g}")
         self.register_buffer("log_decay", None, persistent=False)
         self._restore_decay()
+        self.register_load_state_dict_post_hook(_follow_parameters)  # type: ignore[no-untyped-call]
 
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k [B, N, H, K], v [B, N, H, V] and log_decay of x [B, N, embed_dim], `position` tokens after the first."""
@@ -130,6 +133,11 @@ class _Layer(nn.Module):
     def _restore_decay(self, device: torch.device | None = None) -> None:
         if self._log_decay is not None:
             self.log_decay = torch.tensor(self._log_decay, device=device)
+
+
+def _follow_parameters(layer: _Layer, _: Any) -> None:
+    """With load_state_dict(assign=True) parameters leave the device "meta", and the decay with them."""
+    layer._restore_decay(next(layer.parameters()).device)
 
 
 class LinearAttention(_Layer):
@@ -290,6 +298,8 @@ class GatedLinearAttention(_Layer):
 
 
 def _share(embed_dim: int, heads: int) -> int:
+    if heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {heads}")
     if embed_dim % heads:
         raise ValueError(f"embed_dim: expected a multiple of {heads} where head dims are not given, got {embed_dim}")
     return embed_dim // heads

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import api
@@ -60,17 +62,17 @@ def linear_attention(
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
     _require_tensors(q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    o, final_state = (_TransformedForward.apply if _is_transformed() else _FORWARD)(  # type: ignore[no-untyped-call]
+    o, final_state = _FORWARD(
         q,
         k,
         v,
-        _decay(log_decay, q, k, v, 2 if layout == "bnhd" else 1),
+        _decay(log_decay, q, k, v, 2 if api._bnhd(layout) else 1),
         initial_state,
         cu_seqlens,
-        scale,
+        _number(scale),
         return_state,
         layout,
-        method,
+        api._name(method),
         api._tf32(precision),
     )
     return (o, final_state) if return_state else o
@@ -92,7 +94,7 @@ def decode_step(
     NotImplementedError, and linear_attention with initial_state is what computes it.
     """
     _require_tensors(q=q, k=k, v=v, state=state, state_indices=state_indices)
-    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, scale)
+    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
@@ -100,6 +102,15 @@ def _require_tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _number(scale: Any) -> Any:
+    """As a float; what stands for one under torch.compile stays. A tensor would lose its gradient here."""
+    if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
+        return scale
+    if isinstance(scale, Tensor):
+        raise TypeError("scale: expected a number, got a torch.Tensor; multiply q by it instead")
+    return api._real("scale", scale)
 
 
 def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
@@ -205,9 +216,11 @@ def _absent(like: Tensor) -> Tensor:
 # ---- shapes, for tracing
 
 
-def _require_one_device(q: Tensor, *others: Tensor | None) -> None:
+def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
     """One tensor on the device "meta" brings all here, whose results are memory that nobody writes."""
-    for x in others:
+    if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
+        log_decay = None  # a number, for whatever device
+    for x in (log_decay, *others):
         if x is not None and x.device != q.device:
             raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
 
@@ -225,7 +238,7 @@ def _forward_shapes(
     method: str = "auto",
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    _require_one_device(q, log_decay, k, v, initial_state, cu_seqlens)
     head_axis = 2 if layout == "bnhd" else 1
     Hs = max(k.shape[head_axis], v.shape[head_axis])
     shape = list(v.shape)
@@ -252,7 +265,7 @@ def _backward_shapes(
     tf32: bool,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
-    _require_one_device(q, k, v, initial_state, cu_seqlens)
+    _require_one_device(q, log_decay, k, v, initial_state, cu_seqlens, d_o, d_final_state)
     inputs = (q, k, v, log_decay, initial_state)
     return tuple(
         x.new_empty(x.shape) if wanted and x is not None else _absent(v)
@@ -269,7 +282,7 @@ def _decode_shapes(
     state_indices: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    _require_one_device(q, k, v, state, state_indices)
+    _require_one_device(q, log_decay, k, v, state, state_indices)
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
 
 
@@ -290,89 +303,86 @@ def _forward_with_gradient(
     method: str = "auto",
     tf32: bool = False,
 ) -> Any:
-    tensors = (q, k, v, log_decay, initial_state, cu_seqlens)
-    run = _Forward.apply if _wants_gradient(*tensors) else _run_forward
-    return run(*tensors, scale, return_state, layout, method, tf32)
+    inputs = (q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, layout, method, tf32)
+    return _Forward.apply(*inputs) if _is_differentiated(inputs) else _run(_FORWARD, inputs)
 
 
-def _backward_with_gradient(*arguments: Any) -> Any:
-    return (_Backward.apply if _wants_gradient(*arguments) else _Backward.forward)(*arguments)
+def _backward_with_gradient(*inputs: Any) -> Any:
+    return _Backward.apply(*inputs) if _is_differentiated(inputs) else _run(_BACKWARD, inputs)
 
 
-def _decode_with_gradient(*arguments: Any) -> Any:
-    if _wants_gradient(*arguments):
+def _decode_with_gradient(*inputs: Any) -> Any:
+    if _is_differentiated(inputs):
         raise NotImplementedError(
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
             "or torch.no_grad(); linear_attention with initial_state computes gradients"
         )
-    state = arguments[3]
+    state = inputs[3]
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
+    return _run(_DECODE, inputs)
+
+
+def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
+    """Whether gradients are asked for. Raises where the question is for tangents, which would be lost."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise NotImplementedError(
+            "leetcore.torch has no forward mode; expected tensors without tangents, and torch.autograd.grad, "
+            "torch.func.grad, vjp or jacrev for derivatives"
+        )
+    return torch.is_grad_enabled() and bool(torch._C._any_requires_grad(*inputs))
+
+
+def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return _DECODE(*arguments)
+        return operator(*inputs)
 
 
-def _wants_gradient(*arguments: Any) -> bool:
-    return torch.is_grad_enabled() and bool(torch._C._any_requires_grad(*arguments))
+class _Function(torch.autograd.Function):
+    """One for kernels of the key Autograd, which torch.func's transforms call once for each level."""
+
+    @classmethod
+    def apply(cls, *inputs: Any) -> Any:
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*inputs)
+        with enable_single_level_autograd_function():
+            return apply(*inputs)
+
+    @staticmethod
+    def run(operator: Any, inputs: tuple[Any, ...]) -> Any:
+        """The operator in `forward`, for which torch turned all derivatives off: those of outer levels are on again."""
+        if not torch._C._are_functorch_transforms_active():
+            return _run(operator, inputs)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return _run(operator, inputs)
 
 
-def _run_forward(*inputs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*inputs)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    *tensors, ctx.scale, ctx.return_state, ctx.layout, _, ctx.tf32 = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _is_transformed() -> bool:
-    """Whether one of torch.func's transforms is at work, which know no Autograd kernels but these classes."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-class _Forward(torch.autograd.Function):
+class _Forward(_Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        _save(ctx, inputs)
-        return _run_forward(*inputs)
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = inputs[6:]
+        ctx.set_materialize_grads(False)
+        return _Function.run(_FORWARD, inputs)
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_final_state = d_final_state if ctx.return_state else None
+        scale, return_state, layout, _, tf32 = ctx.options
+        d_final_state = d_final_state if return_state else None
         if d_o is None and d_final_state is None:
             return (None,) * 11
         wants = list(ctx.needs_input_grad[:5])
-        run = _Backward.apply if _is_transformed() else _BACKWARD
-        gradients = run(*ctx.saved_tensors, d_o, d_final_state, ctx.scale, ctx.layout, ctx.tf32, wants)  # type: ignore[no-untyped-call]
+        gradients = _BACKWARD(*ctx.saved_tensors, d_o, d_final_state, scale, layout, tf32, wants)
         return *(d if wanted else None for d, wanted in zip(gradients, wants, strict=True)), *(None,) * 6
 
 
-class _TransformedForward(torch.autograd.Function):
-    """The same in the style that torch.func needs, which takes longer."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_run_forward)
-
+class _Backward(_Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, inputs)
-
-    backward = _Forward.backward
-
-
-class _Backward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _BACKWARD(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        return _Function.run(_BACKWARD, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:

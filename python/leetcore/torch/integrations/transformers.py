@@ -22,10 +22,12 @@ try:
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 except ImportError as error:
     raise ImportError(
-        f"transformers: expected a version with models.minimax, got {transformers.__version__}"
+        "transformers: expected a version with MiniMaxLightningAttention and MiniMaxCache in models.minimax, got "
+        + transformers.__version__
     ) from error
 
 _MOST_DECODED = 64  # tokens that decode_step takes
+_KEPT = "forward", "_old_forward"  # where hooks of accelerate keep, in the layer, the forward that they wrap
 _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx num_attention_heads num_hidden_layers"
 
 
@@ -55,7 +57,7 @@ def patch(model: nn.Module) -> int:
                 + "; ".join(differences)
             )
     for layer in layers:
-        layer.__class__ = LightningAttention
+        _become(layer, LightningAttention)
     return len(layers)
 
 
@@ -63,7 +65,7 @@ def unpatch(model: nn.Module) -> int:
     """Gives patched layers their own computation back; returns how many there were. States in caches stay float32."""
     layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
     for layer in layers:
-        layer.__class__ = MiniMaxLightningAttention  # type: ignore[assignment]
+        _become(layer, MiniMaxLightningAttention)
     return len(layers)
 
 
@@ -103,6 +105,17 @@ class LightningAttention(MiniMaxLightningAttention):
         return self.out_proj(y), state
 
 
+def _become(layer: Any, kind: type) -> None:
+    for name in _KEPT:
+        if _is_forward_of(vars(layer).get(name), type(layer)):
+            setattr(layer, name, kind.forward.__get__(layer))  # type: ignore[attr-defined]
+    layer.__class__ = kind
+
+
+def _is_forward_of(call: Any, kind: Any) -> bool:
+    return getattr(call, "__func__", None) is kind.forward
+
+
 @functools.cache
 def _log_decay(heads: int, layer: int, layers: int, device: torch.device) -> Tensor:
     return torch.from_numpy(decay.minimax(heads, layer, layers)).to(device)
@@ -120,6 +133,9 @@ def _differences(layer: Any) -> list[str]:
     found += [f"its forward takes no {name}" for name in ("hidden_states", "attention_mask") if name not in taken]
     if not {"cache", "past_key_values"} & set(taken):
         found.append("its forward takes no cache")
+    kept = [vars(layer)[name] for name in _KEPT if name in vars(layer)]
+    if kept and not any(_is_forward_of(call, MiniMaxLightningAttention) for call in kept):
+        found.append("its forward has been replaced")
     if not found and not layer.slope_rate.is_meta:
         slopes = layer.slope_rate.detach().flatten().float().cpu()
         ours = -_log_decay(layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers, slopes.device)
