@@ -56,7 +56,8 @@ def linear_attention(
     Shapes, dtypes and errors are those of `leetcore.linear_attention`. Gradients reach q, k, v, initial_state and
     log_decay, in any shape it may have, from o and from the final state; they have no derivatives themselves. On a GPU
     there are none of float64, nor of K or V above 256: the backward pass raises NotImplementedError. Under autocast
-    q, k and v are cast to its dtype, log_decay and initial_state to float32. torch.vmap adds its dimension to the batch.
+    q, k and v are cast to its dtype, log_decay and initial_state to float32. torch.vmap adds its dimension to the
+    batch.
 
     Returns:
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
