@@ -2,7 +2,8 @@
 
 Of every kernel, on every architecture: no spills (no stack frame, no local memory; but see SPILLED), no shared memory but
 the launch's, registers for kMaxThreads threads and kMinBlocks blocks, and the instructions that it was written for
-(MEANT). Reads cuobjdump's listings of the code and, for the launch bounds, of the PTX: build for at least one virtual architecture.
+(MEANT). Reads cuobjdump's listings of the code and, for the launch bounds, of the PTX: build for at least one virtual
+architecture.
 """
 
 import re
