@@ -1,6 +1,6 @@
 """What can be said of the kernels of a CUDA binary on a machine without a GPU: python gates.py BINARY...
 
-Of every kernel, on every architecture: no spills (no stack frame, no local memory; but see SPILLED), no shared memory but
+Of every kernel, on every architecture: no spills (no stack frame, no local memory; see SPILLED), no shared memory but
 the launch's, registers for kMaxThreads threads and kMinBlocks blocks, and the instructions that it was written for
 (MEANT). Reads cuobjdump's listings of the code and, for the launch bounds, of the PTX: build for at least one virtual
 architecture.
