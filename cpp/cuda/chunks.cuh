@@ -8,6 +8,7 @@
 // The chunk's own sum first: the matrix unit truncates, so that sums of several chunks must not be made in it.
 // Computed operands (A, S) are rounded to X: bf16 for bf16; tf32 for f16, whose range they may exceed, and for float on
 // request; else float, which is three products of tf32. Two barriers a chunk; a ring of chunks in shared memory.
+// Gradients are walks too (Aim), up to three side by side, in either direction of time.
 #pragma once
 #include "../simt/tile.cuh"
 #include "chunks.h"
@@ -15,7 +16,7 @@
 
 namespace lc::cuda {
 
-// What one block works on for one q head, in shared memory: made by one thread, read where it is needed.
+// What gradients need of a Place besides.
 template <class E, bool kGradient>
 struct PlaceOfGradient {};
 template <class E>
@@ -26,6 +27,8 @@ struct PlaceOfGradient<E, true> {
   int first_chunk;  // where in its sequence
   bool still;       // the first token does not decay
 };
+
+// What one block works on for one q head, in shared memory: made by one thread, read where it is needed.
 template <class E, bool kGradient>
 struct Place : PlaceOfGradient<E, kGradient> {
   gptr<const E> q, k, v;  // the first token of the walk, column 0
@@ -213,7 +216,7 @@ struct ChunkWalk {
   }
 
   // Of V: the first column of this warp among those of the block; of the block; and how many there are from there on.
-  // Passes of one launch may have less columns than there are warps for.
+  // Passes of one launch may have fewer columns than there are warps for.
   static SIMT_DEV int warp_column() { return fresh(tid()) / 32 * kColumns; }
   static SIMT_DEV int slice(const Pass& a) { return int(block() % unsigned(a.slices)); }
   static SIMT_DEV int block_column(const Pass& a) { return slice(a) * a.columns; }

@@ -31,7 +31,7 @@ struct Walk {
   float* kept = nullptr;  // states at every kKept tokens from the first on: before them, forward in time; after it
 };
 
-inline constexpr int kKept = 16 * kChunk;
+inline constexpr int kKept = 16 * kChunk;  // tokens from one state that is kept to the next
 
 const char* walk_refuses(const Problem& p);
 void walk(const Problem& p, const Walk& w);
