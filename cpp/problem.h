@@ -60,8 +60,11 @@ struct Problem {
   void* stream;
 };
 
+// Entries of the batch: packed sequences are one.
+LC_INLINE int64_t batch(const Problem& p) { return p.cu_bits ? 1 : p.B; }
+
 // Tokens of all sequences.
-LC_INLINE int64_t tokens(const Problem& p) { return p.cu_bits ? p.N : p.B * p.N; }
+LC_INLINE int64_t tokens(const Problem& p) { return batch(p) * p.N; }
 
 // Query heads that read one state (all of them read the same k and v head).
 LC_INLINE int64_t group(const Problem& p) { return p.H / p.Hs; }

@@ -16,6 +16,13 @@ Slices slices_of(const Problem& p, int64_t heads) {
 
 }  // namespace
 
+int64_t segment_chunks(const Problem& p, int64_t blocks) {
+  constexpr int64_t kLeast = 4;
+  const int64_t chunks = (p.N + kChunk - 1) / kChunk;
+  const int64_t wanted = std::max<int64_t>(1, 2 * limits(p.device.id).processors / std::max<int64_t>(1, blocks));
+  return std::max(kLeast, (chunks + wanted - 1) / wanted);
+}
+
 int64_t walk_blocks(const Problem& p, const Walk& w) {
   const int64_t heads = heads_of(p, w);
   return heads * slices_of(p, heads).count;

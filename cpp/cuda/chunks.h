@@ -33,6 +33,10 @@ struct Walk {
 
 inline constexpr int kKept = 16 * kChunk;  // tokens from one state that is kept to the next
 
+// Chunks of a segment, at least 4: as many segments as fill the device about twice, with so many blocks for each; of
+// the problem and the device alone.
+int64_t segment_chunks(const Problem& p, int64_t blocks);
+
 const char* walk_refuses(const Problem& p);
 void walk(const Problem& p, const Walk& w);
 

@@ -11,7 +11,7 @@ struct GradientLauncher {
   const Limits& device = limits(p.device.id);
 
   bool is_wide(int passes) const {
-    const int64_t heads = (p.cu_bits ? 1 : p.B) * p.H * passes;
+    const int64_t heads = batch(p) * p.H * passes;
     return p.type != Type::f32 && may_be_wide(kAim, p.type == Type::bf16, K) && std::min(p.K, p.V) > 32 &&
            heads >= device.processors;
   }

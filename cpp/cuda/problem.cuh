@@ -40,6 +40,14 @@ SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n
 SIMT_DEV double ex2m1(double x) { return ::expm1(x * 0.6931471805599453); }
 SIMT_DEV float ex2m1(float x) { return ::expm1f(x * 0.693147181f); }
 
+// Sum over the lanes of a warp, for all of them.
+template <class T>
+SIMT_DEV T warp_sum(T x) {
+  SIMT_UNROLL
+  for (int d = 1; d < 32; d *= 2) x += shfl_xor(x, d);
+  return x;
+}
+
 // Inclusive sum over the lanes of a warp.
 template <class T>
 SIMT_DEV T cumulative(T x) {

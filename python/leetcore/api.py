@@ -272,9 +272,11 @@ def num_threads() -> int:
 
 def _real(name: str, value: Any) -> float:
     try:
-        return float("no number" if isinstance(value, str) else value)  # it would read "1"
+        if not isinstance(value, str):  # of which float() would read "1"
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+        pass
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _scalar(value: Any) -> Any:

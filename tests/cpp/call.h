@@ -596,4 +596,24 @@ std::string describe(const T& x) {
   return out.str();
 }
 
+// What a call has to write, whole, and how far from the definition it may be: error relative to `size`.
+struct Output {
+  const char* name;
+  Tensor* tensor;
+  const std::vector<double>*want, *size;
+  double tolerance;
+};
+
+// On a GPU, where what log_decay gets is made of 16-bit products too. Its terms may cancel: then they are the measure.
+inline std::vector<Output> gradient_outputs(Call& call, const Gradients& d) {
+  const double tolerance = gradient_tolerance(call.spec.dtype);
+  const bool cancels = norm(d.d_log_decay) < norm(d.d_log_decay_size);
+  return {{"d_q", &call.d_q, &d.d_q, &d.d_q, tolerance},
+          {"d_k", &call.d_k, &d.d_k, &d.d_k, tolerance},
+          {"d_v", &call.d_v, &d.d_v, &d.d_v, tolerance},
+          {"d_log_decay", &call.d_log_decay, &d.d_log_decay, cancels ? &d.d_log_decay_size : &d.d_log_decay,
+           call.spec.dtype == kF32 ? tolerance : 2 * tolerance},
+          {"d_initial_state", &call.d_initial_state, &d.d_initial_state, &d.d_initial_state, tolerance}};
+}
+
 }  // namespace test

@@ -94,11 +94,6 @@ std::string complaint() {  // of the emulator, since the last time
 
 // ---- a call on it ---------------------------------------------------------------------------------------------------
 
-void poison(Tensor& t) {
-  if (t.memory.empty()) return;
-  for_each_element(t, [&](const Position& i) { std::memset(at(t, i), 0xFF, t.dtype.bits / 8); });
-}
-
 // lc_run with every tensor and the workspace in memory of the device; false: wrote around the workspace.
 bool run_there(Call& call, int n, lc_status* status) {
   constexpr size_t kGuard = 256;
@@ -148,13 +143,7 @@ struct Count {
   std::set<std::string> refusals;
 };
 
-// What a call has to write: whole tensors, and how far from the definition they may be.
-struct Output {
-  const char* name;
-  Tensor* tensor;
-  const std::vector<double>*want, *size;
-  double tolerance;
-};
+// What the definition says of a call.
 struct Definition {
   Answer answer;
   Gradients gradients;
@@ -165,18 +154,8 @@ struct Definition {
       answer = reference(call.args);
   }
   std::vector<Output> outputs(Call& call) const {
+    if (call.spec.op == LC_BACKWARD) return gradient_outputs(call, gradients);
     const lc_dtype dtype = call.spec.dtype;
-    if (call.spec.op == LC_BACKWARD) {
-      const Gradients& d = gradients;
-      const double tolerance = gradient_tolerance(dtype), decays = dtype == kF32 ? tolerance : 2 * tolerance;
-      const bool cancels = norm(d.d_log_decay) < norm(d.d_log_decay_size);
-      return {
-          {"d_q", &call.d_q, &d.d_q, &d.d_q, tolerance},
-          {"d_k", &call.d_k, &d.d_k, &d.d_k, tolerance},
-          {"d_v", &call.d_v, &d.d_v, &d.d_v, tolerance},
-          {"d_log_decay", &call.d_log_decay, &d.d_log_decay, cancels ? &d.d_log_decay_size : &d.d_log_decay, decays},
-          {"d_initial_state", &call.d_initial_state, &d.d_initial_state, &d.d_initial_state, tolerance}};
-    }
     std::vector<Output> all;
     all.push_back({"o", &call.o, &answer.o, &answer.o, output_tolerance(dtype)});
     if (const lc_tensor* state = call.args.final_state)
@@ -195,8 +174,8 @@ std::string examine(const Spec& spec, const char* method, const Definition& defi
     Call call(spec);
     call.args.method = method;
     for (const Output& output : definition.outputs(call))
-      if (output.tensor != &call.initial_state && spec.op != LC_DECODE) poison(*output.tensor);
-    if (spec.op == LC_DECODE) poison(call.o);
+      if (output.tensor != &call.initial_state && spec.op != LC_DECODE) output.tensor->poison();
+    if (spec.op == LC_DECODE) call.o.poison();
     const std::vector<Bytes> before = call.memory();
     lc_status status;
     const bool inside = run_there(call, n, &status);

@@ -20,8 +20,6 @@
 namespace lc::cuda::backward {
 namespace {
 
-int64_t rows(const Problem& p) { return p.cu_bits ? 1 : p.B; }
-
 // A call: its walks, and where in the workspace they find what.
 struct Call {
   Problem p;
@@ -41,11 +39,9 @@ struct Call {
     queries = p.d_q || decays, keys = p.d_k || decays, values = p.d_v || p.d_initial_state;
     if (decays) slices = decay_slices(p);
 
-    // Of segments as many as fill the device about twice. States are kept at the ends of some.
+    // States are kept at the ends of some segments.
     const int64_t chunks = (p.N + kChunk - 1) / kChunk, every = kKept / kChunk;
-    const int64_t blocks = std::max<int64_t>(1, rows(p) * p.H * passes() * ((std::max(p.K, p.V) + 63) / 64));
-    const int64_t wanted = std::max<int64_t>(1, 2 * limits(p.device.id).processors / blocks);
-    int64_t length = std::max<int64_t>(4, (chunks + wanted - 1) / wanted);
+    int64_t length = segment_chunks(p, batch(p) * p.H * passes() * ((std::max(p.K, p.V) + 63) / 64));
     if (length > 4) length = length <= 8 ? 8 : (length + every - 1) / every * every;
     is_cut = length < chunks;
     cut = {(is_cut ? length : chunks + 1) * kChunk};
@@ -69,8 +65,8 @@ struct Call {
       return View{memory, {p.H * n * columns, n * columns, columns, 1}};
     };
     const int width = int(type_bytes(p.type));
-    d_q = each(p.d_q, rows(p), p.Hq, p.N, p.K, width), d_k = each(p.d_k, rows(p), p.Hk, p.N, p.K, width);
-    d_v = each(p.d_v, rows(p), p.Hv, p.N, p.V, width);
+    d_q = each(p.d_q, batch(p), p.Hq, p.N, p.K, width), d_k = each(p.d_k, batch(p), p.Hk, p.N, p.K, width);
+    d_v = each(p.d_v, batch(p), p.Hv, p.N, p.V, width);
     d_initial_state = each(p.d_initial_state, p.B, p.Hs, p.K, p.V, 4);
     uint8_t* zero_row;
     take(zero_row, p.d_o ? 0 : p.V * width);
@@ -176,9 +172,9 @@ void run(const Problem& problem) {
   }
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
-    if (p.d_q && p.Hq < p.H) sum_heads<E>(p, c.d_q, p.d_q, rows(p), p.Hq, p.H / p.Hq, p.N, p.K);
-    if (p.d_k && p.Hk < p.H) sum_heads<E>(p, c.d_k, p.d_k, rows(p), p.Hk, p.H / p.Hk, p.N, p.K);
-    if (p.d_v && p.Hv < p.H) sum_heads<E>(p, c.d_v, p.d_v, rows(p), p.Hv, p.H / p.Hv, p.N, p.V);
+    if (p.d_q && p.Hq < p.H) sum_heads<E>(p, c.d_q, p.d_q, batch(p), p.Hq, p.H / p.Hq, p.N, p.K);
+    if (p.d_k && p.Hk < p.H) sum_heads<E>(p, c.d_k, p.d_k, batch(p), p.Hk, p.H / p.Hk, p.N, p.K);
+    if (p.d_v && p.Hv < p.H) sum_heads<E>(p, c.d_v, p.d_v, batch(p), p.Hv, p.H / p.Hv, p.N, p.V);
   });
   if (p.d_initial_state && p.Hs < p.H)
     sum_heads<float>(p, c.d_initial_state, p.d_initial_state, p.B, p.Hs, group(p), p.K, p.V);

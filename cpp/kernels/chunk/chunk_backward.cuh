@@ -64,14 +64,15 @@ struct DecayGradient {
     gather(a, s, hs, first, n, x, y);
     double product = 0;
     if (n && (first || p.initial_state)) product = states_product(a, slot, hs);
-    for (int d = 1; d < 32; d *= 2) product += shfl_xor(product, d);
+    product = warp_sum(product);
     if (!lane()) of_warp.st(warp(), product), total.st(warp(), 0);
     sync_cta();
     for (int c = warp(); c < chunks; c += kWarps) {
       const int i = c * kChunk + 2 * lane();
-      double of_x = double(x.ld(i)) + double(x.ld(i + 1)), of_y = double(y.ld(i)) + double(y.ld(i + 1));
-      double log2 = log2_at(p, s, hs, first + i, first + n) + log2_at(p, s, hs, first + i + 1, first + n);
-      for (int d = 1; d < 32; d *= 2) of_x += shfl_xor(of_x, d), of_y += shfl_xor(of_y, d), log2 += shfl_xor(log2, d);
+      const double of_x = warp_sum(double(x.ld(i)) + double(x.ld(i + 1)));
+      const double of_y = warp_sum(double(y.ld(i)) + double(y.ld(i + 1)));
+      const double log2 =
+          warp_sum(log2_at(p, s, hs, first + i, first + n) + log2_at(p, s, hs, first + i + 1, first + n));
       if (!lane()) xs.st(c, of_x), ys.st(c, of_y), through.st(c, log2);
     }
     sync_cta();
@@ -99,7 +100,7 @@ struct DecayGradient {
   }
 
  private:
-  // Log2 of the decay of token t of a sequence, of which `end` are left.
+  // Log2 of the decay of token t of a sequence; from token `end` on there is none.
   static SIMT_DEV double log2_at(const Problem& p, const Sequence& s, int64_t hs, int64_t t, int64_t end) {
     return t < end ? log2_decay_at(p, s.row, hs, s.begin + t) : 0;
   }
@@ -154,8 +155,7 @@ struct DecayGradient {
       sum += gradient;
       if (p.decay == Decay::per_token) row<float>(p.d_log_decay, s.row, hs, s.begin + t).st(0, float(gradient));
     }
-    for (int d = 1; d < 32; d *= 2) sum += shfl_xor(sum, d);
-    return sum;
+    return warp_sum(sum);
   }
 };
 

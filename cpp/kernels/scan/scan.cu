@@ -16,15 +16,7 @@ namespace {
 
 using namespace cuda;
 
-constexpr int64_t kLeastChunks = 4;
-
-// As many segments as fill the device about twice; of the problem and the device alone.
-Segments segments(const Problem& p) {
-  const int64_t chunks = (p.N + kChunk - 1) / kChunk, batch = p.cu_bits ? 1 : p.B;
-  const int64_t slices = (p.V + 63) / 64, blocks = std::max<int64_t>(1, batch * p.H * slices);
-  const int64_t wanted = std::max<int64_t>(1, 2 * limits(p.device.id).processors / blocks);
-  return {std::max(kLeastChunks, (chunks + wanted - 1) / wanted) * kChunk};
-}
+Segments segments(const Problem& p) { return {segment_chunks(p, batch(p) * p.H * ((p.V + 63) / 64)) * kChunk}; }
 
 struct Workspace {
   float* states;
