@@ -47,7 +47,7 @@ def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str
         "commit": machine.commit(),
         "device": machine.device(),
         "versions": versions,
-        "leetcore": {key: leetcore.build_info()[key] for key in ("compiler", "isa", "isas", "openmp")},
+        "leetcore": {key: leetcore.build_info()[key] for key in ("compiler", "isa", "isas")},
         "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
         "threads": ours.available_threads(),
         "chunk": session.chunk,

@@ -1,5 +1,5 @@
 # What `cmake --install` puts down: the library, the headers, the CMake package, the pkg-config file. All of it is relocatable.
-# Destinations follow GNUInstallDirs. OpenMP_CXX_FOUND says whether the library uses OpenMP.
+# Destinations follow GNUInstallDirs.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
@@ -24,8 +24,5 @@ file(RELATIVE_PATH pc_to_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_I
 file(RELATIVE_PATH pc_libdir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_LIBDIR})
 file(RELATIVE_PATH pc_includedir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_INCLUDEDIR})
 set(pc_private "-lstdc++ -lm -pthread")
-if(OpenMP_CXX_FOUND)
-  string(PREPEND pc_private "${OpenMP_CXX_FLAGS} ")
-endif()
 configure_file(${CMAKE_CURRENT_LIST_DIR}/leetcore.pc.in ${PROJECT_BINARY_DIR}/leetcore.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/leetcore.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

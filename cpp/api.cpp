@@ -5,8 +5,9 @@
 #include <new>
 
 #include "cpu/isa.h"
-#include "cpu/threads.h"
+#include "interrupt.h"
 #include "methods.h"
+#include "thread_count.h"
 #include "tuning.h"
 #ifdef LC_WITH_CUDA
 #include "cuda/device.h"
@@ -46,7 +47,7 @@ lc_args widen(const lc_args* a) {
 lc_status lc_run(const lc_args* args) {
   return guarded([&] {
     const lc_args a = widen(args);
-    const lc::Problem p = lc::check(a);
+    lc::Problem p = lc::check(a);
     const lc::Method& m = *lc::choose(p, a.method).method;
     const size_t needed = m.workspace(p);
     if (p.workspace_bytes < needed)
@@ -60,7 +61,12 @@ lc_status lc_run(const lc_args* args) {
       return m.run(p);
     }
 #endif
+    if (!a.interrupt) return m.run(p);
+    lc::Interrupt interrupt(a.interrupt, a.interrupt_context);
+    p.interrupt = &interrupt;
     m.run(p);
+    if (interrupt.stopped())
+      lc::fail(LC_INTERRUPTED, "interrupt: asked for the end of the call; the outputs are undefined");
   });
 }
 
@@ -147,11 +153,19 @@ const char* lc_build_info(void) {
 #else
     text += "\ncuda=no";
 #endif
-    text += "\nopenmp=" + std::string(lc::openmp_version()) + "\nthreads=" + std::to_string(lc::num_threads());
+    const lc::ThreadCount threads = lc::thread_count(0);
+    text += "\nthreads=" + std::to_string(threads.count) + "\nthreads_source=" + threads.source;
   });
   return status == LC_OK ? text.c_str() : "";
 }
 
 void lc_set_num_threads(int n) { lc::set_num_threads(n); }
 
-int lc_num_threads(void) { return lc::num_threads(); }
+int lc_num_threads(void) { return lc_thread_count(0, nullptr); }
+
+int lc_thread_count(int32_t framework, const char** source) {
+  lc::ThreadCount threads = {1, "LEETCORE_NUM_THREADS, which is not a number"};
+  guarded([&] { threads = lc::thread_count(framework); });
+  if (source) *source = threads.source;
+  return threads.count;
+}

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "problem.h"
+#include "thread_count.h"
 
 namespace lc {
 
@@ -305,7 +306,7 @@ void check_cu_seqlens_values(const Problem& p) {
 void check_state_indices_values(const Problem& p) {
   std::vector<bool> taken(size_t(p.slots));
   for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t i = p.state_indices[b];
+    const int64_t i = slot(p, b);
     if (i < -1 || i >= p.slots)
       fail(LC_INVALID, "state_indices: expected -1 or a slot below %lld, got %lld at [%lld]",
            static_cast<long long>(p.slots), static_cast<long long>(i), static_cast<long long>(b));
@@ -329,6 +330,7 @@ Checker structure(const lc_args& a) {
   if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
     fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
+  if (a.num_threads < 0) fail(LC_INVALID, "num_threads: expected 0 or more, got %d", a.num_threads);
   if (!std::isfinite(a.scale)) fail(LC_INVALID, "scale: expected a finite number, got %g", a.scale);
 
   const lc_tensor &q = c.required("q", a.q), &k = c.required("k", a.k), &v = c.required("v", a.v);
@@ -419,10 +421,10 @@ Checker structure(const lc_args& a) {
     p.final_state = c.view(t, false), p.slots = t.shape[0];
     if (const lc_tensor* i = a.state_indices) {
       c.shape("state_indices", *i, {{"B", p.B}});
-      if (!same(i->dtype, {LC_INT, 32, 1}))
-        fail(LC_DTYPE, "state_indices: expected dtype int32, got %s", dtype_text(i->dtype).c_str());
+      if (!same(i->dtype, {LC_INT, 32, 1}) && !same(i->dtype, {LC_INT, 64, 1}))
+        fail(LC_DTYPE, "state_indices: expected dtype int32 or int64, got %s", dtype_text(i->dtype).c_str());
       c.memory("state_indices", *i);
-      p.state_indices = static_cast<const int32_t*>(c.view(*i, false).data);
+      p.index_bits = i->dtype.bits, p.state_indices = c.view(*i, false).data;
     } else if (p.slots < p.B) {
       fail(LC_INVALID, "final_state: expected at least %lld slots, one a sequence, got %lld",
            static_cast<long long>(p.B), static_cast<long long>(p.slots));
@@ -486,6 +488,7 @@ Checker structure(const lc_args& a) {
   }
   p.B = sequences;
   p.workspace = a.workspace, p.workspace_bytes = a.workspace_bytes, p.stream = a.stream;
+  p.threads = p.device.type == LC_CPU ? thread_count(a.num_threads).count : 1;
   return c;
 }
 
@@ -507,7 +510,7 @@ Problem check(const lc_args& args) {
   }
   if (p.device.type == LC_CUDA) return p;  // values there cannot be read without waiting for the device
   if (p.cu_bits) check_cu_seqlens_values(p);
-  if (p.state_indices) check_state_indices_values(p);
+  if (p.index_bits) check_state_indices_values(p);
   return p;
 }
 

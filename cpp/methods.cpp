@@ -1,12 +1,12 @@
 // methods.cpp - the table of methods and the choice among them.
 #include "methods.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "environment.h"
 #include "tuning.h"
 
 namespace lc {
@@ -93,11 +93,10 @@ static bool named(const Method& m, const char* name) {
 }
 
 Choice choose(const Problem& p, const char* name) {
-  static const char* const wish = std::getenv("LEETCORE_METHOD");
   const char* argument = "method";
   if (name && !std::strcmp(name, "auto")) name = nullptr;
-  if (!name && wish && *wish && std::strcmp(wish, "auto") && p.op == LC_FORWARD)
-    name = wish, argument = "LEETCORE_METHOD";
+  if (const std::string& wish = environment().method; !name && !wish.empty() && wish != "auto" && p.op == LC_FORWARD)
+    name = wish.c_str(), argument = "LEETCORE_METHOD";
 
   const Tuning& table = tuning();
   const GridPosition at = locate(table, p);

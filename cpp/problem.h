@@ -15,6 +15,8 @@
 
 namespace lc {
 
+class Interrupt;
+
 enum class Type : uint8_t { f64, f32, f16, bf16 };
 
 // Strided memory over [b, h, n, d]; strides count elements, may be 0 (broadcast) or negative, and stride[3] is 1.
@@ -54,10 +56,13 @@ struct Problem {
   // Stride 0 of d_log_decay: summed.
   View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   const void* cu_seqlens;        // [B + 1]
-  const int32_t* state_indices;  // [B], stride 1, or nullptr: sequence b is slot b
+  int32_t index_bits;            // width of the integers of state_indices, 32 or 64; 0 when absent: sequence b is slot b
+  const void* state_indices;     // [B], stride 1
   void* workspace;
   size_t workspace_bytes;
   void* stream;
+  int threads;           // of the CPU methods, at most
+  Interrupt* interrupt;  // nullptr: nobody can end the call early
 };
 
 // Entries of the batch: packed sequences are one.
@@ -86,7 +91,11 @@ LC_INLINE Sequence sequence(const Problem& p, int64_t b) {
 }
 
 // The slot of sequence b in the pool, -1: skip.
-LC_INLINE int64_t slot(const Problem& p, int64_t b) { return p.state_indices ? p.state_indices[b] : b; }
+LC_INLINE int64_t slot(const Problem& p, int64_t b) {
+  if (!p.index_bits) return b;
+  return p.index_bits == 64 ? static_cast<const int64_t*>(p.state_indices)[b]
+                            : static_cast<const int32_t*>(p.state_indices)[b];
+}
 
 // log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay
 // finite.

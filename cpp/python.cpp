@@ -7,24 +7,35 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
 #include <string>
+#include <thread>
+#include <utility>
+#if defined(__GLIBC__)
+#include <cxxabi.h>
+#endif
 
 namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, whose workers are done with it when a call returns: kept by each calling thread, as fresh
-// pages cost as much as the work on them.
-void* host_scratch(size_t bytes) {
+// Scratch of the CPU methods, at least so many bytes, whose workers are done with it when a call returns: kept by each
+// calling thread, as fresh pages cost as much as the work on them.
+struct Scratch {
+  void* memory;
+  size_t bytes;
+};
+Scratch host_scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -37,7 +48,7 @@ void* host_scratch(size_t bytes) {
     if (!memory) throw std::bad_alloc();
     size = bytes;
   }
-  return memory.get();
+  return {memory.get(), size};
 }
 
 [[noreturn]] void raise(PyObject* kind, const std::string& text) {
@@ -55,6 +66,7 @@ std::string last_error(bool decode) {
 
 void check(lc_status status, bool decode = false) {
   if (status == LC_OK) return;
+  if (status == LC_INTERRUPTED) throw nb::python_error();  // what the signal's handler raised
   PyObject* kinds[] = {nullptr,
                        PyExc_ValueError,
                        PyExc_NotImplementedError,
@@ -65,6 +77,33 @@ void check(lc_status status, bool decode = false) {
   raise(kinds[status], last_error(decode));
 }
 
+// Calls f, which may run Python or wait for the interpreter's lock. CPython before 3.14 ends a daemon thread that does so
+// after the interpreter is gone, by unwinding its stack, which would release our Python objects without the lock. Such a
+// thread waits for the end of the process instead, as CPython 3.14 lets it.
+template <class F>
+decltype(auto) in_python(F&& f) {
+#if defined(__GLIBC__)
+  try {
+    return f();
+  } catch (const abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  return f();
+#endif
+}
+
+// The thread whose signal handlers run in Python: of others lc_run asks nothing.
+unsigned long main_thread = 0;
+
+// Ctrl-C during a call that takes long: whether its handler raised something. Asked without the interpreter's lock.
+int interrupted(void*) {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const int raised = PyErr_CheckSignals();
+  PyGILState_Release(state);
+  return raised;
+}
+
 // An array library of arrays.py.
 struct Library {
   nb::object object;
@@ -72,9 +111,14 @@ struct Library {
   explicit Library(nb::object library) : object(std::move(library)), plain(nb::cast<bool>(object.attr("plain"))) {}
 
   nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const {
-    return object.attr("empty")(shape, like, float_bits);
+    return call("empty", shape, like, float_bits);
   }
-  nb::object result(nb::object array) const { return plain ? array : object.attr("result")(array); }
+  nb::object result(nb::object array) const { return plain ? array : call("result", array); }
+
+  template <class... A>
+  nb::object call(const char* method, const A&... arguments) const {
+    return in_python([&]() -> nb::object { return object.attr(method)(arguments...); });
+  }
 };
 
 // One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run
@@ -87,7 +131,7 @@ class Argument {
   void read(const Library& lib, const char* name, nb::handle array, bool contiguous = true) {
     if (array.is_none()) return;
     take<nb::ndarray<nb::ro>>(lib, name, array, false);
-    if (contiguous && scattered()) take<nb::ndarray<nb::ro>>(lib, name, lib.object.attr("contiguous")(array), false);
+    if (contiguous && scattered()) take<nb::ndarray<nb::ro>>(lib, name, lib.call("contiguous", array), false);
   }
   void write(const Library& lib, const char* name, nb::handle array) {
     if (!array.is_none()) take<nb::ndarray<>>(lib, name, array, true);
@@ -120,8 +164,9 @@ class Argument {
     if (PyFloat_Check(array.ptr()) || PyLong_Check(array.ptr()))
       raise(PyExc_TypeError, std::string(name) + ": expected an array, got a number");
     Array view;
-    if (!nb::try_cast<Array>(lib.plain ? array : lib.object.attr("export")(name, array, writable), view, false) &&
-        !nb::try_cast<Array>(lib.object.attr("repair")(name, array, writable), view, false))
+    const auto import = [&](nb::handle from) { return in_python([&] { return nb::try_cast(from, view, false); }); };
+    if (!import(lib.plain ? nb::borrow(array) : lib.call("export", name, array, writable)) &&
+        !import(lib.call("repair", name, array, writable)))
       raise(PyExc_TypeError, std::string(name) + ": expected an array that can be exported" +
                                  (writable ? " for writing" : "") + ", got one that cannot");
     hold_ = nb::ndarray<nb::ro>(view);
@@ -159,7 +204,7 @@ struct Call {
   lc_args args = {};
 
   Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay, double scale,
-       const char* method, bool bnhd, bool tf32, uintptr_t stream)
+       const char* method, bool bnhd, bool tf32, uintptr_t stream, int threads)
       : lib(std::move(library)), like(v_) {
     q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
     if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr()))
@@ -172,6 +217,7 @@ struct Call {
     args.scale = scale;
     args.flags = (bnhd ? LC_LAYOUT_BNHD : 0) | (tf32 ? LC_ALLOW_TF32 : 0);
     args.stream = reinterpret_cast<void*>(stream);
+    args.num_threads = threads;
   }
 
   void fill() {
@@ -194,18 +240,32 @@ struct Call {
   void run() {
     fill();
     Argument scratch;
-    if (args.q->device.type == LC_CPU) {
-      args.workspace = host_scratch(args.workspace_bytes);
-    } else if (args.workspace_bytes) {
+    if (args.q->device.type == LC_CPU) return run_on_host();
+    if (args.workspace_bytes) {
       scratch.write(lib, "workspace", lib.empty(nb::make_tuple((args.workspace_bytes + 3) / 4), like, 32));
       args.workspace = scratch.get().data;
     }
-    lc_status status;
-    {
-      nb::gil_scoped_release unlocked;
-      status = lc_run(&args);
+    check(run_unlocked(), args.op == LC_DECODE);
+  }
+
+  // A call may need more scratch than it was asked for, where another thread has changed the number of threads or the
+  // tuning table since: it is asked again, and runs in all the scratch that the calling thread has, which only grows.
+  void run_on_host() {
+    if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
+    for (int tries = 1;; ++tries) {
+      const Scratch scratch = host_scratch(args.workspace_bytes);
+      args.workspace = scratch.memory, args.workspace_bytes = scratch.bytes;
+      const lc_status status = run_unlocked();
+      if (status != LC_MEMORY || tries == 100) return check(status, args.op == LC_DECODE);
+      check_structure();
     }
-    check(status, args.op == LC_DECODE);
+  }
+
+  lc_status run_unlocked() const {
+    PyThreadState* const thread = PyEval_SaveThread();
+    const lc_status status = lc_run(&args);
+    in_python([&] { PyEval_RestoreThread(thread); });
+    return status;
   }
 
   int64_t heads(int axis) const { return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]}); }
@@ -222,8 +282,8 @@ struct Call {
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                    nb::handle initial_state, nb::handle cu_seqlens, nb::object out, double scale, const char* method,
-                   bool bnhd, bool tf32, uintptr_t stream, bool return_state) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
+                   bool bnhd, bool tf32, uintptr_t stream, int threads, bool return_state) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream, threads);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
   c.o.write(c.lib, "out", out);
@@ -249,8 +309,9 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
 // wants: d_q, d_k, d_v, d_log_decay, d_initial_state; None comes back for those not wanted.
 nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                    nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_o, nb::handle d_final_state,
-                   double scale, bool bnhd, bool tf32, uintptr_t stream, std::array<bool, 5> wants) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, nullptr, bnhd, tf32, stream);
+                   double scale, bool bnhd, bool tf32, uintptr_t stream, int threads,
+                   std::array<bool, 5> wants) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, nullptr, bnhd, tf32, stream, threads);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
   c.check_structure();  // of the forward pass: gradients have its shapes
@@ -285,8 +346,8 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
 }
 
 nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
-                  nb::handle state_indices, nb::object out, double scale, uintptr_t stream) {
-  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, scale, nullptr, false, false, stream);
+                  nb::handle state_indices, nb::object out, double scale, uintptr_t stream, int threads) {
+  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, scale, nullptr, false, false, stream, threads);
   c.final_state.write(c.lib, "state", state);
   c.state_indices.read(c.lib, "state_indices", state_indices);
   c.o.write(c.lib, "out", out);
@@ -306,8 +367,8 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
 
 std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                     nb::handle initial_state, nb::handle cu_seqlens, double scale, const char* method, bool bnhd,
-                    bool tf32, uintptr_t stream) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream);
+                    bool tf32, uintptr_t stream, int threads) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream, threads);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
   c.check_structure();
@@ -319,7 +380,7 @@ std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb
 
 // What a call on tensors of these shapes costs: they have addresses, which nobody reads. shape: B, N, K, V, Hq, Hk, Hv.
 nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token,
-               bool initial_state, bool final_state, bool cuda) {
+               bool initial_state, bool final_state, bool cuda, int threads) {
   const auto [B, N, K, V, Hq, Hk, Hv] = shape;
   const int64_t Hs = std::max(Hk, Hv);
   int64_t q_shape[] = {B, Hq, N, K}, k_shape[] = {B, Hk, N, K}, v_shape[] = {B, Hv, N, V};
@@ -338,6 +399,7 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
   args.op = LC_FORWARD;
   args.method = method;
   args.scale = 1;
+  args.num_threads = threads;
   args.q = &q, args.k = &k, args.v = &v, args.log_decay = &decay;
   args.initial_state = initial_state ? &before : nullptr;
   args.final_state = final_state ? &after : nullptr;
@@ -374,6 +436,12 @@ nb::list methods() {
   return rows;
 }
 
+std::pair<int, std::string> thread_count(int framework) {
+  const char* source;
+  const int count = lc_thread_count(framework, &source);
+  return {count, source};
+}
+
 std::string build_info() {
   const std::string text = lc_build_info();
   if (text.empty()) raise(PyExc_RuntimeError, lc_last_error());
@@ -384,25 +452,26 @@ std::string build_info() {
 
 NB_MODULE(_core, m) {
   using namespace nb::literals;
+  main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   m.attr("version") = std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
                       std::to_string(LC_VERSION_PATCH);
   m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a,
-        "stream"_a, "return_state"_a);
+        "stream"_a, "threads"_a, "return_state"_a);
   m.def("backward", &backward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_o"_a.none(), "d_final_state"_a.none(), "scale"_a, "bnhd"_a,
-        "tf32"_a, "stream"_a, "wants"_a);
+        "tf32"_a, "stream"_a, "threads"_a, "wants"_a);
   m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
-        "out"_a.none(), "scale"_a, "stream"_a);
+        "out"_a.none(), "scale"_a, "stream"_a, "threads"_a);
   m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
-        "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a);
+        "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a, "threads"_a);
   m.def("cost", &cost, "method"_a, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a,
-        "final_state"_a, "cuda"_a);
+        "final_state"_a, "cuda"_a, "threads"_a);
   m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
   m.def("owned", &owned, "array"_a, "owner"_a);
   m.def("methods", &methods);
   m.def("build_info", &build_info);
   m.def("set_num_threads", &lc_set_num_threads, "n"_a);
-  m.def("num_threads", &lc_num_threads);
+  m.def("thread_count", &thread_count, "framework"_a);
 }

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/threads.h"
 
 // The text, line by line; words are separated by blanks, # begins a comment.
 //
@@ -147,7 +146,7 @@ GridPosition locate(const Tuning& t, const Problem& p) {
   GridPosition at = {{}, type_index(p.type), {}};
   const double sequences = double(p.B > 0 ? p.B : 1);
   const double x[3] = {std::log2(std::fmax(1, double(tokens(p)) / sequences)),
-                       0.5 * std::log2(double(p.K) * double(p.V)), std::log2(sequences * double(p.Hs) / num_threads())};
+                       0.5 * std::log2(double(p.K) * double(p.V)), std::log2(sequences * double(p.Hs) / p.threads)};
   for (int i = 0; i < 3; ++i) {
     const std::vector<double>& axis = t.log2_axis[i];
     if (axis.empty()) continue;

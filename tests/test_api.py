@@ -44,7 +44,7 @@ def test_methods():
 
 def test_build_info():
     info = leetcore.build_info()
-    assert set(info) == {"version", "compiler", "isa", "isas", "cuda", "openmp", "threads"}
+    assert set(info) == {"version", "compiler", "isa", "isas", "cuda", "threads", "threads_source"}
     assert info["version"] == leetcore.__version__ and info["isa"] in info["isas"].split()
 
 

@@ -1,9 +1,9 @@
 #include "isa.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "../environment.h"
 #include "../problem.h"
 
 namespace lc {
@@ -25,8 +25,8 @@ bool usable(Isa isa) { return compiled(isa) && machine_has(isa); }
 
 Isa decide() {
   constexpr Isa kBestFirst[] = {Isa::avx512, Isa::avx2, Isa::generic};
-  const char* wanted = std::getenv("LEETCORE_ISA");
-  if (!wanted || !*wanted) {
+  const char* wanted = environment().isa.c_str();
+  if (!*wanted) {
     for (Isa isa : kBestFirst)
       if (usable(isa)) return isa;
   }

@@ -183,7 +183,7 @@ namespace {
 // Runs worker.run(task) for all tasks, each Worker<E> with scratch of its own.
 template <template <class> class Worker>
 void run_tasks(const Problem& p, int workers) {
-  Tasks tasks;
+  Tasks tasks(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers, [&](int index, int granted) {

@@ -1,19 +1,17 @@
-// threads.h - threads of the CPU methods. The work of one call is split over workers; a worker knows its number only.
+// threads.h - the workers of the CPU methods. The work of one call is split over workers; a worker knows its number
+// only.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
 
+#include "../interrupt.h"
 #include "../problem.h"
 
 namespace lc {
 
-int num_threads();
-void set_num_threads(int n);  // n < 1: the default
-const char* openmp_version();
-
 // Calls body(context, worker, workers) for worker = 0 ... workers - 1 at the same time, each with denormals flushed to
-// zero. Where fewer threads than wished for can be had (inside another parallel region, say), workers is 1.
+// zero. The calling thread is worker 0. workers is less than wished where threads are busy or cannot be made.
 void run_workers(int wished, void (*body)(void* context, int worker, int workers), void* context);
 
 // The same with a lambda body(worker, workers).
@@ -23,12 +21,20 @@ LC_INLINE void run_workers(int wished, F&& body) {
       wished, [](void* f, int w, int workers) { (*static_cast<std::remove_reference_t<F>*>(f))(w, workers); }, &body);
 }
 
-// As many workers as threads, but not more than tasks, nor than the work pays for: waking one costs some microseconds.
-int workers_for(int64_t tasks, double flop);
+// The workers of a call: at most its threads, at most its tasks, and at most what the work pays for, since waking a
+// worker costs some microseconds.
+LC_INLINE int workers_for(const Problem& p, int64_t tasks, double flop) {
+  constexpr double kFlopPerWorker = 1e6;  // about 10 us of one core
+  const double paid = flop / kFlopPerWorker;
+  const double most = paid < double(tasks) ? paid : double(tasks);
+  return most >= p.threads ? p.threads : most > 1 ? int(most) : 1;
+}
 
-// Deals the tasks of one call out to its workers.
+// Deals the tasks of one call out to its workers. After an interruption the tasks that nobody has begun are left out.
 class Tasks {
  public:
+  explicit Tasks(const Problem& p) : interrupt_(p.interrupt) {}
+
   // Calls f(task) for the tasks 0 ... count - 1, each by one of the workers that call this: first those of the worker's
   // own share, which is the same in every call, as its core may have their data in cache; then what others left.
   template <class F>
@@ -36,8 +42,10 @@ class Tasks {
     const int shares = workers < kMost ? workers : kMost;
     for (int s = 0; s < shares; ++s) {
       const int share = (worker + s) % shares;
-      for (int64_t i; (i = counters_[share].taken.fetch_add(1, std::memory_order_relaxed) * shares + share) < count;)
+      for (int64_t i; (i = counters_[share].taken.fetch_add(1, std::memory_order_relaxed) * shares + share) < count;) {
+        if (interrupt_ && interrupt_->stops(worker)) return;
         f(i);
+      }
     }
   }
 
@@ -46,6 +54,7 @@ class Tasks {
   struct alignas(64) Counter {
     std::atomic<int64_t> taken{0};
   } counters_[kMost];
+  Interrupt* interrupt_;
 };
 
 // Whether so many equal tasks keep so many workers busy to the end, or nearly.

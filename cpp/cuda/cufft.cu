@@ -5,11 +5,11 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <tuple>
 
+#include "../environment.h"
 #include "device.h"
 
 namespace lc::cuda {
@@ -36,8 +36,8 @@ bool readable(const std::string& path) { return access(path.c_str(), R_OK) == 0;
 // What dlopen takes, or nothing. In this order: the user's own choice, what the process has loaded already, wheels
 // beside this library (it lies in site-packages/leetcore), the toolkit, the loader's own search, which has to load it.
 std::string find() {
-  if (const char* wish = std::getenv("LEETCORE_CUFFT"); wish && *wish)
-    return std::string(wish).find('/') == std::string::npos || readable(wish) ? wish : "";
+  if (const std::string& wish = environment().cufft; !wish.empty())
+    return wish.find('/') == std::string::npos || readable(wish) ? wish : "";
   for (const char* soname : kSonames)
     if (void* library = dlopen(soname, RTLD_LAZY | RTLD_NOLOAD)) return dlclose(library), soname;
 

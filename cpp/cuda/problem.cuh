@@ -29,6 +29,13 @@ SIMT_DEV Sequence sequence_at(const Problem& p, int64_t b) {
   return sequence_between(p, bounds.ld(b), bounds.ld(b + 1));
 }
 
+// slot() of problem.h.
+SIMT_DEV int64_t slot_at(const Problem& p, int64_t b) {
+  if (!p.index_bits) return b;
+  if (p.index_bits == 64) return gptr<const int64_t>{static_cast<const int64_t*>(p.state_indices)}.ld(b);
+  return gptr<const int32_t>{static_cast<const int32_t*>(p.state_indices)}.ld(b);
+}
+
 // log2_decay() of problem.h.
 SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n) {
   if (!p.log_decay) return log2_decay(p, p.uniform_log_decay);

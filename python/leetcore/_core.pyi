@@ -18,6 +18,7 @@ def forward(
     bnhd: bool,
     tf32: bool,
     stream: int,
+    threads: int,
     return_state: bool,
 ) -> Any: ...
 def backward(
@@ -34,6 +35,7 @@ def backward(
     bnhd: bool,
     tf32: bool,
     stream: int,
+    threads: int,
     wants: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Any, Any, Any, Any, Any]: ...
 def decode(
@@ -47,6 +49,7 @@ def decode(
     out: Any,
     scale: float,
     stream: int,
+    threads: int,
 ) -> Any: ...
 def explain(
     lib: Any,
@@ -61,6 +64,7 @@ def explain(
     bnhd: bool,
     tf32: bool,
     stream: int,
+    threads: int,
 ) -> str: ...
 def cost(
     method: str,
@@ -71,6 +75,7 @@ def cost(
     initial_state: bool,
     final_state: bool,
     cuda: bool,
+    threads: int,
 ) -> tuple[str, float, float, float, int, float, float]: ...
 def set_tuning(text: str | None) -> None: ...
 def as_bfloat16(bits: Any) -> Any: ...
@@ -78,4 +83,4 @@ def owned(array: Any, owner: Any) -> Any: ...
 def methods() -> list[tuple[str, str, str, str]]: ...
 def build_info() -> str: ...
 def set_num_threads(n: int) -> None: ...
-def num_threads() -> int: ...
+def thread_count(framework: int) -> tuple[int, str]: ...

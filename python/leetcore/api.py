@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _core
-from .arrays import Array, Stream, library_of
+from .arrays import Array, Stream, library_of, threads_of_framework
 from .methods import registered, run_registered
 
 Layout = Literal["bhnd", "bnhd"]
@@ -25,6 +25,7 @@ class Gradients(NamedTuple):
     d_initial_state: Any
 
 
+_MOST_THREADS = 4096
 _FORWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "out")
 _BACKWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "d_o", "d_final_state")
 _DECODE = ("q", "k", "v", "state", "log_decay", "state_indices", "out")
@@ -117,6 +118,7 @@ def linear_attention(
             _bnhd(layout),
             _tf32(precision),
             queue,
+            threads_of_framework(),
             return_state,
         )
     except ValueError as error:
@@ -184,6 +186,7 @@ def linear_attention_backward(
             _bnhd(layout),
             _tf32(precision),
             queue,
+            threads_of_framework(),
             given,
         )
     )
@@ -219,7 +222,7 @@ def decode_step(
     """
     log_decay = _scalar(log_decay)
     lib, queue = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out).at(q, stream)
-    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), queue)
+    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), queue, threads_of_framework())
 
 
 def explain(
@@ -251,23 +254,39 @@ def explain(
         _bnhd(layout),
         _tf32(precision),
         queue,
+        threads_of_framework(),
     )
     return text + "".join(f"  {name:10} python  runs when it is named\n" for name in registered)
 
 
 def build_info() -> dict[str, str]:
-    """What was built and what is in use: version, compiler, isa, isas, cuda, openmp, threads."""
-    return dict(line.split("=", 1) for line in _core.build_info().splitlines())
+    """What was built and what is in use: version, compiler, isa, isas, cuda, threads, threads_source."""
+    info = dict(line.split("=", 1) for line in _core.build_info().splitlines())
+    threads, source = _core.thread_count(threads_of_framework())
+    return info | {"threads": str(threads), "threads_source": source}
 
 
 def set_num_threads(n: int) -> None:
-    """Threads of the CPU methods, for the whole process; n < 1 restores the default."""
-    _core.set_num_threads(n)
+    """Sets the number of threads of the CPU methods, for the whole process.
+
+    Args:
+        n: 1 to 4096; n < 1 takes the setting back, and the number is the caller's again: see `num_threads`.
+    """
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
+        raise TypeError(f"n: expected a whole number, got {type(n).__name__}")
+    if n > _MOST_THREADS:
+        raise ValueError(f"n: expected at most {_MOST_THREADS} threads, or 0 for the default, got {n}")
+    _core.set_num_threads(max(int(n), 0))
 
 
 def num_threads() -> int:
-    """Threads the CPU methods use at the most."""
-    return _core.num_threads()
+    """The number of threads that a call on the CPU uses at most, as of now.
+
+    The first source that is there decides: `set_num_threads`, LEETCORE_NUM_THREADS, torch.get_num_threads() in a process
+    that has loaded torch, OMP_NUM_THREADS, the cores that affinity and CPU quota allow. The last two are never exceeded
+    by torch's number, and OMP_THREAD_LIMIT by neither. `build_info()["threads_source"]` names the source.
+    """
+    return _core.thread_count(threads_of_framework())[0]
 
 
 def _real(name: str, value: Any) -> float:

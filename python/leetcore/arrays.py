@@ -540,6 +540,13 @@ def _find(name: str, array: Array) -> Library:
     return library
 
 
+def threads_of_framework() -> int:
+    """The number of threads that torch would use, in a process that has loaded it; else 0."""
+    torch = sys.modules.get("torch")
+    count = getattr(torch, "get_num_threads", None)  # torch may be half imported
+    return int(count()) if count else 0
+
+
 def library_of(names: tuple[str, ...], *arrays: Array) -> Library:
     """The library all arrays are of; None and Python numbers are of every one. Raises TypeError for a mixture."""
     kind = type(arrays[0])

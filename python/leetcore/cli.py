@@ -48,7 +48,7 @@ def info() -> None:
         "leetcore": f"{build['version']} in {Path(leetcore.__file__).parent}",
         "compiler": build["compiler"],
         "instruction set": f"{build['isa']} of {build['isas']}",
-        "threads": f"{build['threads']} (openmp {build['openmp']})",
+        "threads": f"{build['threads']} (by {build['threads_source']})",
         "cuda": build["cuda"],
         "tuning": leetcore.tuning.source,
         "methods": ", ".join(f"{m.name} ({m.device})" for m in leetcore.methods()),

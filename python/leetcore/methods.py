@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _core
-from .arrays import TORCH, Array, library_of
+from .arrays import TORCH, Array, library_of, threads_of_framework
 
 _DTYPES = {"float64": (2, 64), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}  # DLPack's code, bits
 
@@ -150,7 +150,7 @@ def cost(
     shape = tuple(sizes[name] for name in ("B", "N", "K", "V", "Hq", "Hk", "Hv"))
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    return Cost(*_core.cost(method, shape, *_DTYPES[dtype], per_token, initial_state, return_state, device == "cuda"))
+    return Cost(*_core.cost(method, shape, *_DTYPES[dtype], per_token, initial_state, return_state, device == "cuda", threads_of_framework()))
 
 
 def run_registered(

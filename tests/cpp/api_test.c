@@ -256,7 +256,7 @@ static void methods(void) {
 }
 
 static void build(void) {
-  static const char* const keys[] = {"version=", "compiler=", "isa=", "isas=", "cuda=", "openmp="};
+  static const char* const keys[] = {"version=", "compiler=", "isa=", "isas=", "cuda=", "threads=", "threads_source="};
   char version[64];
   size_t i;
   const char* info = lc_build_info();

@@ -41,7 +41,8 @@ typedef enum lc_status {
   LC_DEVICE = 3,      /* no such device, too old, not in this build, a kernel did not start: the output is undefined */
   LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
   LC_INTERNAL = 5,    /* a bug in leetcore                                                     */
-  LC_DTYPE = 6        /* a tensor of a dtype that is not allowed; nothing was written           */
+  LC_DTYPE = 6,       /* a tensor of a dtype that is not allowed; nothing was written           */
+  LC_INTERRUPTED = 7  /* lc_args.interrupt asked for the end of the call: the outputs are undefined */
 } lc_status;
 
 typedef enum lc_op { LC_FORWARD = 0, LC_BACKWARD = 1, LC_DECODE = 2 } lc_op;
@@ -104,7 +105,7 @@ typedef struct lc_args {
   const lc_tensor* log_decay;     /* natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or, one per token, [B, Hs, N];
                                      a rank-0 tensor is read on the host. Absent: no decay */
   const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
-  const lc_tensor* state_indices; /* LC_DECODE: int32 [B], the slot of each sequence in final_state, -1 skips it (its
+  const lc_tensor* state_indices; /* LC_DECODE: int32 or int64 [B], the slot of each sequence in final_state, -1 skips it (its
                                      output rows become 0). Absent: sequence b uses slot b */
   const lc_tensor* cu_seqlens;    /* not LC_DECODE: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S
                                      sequences packed one behind the other along the token axis */
@@ -121,6 +122,10 @@ typedef struct lc_args {
   void* workspace;        /* scratch for this call alone, where the tensors are; aligned to 64 bytes, 256 on a GPU */
   size_t workspace_bytes; /* at least what lc_workspace says */
   void* stream;           /* cudaStream_t of the tensors' device; must be NULL on the CPU */
+  int32_t num_threads;    /* threads of the caller's framework, 0: not known. See lc_num_threads */
+  int (*interrupt)(void* context); /* NULL, or asked now and then, by the calling thread, during a call on the CPU that
+                                      takes long: another answer than 0 ends the call with LC_INTERRUPTED */
+  void* interrupt_context;         /* what interrupt is called with */
 } lc_args;
 
 /* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there. No value
@@ -133,7 +138,8 @@ typedef struct lc_args {
  *   pool skips its sequence, as -1 does. */
 LC_API lc_status lc_run(const lc_args* args);
 
-/* The scratch lc_run needs for these arguments, in bytes. Checks shapes, dtypes, strides and devices but reads no
+/* The scratch lc_run needs for these arguments, in bytes. lc_run may need more where another thread has
+ * changed the number of threads or the tuning table since: it then returns LC_MEMORY, and the caller asks again. Checks shapes, dtypes, strides and devices but reads no
  * tensor's values; o may be absent (an LC_FORWARD caller can size o, and gradients, from a validated problem). */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
@@ -170,13 +176,27 @@ LC_API const char* lc_last_error(void);            /* of this thread, until its 
 LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
 
 /* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda,
- * openmp. The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
+ * threads and threads_source (lc_thread_count). The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
 LC_API const char* lc_build_info(void);
 
-/* Threads of the CPU methods, for the whole process: LEETCORE_NUM_THREADS, else one per available core. n < 1 restores
- * that default. The answers of a method do not depend on the number of threads. */
+/* Threads of the CPU methods. The first source that applies decides, at the beginning of each call:
+ *
+ * 1. one thread inside a parallel region of an OpenMP runtime that the program is linked with;
+ * 2. lc_set_num_threads(n), for the whole process, 1 <= n <= 4096; n < 1 takes the setting back;
+ * 3. LEETCORE_NUM_THREADS;
+ * 4. lc_args.num_threads, else omp_get_max_threads() of an OpenMP runtime that the program is linked with, else
+ *    OMP_NUM_THREADS; each at most OMP_THREAD_LIMIT and at most what 5 says;
+ * 5. the cores that the affinity of the calling thread allows, at most the CPU quota of the control groups, rounded up.
+ *
+ * Threads are made by the first call that needs them, wait for the next call, and follow the affinity of the thread
+ * that calls. Where one cannot be made a call uses fewer, and so do calls at the same time, which share them. A forked
+ * child makes threads of its own. The answers of a method do not depend on the number of threads. */
 LC_API void lc_set_num_threads(int n);
-LC_API int lc_num_threads(void);
+LC_API int lc_num_threads(void); /* lc_thread_count(0, NULL) */
+
+/* The number of threads of a call with lc_args.num_threads = framework, and, unless source is NULL, where it is from:
+ * a few words. */
+LC_API int lc_thread_count(int32_t framework, const char** source);
 
 #ifdef __cplusplus
 }

@@ -75,7 +75,7 @@ struct Worker {
   }
 };
 
-int workers(const Problem& p) { return workers_for(p.B * p.Hs * vectors<float>(p.V), flop(p)); }
+int workers(const Problem& p) { return workers_for(p, p.B * p.Hs * vectors<float>(p.V), flop(p)); }
 
 template <class E>
 struct Shared {

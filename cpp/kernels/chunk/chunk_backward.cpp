@@ -46,7 +46,7 @@ struct Call : Problem {
     const int64_t visits = p.cu_bits ? p.Hs / family * chunks : families * chunks;
     const double fits = kKeptBytes / (double(family) * state_bytes(p)), root = std::ceil(std::sqrt(double(chunks)));
     segment = std::min(chunks, int64_t(std::max(fits, root)));
-    workers = workers_for(visits, flop());
+    workers = workers_for(p, visits, flop());
     cut = !balanced(families, workers);
     if (cut) segment = std::min(segment, std::max<int64_t>(1, visits / (4 * workers)));
     const int64_t widest = std::min<int64_t>(workers, vectors(p.K));
@@ -506,7 +506,7 @@ size_t workspace(const Problem& problem) {
 
 void run(const Problem& problem) {
   const Call p(problem);
-  Tasks chains, families;
+  Tasks chains(p), families(p);
   Barrier barrier;
   const int64_t states = p.B * p.Hs, of_sequence = p.Hs / p.family;
   const int64_t parts = p.cut ? p.segments(p.N) : 1;

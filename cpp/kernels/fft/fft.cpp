@@ -363,12 +363,12 @@ double flop(const Problem& p) {
   return double(p.B * p.Hs) * double(padded_columns(p)) * (double((p.K + 1) / 2) * pair + filter + states);
 }
 
-int workers(const Problem& p) { return workers_for(p.B * p.Hs * column_vectors(p), flop(p)); }
+int workers(const Problem& p) { return workers_for(p, p.B * p.Hs * column_vectors(p), flop(p)); }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  Tasks tasks;
+  Tasks tasks(p);
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, sequence(p, b).length);
   with_type(p.type, [&](auto e) {

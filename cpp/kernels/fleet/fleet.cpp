@@ -197,12 +197,12 @@ int64_t splits(const Problem& p, int workers) {
   return balanced(states, workers) ? 1 : std::min<int64_t>(most, workers);
 }
 
-int workers(const Problem& p) { return workers_for(p.B * p.Hs * vectors<float>(p.V), flop(p)); }
+int workers(const Problem& p) { return workers_for(p, p.B * p.Hs * vectors<float>(p.V), flop(p)); }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  Tasks tasks;
+  Tasks tasks(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {

@@ -130,7 +130,7 @@ struct Worker {
   }
 };
 
-int workers(const Problem& p) { return workers_for(p.H * (tokens(p) / C + p.B), flop(p)); }
+int workers(const Problem& p) { return workers_for(p, p.H * (tokens(p) / C + p.B), flop(p)); }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
@@ -139,7 +139,7 @@ size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p))
 void run(const Problem& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, blocks(sequence(p, b)));
-  Tasks rows, final_states;
+  Tasks rows(p), final_states(p);
   Barrier barrier;
   with_type(p.type, [&](auto e) {
     using E = decltype(e);

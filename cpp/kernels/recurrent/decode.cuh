@@ -40,7 +40,7 @@ struct Decode {
     const Problem& p = a.p;
     const unsigned block = bid().x / a.pieces, hs = block % unsigned(p.Hs), h = hs * a.heads;
     const int64_t b = block / unsigned(p.Hs), c0 = int64_t(bid().x % a.pieces) * a.width();
-    const int64_t slot = p.state_indices ? gptr<const int32_t>{p.state_indices}.ld(b) : b;
+    const int64_t slot = slot_at(p, b);
     const int columns = int(p.V - c0 < a.width() ? p.V - c0 : a.width());
     const int heads = int(a.heads), all_pairs = int(p.N) * heads;
     const auto output = [&](int pair) { return row<E>(p.o, b, h + pair % heads, pair / heads).sub(c0); };

@@ -241,13 +241,13 @@ int64_t splits(const Problem& p, int workers) {
 }
 
 int workers(const Problem& p) {
-  return workers_for(p.B * p.Hs * vectors<float>(p.V), std::max(flop(p), least_bytes(p) * 4));
+  return workers_for(p, p.B * p.Hs * vectors<float>(p.V), std::max(flop(p), least_bytes(p) * 4));
 }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  Tasks tasks;
+  Tasks tasks(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     using T = Accumulator<E>;

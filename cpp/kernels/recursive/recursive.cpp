@@ -118,7 +118,7 @@ struct Worker {
   }
 };
 
-int workers(const Problem& p) { return workers_for(p.B * p.H * vectors<float>(p.V), flop(p)); }
+int workers(const Problem& p) { return workers_for(p, p.B * p.H * vectors<float>(p.V), flop(p)); }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
 

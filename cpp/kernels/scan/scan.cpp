@@ -141,12 +141,12 @@ struct Worker {
   }
 };
 
-int workers(const Problem& p) { return workers_for(base(p, p.B) * p.Hs, flop(p)); }
+int workers(const Problem& p) { return workers_for(p, base(p, p.B) * p.Hs, flop(p)); }
 
 size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
-  Tasks segment_states, prefixes, segment_outputs;
+  Tasks segment_states(p), prefixes(p), segment_outputs(p);
   Barrier barrier;
   const int64_t most = segments(p.N), states = p.B * p.Hs;
   with_type(p.type, [&](auto e) {

@@ -1,0 +1,33 @@
+// interrupt.h - whether the caller wants a call to end early.
+#pragma once
+#include <atomic>
+#include <chrono>
+
+namespace lc {
+
+// One call's question to its caller, and the answer for all of its workers. Worker 0 is the calling thread: it alone
+// asks, at most every kPeriod, as the answer may need a lock of the caller's.
+class Interrupt {
+ public:
+  using Asked = int (*)(void* context);
+  Interrupt(Asked asked, void* context) : asked_(asked), context_(context), next_(Clock::now() + kPeriod) {}
+
+  bool stops(int worker) {
+    if (worker == 0 && !stopped()) {
+      const Clock::time_point now = Clock::now();
+      if (now >= next_) next_ = now + kPeriod, stopped_.store(asked_(context_) != 0, std::memory_order_relaxed);
+    }
+    return stopped();
+  }
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kPeriod{50};
+  const Asked asked_;
+  void* const context_;
+  Clock::time_point next_;
+  std::atomic<bool> stopped_{false};
+};
+
+}  // namespace lc

@@ -1,0 +1,183 @@
+#include "thread_count.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <thread>
+
+#include "environment.h"
+#include "problem.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+// The caller's OpenMP runtime, where the program is linked with one; leetcore itself needs none.
+#if defined(__GNUC__) && !defined(_WIN32)
+extern "C" {
+int omp_in_parallel() __attribute__((weak));
+int omp_get_max_threads() __attribute__((weak));
+}
+#define LC_CALLERS_OPENMP 1
+#endif
+
+namespace lc {
+namespace {
+
+std::atomic<int> requested{0};
+thread_local Cores cores;
+
+// A number of threads from the environment: of OpenMP's lists "4,2" the first, 0 where there is none.
+int first_number(const std::string& text) {
+  const long n = std::strtol(text.c_str(), nullptr, 10);
+  return int(std::clamp<long>(n, 0, kMostThreads));
+}
+
+int from_environment() {
+  const std::string& text = environment().num_threads;
+  if (text.empty()) return 0;
+  char* end;
+  const long n = std::strtol(text.c_str(), &end, 10);
+  if (*end || n < 1 || n > kMostThreads)
+    fail(LC_DEVICE, "LEETCORE_NUM_THREADS: expected a number from 1 to %d, got '%.100s'", kMostThreads, text.c_str());
+  return int(n);
+}
+
+#if defined(__linux__)
+
+int read_affinity(Cores& to) {
+  to.size = Cores::kBytes;
+  auto* set = reinterpret_cast<cpu_set_t*>(to.set);
+  if (sched_getaffinity(0, to.size, set)) return to.size = 0;
+  return CPU_COUNT_S(to.size, set);
+}
+
+// Every core the process may use, though an OpenMP runtime has pinned the calling thread to some: the kernel cuts a set
+// of all cores down to those that are allowed.
+const Cores& allowed_cores() {
+  static const Cores all = [] {
+    Cores pinned, wide;
+    if (!read_affinity(pinned)) return pinned;
+    std::fill(std::begin(wide.set), std::end(wide.set), ~0ul);
+    if (sched_setaffinity(0, Cores::kBytes, reinterpret_cast<const cpu_set_t*>(wide.set))) return pinned;
+    read_affinity(wide);
+    sched_setaffinity(0, Cores::kBytes, reinterpret_cast<const cpu_set_t*>(pinned.set));
+    return wide;
+  }();
+  return all;
+}
+
+int usable_cores() {
+  if (!environment().omp_binds) return read_affinity(cores);
+  cores = allowed_cores();
+  return cores.size ? CPU_COUNT_S(cores.size, reinterpret_cast<const cpu_set_t*>(cores.set)) : 0;
+}
+
+#else
+
+int usable_cores() { return 0; }
+
+#endif
+
+// The quota is read again when the last answer is older than a second: it is a file, and an operator changes it.
+double recent_quota() {
+  using Clock = std::chrono::steady_clock;
+  static std::atomic<double> quota{0};
+  static std::atomic<Clock::rep> next{std::numeric_limits<Clock::rep>::min()};
+  const Clock::rep now = Clock::now().time_since_epoch().count();
+  if (now >= next.load(std::memory_order_relaxed)) {
+    quota.store(cpu_quota(), std::memory_order_relaxed);
+    next.store(now + Clock::duration(std::chrono::seconds(1)).count(), std::memory_order_relaxed);
+  }
+  return quota.load(std::memory_order_relaxed);
+}
+
+// The first two numbers of a file; "max" and a missing number are infinite, a missing file has neither.
+bool read_pair(const std::string& path, double (&values)[2]) {
+  std::ifstream file(path);
+  std::string words[2];
+  if (!(file >> words[0])) return false;
+  file >> words[1];
+  for (int i = 0; i < 2; ++i) {
+    char* end;
+    values[i] = std::strtod(words[i].c_str(), &end);
+    if (words[i].empty() || *end) values[i] = std::numeric_limits<double>::infinity();
+  }
+  return true;
+}
+
+// The quota of the group in `folder`: cpu.max of version 2, cpu.cfs_* of version 1 of control groups.
+double group_quota(const std::string& folder) {
+  double v2[2], quota[2], period[2];
+  if (read_pair(folder + "/cpu.max", v2) && std::isfinite(v2[0]) && v2[1] > 0) return v2[0] / v2[1];
+  if (read_pair(folder + "/cpu.cfs_quota_us", quota) && quota[0] > 0 &&
+      read_pair(folder + "/cpu.cfs_period_us", period) && period[0] > 0)
+    return quota[0] / period[0];
+  return std::numeric_limits<double>::infinity();
+}
+
+}  // namespace
+
+double cpu_quota(const std::string& root) {
+  double least = std::numeric_limits<double>::infinity();
+  std::ifstream groups(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // "number:controllers:/path"
+    std::istringstream parts(line);
+    std::string number, controllers, path;
+    if (!std::getline(parts, number, ':') || !std::getline(parts, controllers, ':') || !std::getline(parts, path))
+      continue;
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    const std::string mounts[] = {"/sys/fs/cgroup", v2 ? "/sys/fs/cgroup/unified" : "/sys/fs/cgroup/" + controllers,
+                                  "/sys/fs/cgroup/cpu"};
+    for (int i = v2 ? 0 : 1; i < (v2 ? 2 : 3); ++i)
+      for (std::string group = path;; group.resize(group.rfind('/'))) {  // this group and those that hold it
+        if (group == "/") group.clear();
+        least = std::min(least, group_quota(root + mounts[i] + group));
+        if (group.empty() || group[0] != '/') break;
+      }
+  }
+  return least;
+}
+
+ThreadCount thread_count(int framework) {
+#ifdef LC_CALLERS_OPENMP
+  if (omp_in_parallel && omp_in_parallel()) return {1, "an OpenMP region"};
+#endif
+  const int usable = usable_cores();
+  if (const int n = requested.load(std::memory_order_relaxed); n > 0) return {n, "set_num_threads"};
+  if (const int n = from_environment()) return {n, "LEETCORE_NUM_THREADS"};
+
+  static const int omp_num_threads = first_number(environment().omp_num_threads);
+  static const int omp_thread_limit = first_number(environment().omp_thread_limit);
+  static const int machine = std::max(1, int(std::thread::hardware_concurrency()));
+  ThreadCount best = usable ? ThreadCount{usable, "affinity"} : ThreadCount{machine, "the machine"};
+  const auto limit = [&](double n, const char* source) {
+    if (n > 0 && std::ceil(n) < best.count) best = {int(std::ceil(n)), source};
+  };
+  if (best.count > 1) limit(recent_quota(), "CPU quota");
+#ifdef LC_CALLERS_OPENMP
+  const int runtime = omp_get_max_threads ? omp_get_max_threads() : 0;
+#else
+  const int runtime = 0;
+#endif
+  if (framework > 0)
+    limit(framework, "the caller's framework");
+  else if (runtime > 0)
+    limit(runtime, "the caller's OpenMP");
+  else
+    limit(omp_num_threads, "OMP_NUM_THREADS");
+  limit(omp_thread_limit, "OMP_THREAD_LIMIT");
+  return best;
+}
+
+void set_num_threads(int n) { requested.store(std::clamp(n, 0, kMostThreads), std::memory_order_relaxed); }
+
+const Cores& last_seen_cores() { return cores; }
+
+}  // namespace lc
