@@ -11,19 +11,11 @@
 #include <thread>
 
 #include "environment.h"
+#include "openmp.h"
 #include "problem.h"
 
 #if defined(__linux__)
 #include <sched.h>
-#endif
-
-// The caller's OpenMP runtime, where the program is linked with one; leetcore itself needs none.
-#if defined(__GNUC__) && !defined(_WIN32)
-extern "C" {
-int omp_in_parallel() __attribute__((weak));
-int omp_get_max_threads() __attribute__((weak));
-}
-#define LC_CALLERS_OPENMP 1
 #endif
 
 namespace lc {
@@ -146,9 +138,8 @@ double cpu_quota(const std::string& root) {
 }
 
 ThreadCount thread_count(int framework) {
-#ifdef LC_CALLERS_OPENMP
-  if (omp_in_parallel && omp_in_parallel()) return {1, "an OpenMP region"};
-#endif
+  const OpenMP* runtime = openmp();
+  if (runtime && runtime->in_parallel()) return {1, "an OpenMP region"};
   const int usable = usable_cores();
   if (const int n = requested.load(std::memory_order_relaxed); n > 0) return {n, "set_num_threads"};
   if (const int n = from_environment()) return {n, "LEETCORE_NUM_THREADS"};
@@ -161,15 +152,10 @@ ThreadCount thread_count(int framework) {
     if (n > 0 && std::ceil(n) < best.count) best = {int(std::ceil(n)), source};
   };
   if (best.count > 1) limit(recent_quota(), "CPU quota");
-#ifdef LC_CALLERS_OPENMP
-  const int runtime = omp_get_max_threads ? omp_get_max_threads() : 0;
-#else
-  const int runtime = 0;
-#endif
   if (framework > 0)
     limit(framework, "the caller's framework");
-  else if (runtime > 0)
-    limit(runtime, "the caller's OpenMP");
+  else if (runtime)
+    limit(runtime->max_threads(), "the caller's OpenMP");
   else
     limit(omp_num_threads, "OMP_NUM_THREADS");
   limit(omp_thread_limit, "OMP_THREAD_LIMIT");

@@ -10,8 +10,8 @@ namespace lc {
 //   1. 1, inside a parallel region of OpenMP
 //   2. set_num_threads(n)
 //   3. LEETCORE_NUM_THREADS
-//   4. `framework`, the number of threads of the caller's framework (> 0), else the OpenMP runtime that the program is
-//      linked with, else OMP_NUM_THREADS; never more than OMP_THREAD_LIMIT, nor than the cores the process may use
+//   4. `framework`, the number of threads of the caller's framework (> 0), else the OpenMP runtime of the
+//      process, else OMP_NUM_THREADS; never more than OMP_THREAD_LIMIT, nor than the cores the process may use
 //   5. the cores the process may use, by the affinity of the calling thread and the CPU quota of its control groups
 //
 // Throws Error if LEETCORE_NUM_THREADS is not a number.

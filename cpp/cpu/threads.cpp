@@ -1,13 +1,19 @@
-// threads.cpp - a pool of threads that survives a fork and does with fewer threads where no more can be made.
+// threads.cpp - workers on the threads of the process's OpenMP runtime, or else on a pool that survives a fork and does
+// with fewer threads where no more can be made.
 #include "threads.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <sstream>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "../openmp.h"
 #include "../thread_count.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -49,24 +55,62 @@ class FlushDenormals {
 #endif
 };
 
-// A spin costs about 30 ns.
-constexpr int kSpins = 2048;
-
 void pause() {
 #if defined(__SSE2__)
   _mm_pause();
 #endif
 }
 
-// Spins while `condition` holds, some 20 to 50 us at most. Returns whether it ended.
+// Spins while `condition` holds, for about as long as waking a thread takes: a wait then costs at most twice what the
+// better one of spinning and sleeping does. Returns whether the condition has ended.
 template <class F>
 bool spin_while(F&& condition) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (!condition()) return true;
-    pause();
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::microseconds kMost{50};
+  for (const Clock::time_point end = Clock::now() + kMost; condition();) {
+    for (int i = 0; i < 16 && condition(); ++i) pause();
+    if (Clock::now() > end) return !condition();
+    std::this_thread::yield();  // to whoever else needs this core
   }
-  return !condition();
+  return true;
 }
+
+#if defined(LC_POSIX)
+
+// Whether this process has been forked and has not begun another program since, as Linux knows it (PF_FORKNOEXEC).
+bool forked_before_load() {
+  std::ifstream stat("/proc/self/stat");
+  std::string text;
+  std::getline(stat, text);
+  std::istringstream words(text.substr(std::min(text.size(), text.rfind(')') + 1)));  // after the name
+  std::string skipped;
+  unsigned long flags = 0;
+  for (int i = 0; i < 6; ++i) words >> skipped;
+  return words >> flags && flags & 0x40;
+}
+
+// Whether `count` threads more can be made now: an OpenMP runtime ends the process where it cannot make one. They are
+// made and ended again, once per calling thread, as the runtime's threads belong to the thread that calls.
+bool room_for(int count) {
+  static thread_local int proven = 0;
+  if (count <= proven) return true;
+  std::vector<pthread_t> made;
+  made.reserve(size_t(count));
+  std::mutex gate;
+  {
+    const std::lock_guard<std::mutex> closed(gate);
+    const auto pass = [](void* g) -> void* {
+      const std::lock_guard<std::mutex> through(*static_cast<std::mutex*>(g));
+      return nullptr;
+    };
+    for (pthread_t id; int(made.size()) < count && !pthread_create(&id, nullptr, pass, &gate);) made.push_back(id);
+  }
+  for (pthread_t id : made) pthread_join(id, nullptr);
+  if (int(made.size()) == count) proven = count;
+  return proven == count;
+}
+
+#endif
 
 // What run_workers was asked for, on the stack of the calling thread.
 struct Job {
@@ -106,37 +150,45 @@ class Thread {
   }
 
   void give(const Job& job, int worker) {
-    worker_ = worker;
-    set(&job);
+    job_ = &job, worker_ = worker;
+    set(kGiven);
   }
 
+  // Takes the job back if this thread has not begun with it: the others have done all of it. Else waits for its end.
   void finish() {
-    if (spin_while([&] { return job_.load(std::memory_order_acquire) != nullptr; })) return;
+    int expected = kGiven;
+    if (phase_.compare_exchange_strong(expected, kIdle, std::memory_order_acquire)) return;
+    if (spin_while([&] { return phase_.load(std::memory_order_acquire) != kIdle; })) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return !job_.load(std::memory_order_acquire); });
+    changed_.wait(lock, [&] { return phase_.load(std::memory_order_acquire) == kIdle; });
   }
 
  private:
   static constexpr size_t kStackBytes = 2 << 20;
 
+  // Its caller gives a job, the thread begins with it and ends it, or its caller takes it back.
+  enum Phase { kIdle, kGiven, kBegun };
+
   void loop() {
     const FlushDenormals guard;
     for (;;) {
-      if (!spin_while([&] { return !job_.load(std::memory_order_acquire); })) {
+      if (!spin_while([&] { return phase_.load(std::memory_order_acquire) != kGiven; })) {
         std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != nullptr; });
+        changed_.wait(lock, [&] { return phase_.load(std::memory_order_acquire) == kGiven; });
       }
-      const Job& job = *job_.load(std::memory_order_acquire);
+      int expected = kGiven;
+      if (!phase_.compare_exchange_strong(expected, kBegun, std::memory_order_acquire)) continue;
+      const Job& job = *job_;
       follow(*job.cores);
       job.body(job.context, worker_, job.workers);
-      set(nullptr);
+      set(kIdle);
     }
   }
 
-  void set(const Job* job) {
+  void set(Phase phase) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job_.store(job, std::memory_order_release);
+      phase_.store(phase, std::memory_order_release);
     }
     changed_.notify_one();
   }
@@ -151,7 +203,8 @@ class Thread {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::atomic<const Job*> job_{nullptr};
+  std::atomic<int> phase_{kIdle};
+  const Job* job_ = nullptr;
   int worker_ = 0;
   Cores cores_ = {};
 };
@@ -189,12 +242,16 @@ class Pool {
   std::vector<Thread*> idle_;
 };
 
-// A forked child has the memory of its parent's pool and none of its threads; a lock in it may be held by a thread that
-// is gone. So the child leaves that pool alone and makes one of its own with its first call.
+// A forked child has the memory of its parent's pools and none of their threads; a lock in it may be held by a thread
+// that is gone. So the child leaves our pool alone and makes one of its own with its first call, and leaves the OpenMP
+// runtime's pool alone, in which it would wait for ever.
 std::atomic<Pool*> current{nullptr};
 #if defined(LC_POSIX)
-[[maybe_unused]] const int watches_forks =
-    pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_relaxed); });
+std::atomic<bool> forked{forked_before_load()};
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true, std::memory_order_relaxed);
+  current.store(nullptr, std::memory_order_relaxed);
+});
 #endif
 
 Pool& pool() {
@@ -205,15 +262,37 @@ Pool& pool() {
   return *here;
 }
 
+// Runs the job on the threads of the process's OpenMP runtime; false, and nothing done, where they cannot be used.
+bool run_on_openmp(int wished, const Job& job) {
+#if defined(LC_POSIX)
+  const OpenMP* runtime = openmp();
+  if (!runtime || forked.load(std::memory_order_relaxed) || !room_for(wished - 1)) return false;
+  struct Shared {
+    const OpenMP& runtime;
+    const Job& job;
+  } shared = {*runtime, job};
+  const auto body = [](void* context) {
+    const Shared& s = *static_cast<const Shared*>(context);
+    const FlushDenormals guard;
+    s.job.body(s.job.context, s.runtime.thread_num(), s.runtime.num_threads());
+  };
+  runtime->parallel(body, &shared, unsigned(wished), 0);
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 void run_workers(int wished, void (*body)(void* context, int worker, int workers), void* context) {
-  const FlushDenormals guard;
   std::vector<Thread*> threads;
   if (wished > 1) {
+    if (run_on_openmp(wished, {body, context, wished, nullptr})) return;
     threads.reserve(size_t(wished) - 1);
     pool().take(size_t(wished) - 1, threads);
   }
+  const FlushDenormals guard;
   const Job job = {body, context, int(threads.size()) + 1, &last_seen_cores()};
   for (size_t i = 0; i < threads.size(); ++i) threads[i]->give(job, int(i) + 1);
   body(context, 0, job.workers);

@@ -11,7 +11,9 @@
 namespace lc {
 
 // Calls body(context, worker, workers) for worker = 0 ... workers - 1 at the same time, each with denormals flushed to
-// zero. The calling thread is worker 0. workers is less than wished where threads are busy or cannot be made.
+// zero. The calling thread is worker 0. workers is less than wished where threads are busy or cannot be made. A worker
+// that has not begun when the calling thread returns from body never begins: work is dealt out by Tasks, and a body
+// with a Barrier waits there for all workers.
 void run_workers(int wished, void (*body)(void* context, int worker, int workers), void* context);
 
 // The same with a lambda body(worker, workers).

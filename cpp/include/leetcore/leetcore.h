@@ -181,16 +181,17 @@ LC_API const char* lc_build_info(void);
 
 /* Threads of the CPU methods. The first source that applies decides, at the beginning of each call:
  *
- * 1. one thread inside a parallel region of an OpenMP runtime that the program is linked with;
+ * 1. one thread inside a parallel region of the process's OpenMP runtime;
  * 2. lc_set_num_threads(n), for the whole process, 1 <= n <= 4096; n < 1 takes the setting back;
  * 3. LEETCORE_NUM_THREADS;
- * 4. lc_args.num_threads, else omp_get_max_threads() of an OpenMP runtime that the program is linked with, else
- *    OMP_NUM_THREADS; each at most OMP_THREAD_LIMIT and at most what 5 says;
+ * 4. lc_args.num_threads, else omp_get_max_threads() of the process's OpenMP runtime, else OMP_NUM_THREADS; each at most OMP_THREAD_LIMIT and at most what 5 says;
  * 5. the cores that the affinity of the calling thread allows, at most the CPU quota of the control groups, rounded up.
  *
- * Threads are made by the first call that needs them, wait for the next call, and follow the affinity of the thread
- * that calls. Where one cannot be made a call uses fewer, and so do calls at the same time, which share them. A forked
- * child makes threads of its own. The answers of a method do not depend on the number of threads. */
+ * A process that has loaded an OpenMP runtime (torch brings one) lends leetcore the threads of that runtime, as idle
+ * threads of two pools would fight for the cores. Elsewhere, in a forked child, and where the runtime could not make its
+ * threads, leetcore has a pool: its threads are made by the first call that needs them, wait for the next call, and
+ * follow the affinity of the thread that calls. Where a thread cannot be made a call uses fewer, and so do calls at the
+ * same time, which share the pool. The answers of a method do not depend on the number of threads. */
 LC_API void lc_set_num_threads(int n);
 LC_API int lc_num_threads(void); /* lc_thread_count(0, NULL) */
 

@@ -86,6 +86,7 @@ struct Shared {
 size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
 
 void run(const Problem& p) {
+  Tasks shares(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {
@@ -94,7 +95,8 @@ void run(const Problem& p) {
       const Shared<E> shared(p, arena);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      worker.run(shared.states, plan, index, granted);
+      // A share goes to whoever comes first: a worker may never begin.
+      shares.each(granted, index, granted, [&](int64_t share) { worker.run(shared.states, plan, share, granted); });
     });
   });
 }
