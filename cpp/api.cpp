@@ -164,8 +164,12 @@ void lc_set_num_threads(int n) { lc::set_num_threads(n); }
 int lc_num_threads(void) { return lc_thread_count(0, nullptr); }
 
 int lc_thread_count(int32_t framework, const char** source) {
-  lc::ThreadCount threads = {1, "LEETCORE_NUM_THREADS, which is not a number"};
-  guarded([&] { threads = lc::thread_count(framework); });
-  if (source) *source = threads.source;
-  return threads.count;
+  int count = 1;
+  const char* from = "LEETCORE_NUM_THREADS, which is not a number";
+  guarded([&] {
+    const lc::ThreadCount threads = lc::thread_count(framework);
+    count = threads.count, from = threads.source;
+  });
+  if (source) *source = from;
+  return count;
 }

@@ -24,9 +24,12 @@ bool omp_binds() {
 }  // namespace
 
 const Environment& environment() {
-  static const Environment at_load = {variable("LEETCORE_ISA"),     variable("LEETCORE_METHOD"),
-                                      variable("LEETCORE_NUM_THREADS"), variable("LEETCORE_CUFFT"),
-                                      variable("OMP_NUM_THREADS"),  variable("OMP_THREAD_LIMIT"),
+  static const Environment at_load = {variable("LEETCORE_ISA"),
+                                      variable("LEETCORE_METHOD"),
+                                      variable("LEETCORE_NUM_THREADS"),
+                                      variable("LEETCORE_CUFFT"),
+                                      variable("OMP_NUM_THREADS"),
+                                      variable("OMP_THREAD_LIMIT"),
                                       omp_binds()};
   return at_load;
 }

@@ -55,9 +55,9 @@ struct Problem {
   // LC_BACKWARD: given are d_o and d_final_state, the others are written; each like its forward twin, none required.
   // Stride 0 of d_log_decay: summed.
   View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
-  const void* cu_seqlens;        // [B + 1]
-  int32_t index_bits;            // width of the integers of state_indices, 32 or 64; 0 when absent: sequence b is slot b
-  const void* state_indices;     // [B], stride 1
+  const void* cu_seqlens;     // [B + 1]
+  int32_t index_bits;         // width of the integers of state_indices, 32 or 64; 0 when absent: sequence b is slot b
+  const void* state_indices;  // [B], stride 1
   void* workspace;
   size_t workspace_bytes;
   void* stream;

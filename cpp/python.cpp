@@ -77,9 +77,9 @@ void check(lc_status status, bool decode = false) {
   raise(kinds[status], last_error(decode));
 }
 
-// Calls f, which may run Python or wait for the interpreter's lock. CPython before 3.14 ends a daemon thread that does so
-// after the interpreter is gone, by unwinding its stack, which would release our Python objects without the lock. Such a
-// thread waits for the end of the process instead, as CPython 3.14 lets it.
+// Calls f, which may run Python or wait for the interpreter's lock. CPython before 3.14 ends a daemon thread that does
+// so after the interpreter is gone, by unwinding its stack, which would release our Python objects without the lock.
+// Such a thread waits for the end of the process instead, as CPython 3.14 lets it.
 template <class F>
 decltype(auto) in_python(F&& f) {
 #if defined(__GLIBC__)
@@ -309,8 +309,7 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
 // wants: d_q, d_k, d_v, d_log_decay, d_initial_state; None comes back for those not wanted.
 nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                    nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_o, nb::handle d_final_state,
-                   double scale, bool bnhd, bool tf32, uintptr_t stream, int threads,
-                   std::array<bool, 5> wants) {
+                   double scale, bool bnhd, bool tf32, uintptr_t stream, int threads, std::array<bool, 5> wants) {
   Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, nullptr, bnhd, tf32, stream, threads);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);

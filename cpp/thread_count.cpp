@@ -106,10 +106,13 @@ bool read_pair(const std::string& path, double (&values)[2]) {
 // The quota of the group in `folder`: cpu.max of version 2, cpu.cfs_* of version 1 of control groups.
 double group_quota(const std::string& folder) {
   double v2[2], quota[2], period[2];
-  if (read_pair(folder + "/cpu.max", v2) && std::isfinite(v2[0]) && v2[1] > 0) return v2[0] / v2[1];
-  if (read_pair(folder + "/cpu.cfs_quota_us", quota) && quota[0] > 0 &&
-      read_pair(folder + "/cpu.cfs_period_us", period) && period[0] > 0)
-    return quota[0] / period[0];
+  const auto ratio = [](double part, double whole) {
+    const bool good = std::isfinite(part) && part > 0 && std::isfinite(whole) && whole > 0;
+    return good ? part / whole : std::numeric_limits<double>::infinity();
+  };
+  if (read_pair(folder + "/cpu.max", v2)) return ratio(v2[0], v2[1]);
+  if (read_pair(folder + "/cpu.cfs_quota_us", quota) && read_pair(folder + "/cpu.cfs_period_us", period))
+    return ratio(quota[0], period[0]);
   return std::numeric_limits<double>::infinity();
 }
 

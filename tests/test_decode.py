@@ -60,10 +60,11 @@ def test_dtypes_of_the_state(T, state_dtype, dtype):
     check(problem(dtype, T=T, state_dtype=state_dtype), (output, STATE_TOLERANCE.get(state_dtype, state)))
 
 
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
 @pytest.mark.parametrize("state_dtype", ["f32", "f16", "bf16"])
-def test_indices_permute_and_skip(state_dtype):
+def test_indices_permute_and_skip(state_dtype, integer):
     given = problem(B=5, slots=9, T=2, state_dtype=state_dtype)
-    indices = np.array([7, -1, 0, 3, -1], np.int32)
+    indices = np.array([7, -1, 0, 3, -1], integer)
     tolerance = TOLERANCE["f32"][0], STATE_TOLERANCE.get(state_dtype, TOLERANCE["f32"][1])
     before, after = check(given, tolerance, indices)
     untouched = [1, 2, 4, 5, 6, 8]

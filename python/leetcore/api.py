@@ -222,7 +222,9 @@ def decode_step(
     """
     log_decay = _scalar(log_decay)
     lib, queue = library_of(_DECODE, q, k, v, state, log_decay, state_indices, out).at(q, stream)
-    return _core.decode(lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), queue, threads_of_framework())
+    return _core.decode(
+        lib, q, k, v, state, log_decay, state_indices, out, _real("scale", scale), queue, threads_of_framework()
+    )
 
 
 def explain(
@@ -282,9 +284,10 @@ def set_num_threads(n: int) -> None:
 def num_threads() -> int:
     """The number of threads that a call on the CPU uses at most, as of now.
 
-    The first source that is there decides: `set_num_threads`, LEETCORE_NUM_THREADS, torch.get_num_threads() in a process
-    that has loaded torch, OMP_NUM_THREADS, the cores that affinity and CPU quota allow. The last two are never exceeded
-    by torch's number, and OMP_THREAD_LIMIT by neither. `build_info()["threads_source"]` names the source.
+    The first source that is there decides: `set_num_threads`; LEETCORE_NUM_THREADS; torch.get_num_threads() in a
+    process that has loaded torch; the number of another OpenMP runtime in the process; OMP_NUM_THREADS; the cores that
+    the affinity of the calling thread and the CPU quota of the control groups allow. These cores and OMP_THREAD_LIMIT
+    also limit the numbers of torch and OpenMP. `build_info()["threads_source"]` names what decided.
     """
     return _core.thread_count(threads_of_framework())[0]
 

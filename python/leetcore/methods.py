@@ -150,7 +150,18 @@ def cost(
     shape = tuple(sizes[name] for name in ("B", "N", "K", "V", "Hq", "Hk", "Hv"))
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    return Cost(*_core.cost(method, shape, *_DTYPES[dtype], per_token, initial_state, return_state, device == "cuda", threads_of_framework()))
+    return Cost(
+        *_core.cost(
+            method,
+            shape,
+            *_DTYPES[dtype],
+            per_token,
+            initial_state,
+            return_state,
+            device == "cuda",
+            threads_of_framework(),
+        )
+    )
 
 
 def run_registered(

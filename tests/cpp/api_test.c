@@ -282,6 +282,69 @@ static void threads(void) {
   CHECK(lc_num_threads() == n);
 }
 
+static int asked, asked_elsewhere;
+static pthread_t caller;
+static int answer;
+static int ask(void* context) {
+  ++*(int*)context;
+  asked_elsewhere += !pthread_equal(pthread_self(), caller);
+  return answer;
+}
+
+/* Some tenths of a second of work, which ends early when its caller wants that. */
+static void interrupts(void) {
+  enum { H = 64, N = 4096, D = 64 };
+  float *x = calloc((size_t)H * N * D, sizeof *x), *y = calloc((size_t)H * N * D, sizeof *y);
+  float* s = calloc((size_t)H * D * D, sizeof *s);
+  int64_t dims[4] = {1, H, N, D}, state_dims[4] = {1, H, D, D};
+  lc_args a;
+  int i;
+  for (i = 0; i < 3; ++i) {
+    memset(&a, 0, sizeof a);
+    a.struct_size = sizeof a;
+    a.scale = 1;
+    a.method = "parallel";
+    tq = f32(x, 4, dims), to = f32(y, 4, dims);
+    a.q = a.k = a.v = &tq;
+    a.o = &to;
+    tstate = f32(s, 4, state_dims);
+    if (i == 2) a.final_state = &tstate; /* after a barrier */
+    a.interrupt = ask, a.interrupt_context = &asked;
+    caller = pthread_self();
+    answer = i;
+    asked = asked_elsewhere = 0;
+    y[(size_t)H * N * D - 1] = -1;
+    if (i == 2) lc_set_num_threads(3);
+    while (asked == 0 && run(&a) == LC_OK) { /* until a call took long enough */
+    }
+    lc_set_num_threads(0);
+    CHECK(asked >= 1 && asked_elsewhere == 0);
+    if (i == 0) CHECK(run(&a) == LC_OK && y[(size_t)H * N * D - 1] == 0);
+    if (i != 0) CHECK(asked == 1 && starts_with(lc_last_error(), "interrupt: "));
+  }
+  free(x);
+  free(y);
+  free(s);
+}
+
+static void thread_counts(void) {
+  const char* source = "";
+  const int all = lc_num_threads();
+  lc_args a = tiny();
+  CHECK(lc_thread_count(0, &source) == all && *source);
+  CHECK(lc_thread_count(1, &source) == 1 && (all == 1 || !strcmp(source, "the caller's framework")));
+  CHECK(lc_thread_count(1000, NULL) == all); /* never more than the cores */
+  lc_set_num_threads(7);
+  CHECK(lc_thread_count(1, &source) == 7 && !strcmp(source, "set_num_threads"));
+  lc_set_num_threads(2147483647);
+  CHECK(lc_num_threads() == 4096);
+  lc_set_num_threads(0);
+  a.num_threads = -1;
+  CHECK(run(&a) == LC_INVALID && starts_with(lc_last_error(), "num_threads: "));
+  a.num_threads = 1;
+  CHECK(run(&a) == LC_OK && near(o[1], 141));
+}
+
 int main(void) {
   values();
   statuses();
@@ -292,6 +355,8 @@ int main(void) {
   methods();
   build();
   threads();
+  thread_counts();
+  interrupts();
   printf(failures ? "%d checks FAILED\n" : "all checks passed\n", failures);
   return failures != 0;
 }

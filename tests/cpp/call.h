@@ -367,8 +367,9 @@ struct Spec {
   bool in_place = false;                // final_state is initial_state
   Index cu;                             // packed: cu_seqlens
   lc_dtype cu_dtype = kI32;
-  int64_t slots = 0;          // LC_DECODE: of the pool; 0: B
-  Index indices;              // LC_DECODE: state_indices
+  int64_t slots = 0;  // LC_DECODE: of the pool; 0: B
+  Index indices;      // LC_DECODE: state_indices
+  lc_dtype index_dtype = kI32;
   lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; default: that of states
   bool d_o = true;            // LC_BACKWARD: whether it is given
   unsigned wants = 31;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state
@@ -451,7 +452,7 @@ struct Call {
     if (s.op == LC_DECODE) {
       state_tensor(final_state, s.pool.bits ? s.pool : wide(), s.slots ? s.slots : s.B);
       if (!s.indices.empty()) {
-        state_indices.make(kI32, {static_cast<int64_t>(s.indices.size())});
+        state_indices.make(s.index_dtype, {static_cast<int64_t>(s.indices.size())});
         fill(state_indices, s.indices);
       }
     } else {

@@ -87,6 +87,7 @@ Spec Fuzz::random_spec() {
       for (int64_t b = 0; b < s.slots; ++b) s.indices.push_back(b);
       std::shuffle(s.indices.begin(), s.indices.end(), random_);
       s.indices.resize(s.B);
+      s.index_dtype = among({kI32, kI64});
       if (chance(2)) s.indices[below(s.B)] = -1;
     }
   } else {

@@ -184,7 +184,7 @@ TEST_F(Methods, Decode) {
             if ((pool == kF64) != (dtype == kF64)) continue;
             Spec spec;
             spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7,
-            spec.indices = indices;
+            spec.indices = indices, spec.index_dtype = indices.empty() || indices[0] < 0 ? kI32 : kI64;
             spec.Hq = 4, spec.N = N, spec.K = 24, spec.V = 40, spec.strided = strided, spec.bnhd = strided;
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec);

@@ -354,7 +354,7 @@ TEST_F(Emulated, Decode) {
             if (N == 64 && strided == indices.empty()) continue;
             Spec spec;
             spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 5,
-            spec.indices = indices;
+            spec.indices = indices, spec.index_dtype = N == 3 ? kI64 : kI32;
             spec.Hq = N == 3 ? 4 : 2, spec.N = N, spec.K = 22, spec.V = 40, spec.strided = strided, spec.bnhd = strided;
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec, N == 3 ? int(std::size(kSchedules)) : 1);

@@ -105,8 +105,8 @@ typedef struct lc_args {
   const lc_tensor* log_decay;     /* natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or, one per token, [B, Hs, N];
                                      a rank-0 tensor is read on the host. Absent: no decay */
   const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
-  const lc_tensor* state_indices; /* LC_DECODE: int32 or int64 [B], the slot of each sequence in final_state, -1 skips it (its
-                                     output rows become 0). Absent: sequence b uses slot b */
+  const lc_tensor* state_indices; /* LC_DECODE: int32 or int64 [B], the slot of each sequence in final_state, -1 skips
+                                     it (its output rows become 0). Absent: sequence b uses slot b */
   const lc_tensor* cu_seqlens;    /* not LC_DECODE: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S
                                      sequences packed one behind the other along the token axis */
   const lc_tensor* o;             /* [B, H, N, V], written; not LC_BACKWARD */
@@ -139,8 +139,9 @@ typedef struct lc_args {
 LC_API lc_status lc_run(const lc_args* args);
 
 /* The scratch lc_run needs for these arguments, in bytes. lc_run may need more where another thread has
- * changed the number of threads or the tuning table since: it then returns LC_MEMORY, and the caller asks again. Checks shapes, dtypes, strides and devices but reads no
- * tensor's values; o may be absent (an LC_FORWARD caller can size o, and gradients, from a validated problem). */
+ * changed the number of threads or the tuning table since: it then returns LC_MEMORY, and the caller asks again. Checks
+ * shapes, dtypes, strides and devices but reads no tensor's values; o may be absent (an LC_FORWARD caller can size o,
+ * and gradients, from a validated problem). */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
 /* What a call costs, by the method that args names or "auto" chooses. */
@@ -176,7 +177,8 @@ LC_API const char* lc_last_error(void);            /* of this thread, until its 
 LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
 
 /* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda,
- * threads and threads_source (lc_thread_count). The instruction set is the best that both the build and the machine have, or the one LEETCORE_ISA names. */
+ * threads and threads_source (lc_thread_count). The instruction set is the best that both the build and the machine
+ * have, or the one LEETCORE_ISA names. */
 LC_API const char* lc_build_info(void);
 
 /* Threads of the CPU methods. The first source that applies decides, at the beginning of each call:
@@ -184,12 +186,13 @@ LC_API const char* lc_build_info(void);
  * 1. one thread inside a parallel region of the process's OpenMP runtime;
  * 2. lc_set_num_threads(n), for the whole process, 1 <= n <= 4096; n < 1 takes the setting back;
  * 3. LEETCORE_NUM_THREADS;
- * 4. lc_args.num_threads, else omp_get_max_threads() of the process's OpenMP runtime, else OMP_NUM_THREADS; each at most OMP_THREAD_LIMIT and at most what 5 says;
+ * 4. lc_args.num_threads, else omp_get_max_threads() of the process's OpenMP runtime, else OMP_NUM_THREADS; each at
+ * most OMP_THREAD_LIMIT and at most what 5 says;
  * 5. the cores that the affinity of the calling thread allows, at most the CPU quota of the control groups, rounded up.
  *
  * A process that has loaded an OpenMP runtime (torch brings one) lends leetcore the threads of that runtime, as idle
- * threads of two pools would fight for the cores. Elsewhere, in a forked child, and where the runtime could not make its
- * threads, leetcore has a pool: its threads are made by the first call that needs them, wait for the next call, and
+ * threads of two pools would fight for the cores. Elsewhere, in a forked child, and where the runtime could not make
+ * its threads, leetcore has a pool: its threads are made by the first call that needs them, wait for the next call, and
  * follow the affinity of the thread that calls. Where a thread cannot be made a call uses fewer, and so do calls at the
  * same time, which share the pool. The answers of a method do not depend on the number of threads. */
 LC_API void lc_set_num_threads(int n);
