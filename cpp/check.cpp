@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "cost.h"
 #include "problem.h"
 #include "thread_count.h"
 
@@ -488,7 +489,9 @@ Checker structure(const lc_args& a) {
   }
   p.B = sequences;
   p.workspace = a.workspace, p.workspace_bytes = a.workspace_bytes, p.stream = a.stream;
-  p.threads = p.device.type == LC_CPU ? thread_count(a.num_threads).count : 1;
+  const double least_work = 4 * least_bytes(p) + 4 * double(p.B) * double(p.H) * double(p.N) * double(p.K) * double(p.V);
+  const bool small = decode && least_work < kFlopPerWorker;  // for one thread, whatever their number
+  p.threads = p.device.type == LC_CPU && !small ? thread_count(a.num_threads).count : 1;
   return c;
 }
 

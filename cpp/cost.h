@@ -6,6 +6,9 @@
 
 namespace lc {
 
+// The work that pays for one more worker, since waking it costs some microseconds: about 10 us of one core.
+inline constexpr double kFlopPerWorker = 1e6;
+
 LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
 
 // Every operand read or written once.

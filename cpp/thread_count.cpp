@@ -76,17 +76,24 @@ int usable_cores() { return 0; }
 
 #endif
 
-// The quota is read again when the last answer is older than a second: it is a file, and an operator changes it.
-double recent_quota() {
+// What is looked up again when the last answer is older than a second: the quota is a file that an operator changes, and
+// an OpenMP runtime comes with a library that is loaded late.
+struct Surroundings {
+  double quota;
+  const OpenMP* runtime;
+};
+Surroundings surroundings() {
   using Clock = std::chrono::steady_clock;
   static std::atomic<double> quota{0};
+  static std::atomic<const OpenMP*> runtime{nullptr};
   static std::atomic<Clock::rep> next{std::numeric_limits<Clock::rep>::min()};
   const Clock::rep now = Clock::now().time_since_epoch().count();
-  if (now >= next.load(std::memory_order_relaxed)) {
+  if (now >= next.load(std::memory_order_acquire)) {
     quota.store(cpu_quota(), std::memory_order_relaxed);
-    next.store(now + Clock::duration(std::chrono::seconds(1)).count(), std::memory_order_relaxed);
+    runtime.store(openmp(), std::memory_order_relaxed);
+    next.store(now + Clock::duration(std::chrono::seconds(1)).count(), std::memory_order_release);
   }
-  return quota.load(std::memory_order_relaxed);
+  return {quota.load(std::memory_order_relaxed), runtime.load(std::memory_order_relaxed)};
 }
 
 // The first two numbers of a file; "max" and a missing number are infinite, a missing file has neither.
@@ -141,7 +148,7 @@ double cpu_quota(const std::string& root) {
 }
 
 ThreadCount thread_count(int framework) {
-  const OpenMP* runtime = openmp();
+  const auto [quota, runtime] = surroundings();
   if (runtime && runtime->in_parallel()) return {1, "an OpenMP region"};
   const int usable = usable_cores();
   if (const int n = requested.load(std::memory_order_relaxed); n > 0) return {n, "set_num_threads"};
@@ -154,7 +161,7 @@ ThreadCount thread_count(int framework) {
   const auto limit = [&](double n, const char* source) {
     if (n > 0 && std::ceil(n) < best.count) best = {int(std::ceil(n)), source};
   };
-  if (best.count > 1) limit(recent_quota(), "CPU quota");
+  limit(quota, "CPU quota");
   if (framework > 0)
     limit(framework, "the caller's framework");
   else if (runtime)

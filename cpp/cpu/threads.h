@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../cost.h"
 #include "../interrupt.h"
 #include "../problem.h"
 
@@ -23,10 +24,8 @@ LC_INLINE void run_workers(int wished, F&& body) {
       wished, [](void* f, int w, int workers) { (*static_cast<std::remove_reference_t<F>*>(f))(w, workers); }, &body);
 }
 
-// The workers of a call: at most its threads, at most its tasks, and at most what the work pays for, since waking a
-// worker costs some microseconds.
+// The workers of a call: at most its threads, at most its tasks, and at most what the work pays for.
 LC_INLINE int workers_for(const Problem& p, int64_t tasks, double flop) {
-  constexpr double kFlopPerWorker = 1e6;  // about 10 us of one core
   const double paid = flop / kFlopPerWorker;
   const double most = paid < double(tasks) ? paid : double(tasks);
   return most >= p.threads ? p.threads : most > 1 ? int(most) : 1;
