@@ -179,9 +179,9 @@ REFUSED_DECODE = {
         r"^state_indices: expected shape \[2\], got \[3\]",
     ),
     "index dtype": (
-        {"state_indices": np.zeros(2, "i8")},
+        {"state_indices": np.zeros(2, "i2")},
         TypeError,
-        r"^state_indices: expected dtype int32, got int64",
+        r"^state_indices: expected dtype int32 or int64, got int16",
     ),
     "index high": (
         {"state_indices": np.array([0, 3], "i4")},

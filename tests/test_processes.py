@@ -259,6 +259,7 @@ while len(seen) < 3 and time.time() < began + 30:
     q = np.ones((1, 16, 6000, 64), np.float32)
     o = leetcore.linear_attention(q, q, q, 0.0, method="parallel")
     assert (o[0, :, -1] == 6000 * 64).all()
+signal.setitimer(signal.ITIMER_REAL, 0)
 print("ok" if len(seen) >= 3 else "handlers did not run")
 """
     assert program(code) == "ok"
