@@ -2,8 +2,9 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
+#include <cstdio>
 #include <cstring>
+#include <locale>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -55,9 +56,11 @@ namespace {
 }
 
 double number(const std::string& word, int line) {
-  char* end;
-  const double x = std::strtod(word.c_str(), &end);
-  if (*end || word.empty() || !(x > 0) || x > 1e12) broken(line, "expected a positive number, got '" + word + "'");
+  std::istringstream text(word);
+  text.imbue(std::locale::classic());  // a program may have set another one
+  double x = 0;
+  if (!(text >> x) || text.peek() != EOF || !(x > 0) || x > 1e12)
+    broken(line, "expected a positive number, got '" + word + "'");
   return x;
 }
 

@@ -145,15 +145,15 @@ def test_the_table_of_the_cache_directory_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "path", lambda isa: tmp_path / "table.txt")
     shape = {"H": 8, "N": 2048, "K": 64}
     for text, chosen in (
-        (f"{tuning.header()}\n{factors(parallel=1e-6)}", True),
-        (f"# leetcore 0.0.0\n{factors(parallel=1e-6)}", False),
+        (tuning.completed(f"{tuning.header()}\n{factors(parallel=1e-6)}\n"), True),
+        (tuning.completed(f"# leetcore 0.0.0\n{factors(parallel=1e-6)}\n"), False),
     ):
         (tmp_path / "table.txt").write_text(text)
         tuning.use(None)
         tuning.load("any")
         assert (leetcore.cost(**shape).method == "parallel") is chosen
         assert (tuning.source != "shipped") is chosen
-    (tmp_path / "table.txt").write_text(f"{tuning.header()}\nnonsense 1")
+    (tmp_path / "table.txt").write_text(tuning.completed(f"{tuning.header()}\nnonsense 1\n"))
     with pytest.warns(UserWarning, match="is not used: tuning: line 2"):
         tuning.load("any")
 

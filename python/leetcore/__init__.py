@@ -46,9 +46,17 @@ with contextlib.suppress(RuntimeError):  # a wrong LEETCORE_ISA: every call will
 
 def get_include() -> str:
     """The directory to put on a C or C++ compiler's include path for leetcore/leetcore.h."""
-    return str(Path(__file__).parent / "include")
+    return str(_built("include"))
 
 
 def get_cmake_dir() -> str:
     """The directory with leetcoreConfig.cmake: pass it as -Dleetcore_DIR=... to CMake."""
-    return str(next(Path(__file__).parent.glob("lib*/cmake/leetcore")))
+    return str(_built("lib*/cmake/leetcore"))
+
+
+def _built(pattern: str) -> Path:
+    """What the build put beside the extension module. In an editable install this is another folder than the sources'."""
+    for folder in (Path(_core.__file__).parent, *map(Path, __path__)):
+        for found in folder.glob(pattern):
+            return found
+    raise FileNotFoundError(f"leetcore: expected {pattern} beside {_core.__file__}, got none; install leetcore again")

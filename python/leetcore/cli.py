@@ -89,6 +89,7 @@ def run(
     """
     try:
         files.file_format(output)
+        files.require_writable(output)
         arrays = files.load(source)
         if unknown := sorted(set(arrays) - set(_INPUTS)):
             raise ValueError(f"{source}: unknown {', '.join(unknown)}; allowed are {', '.join(_INPUTS)}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import tempfile
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -45,16 +49,56 @@ def load(path: str | os.PathLike[str]) -> Arrays:
 
 def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes the arrays to a file that appears only when it is complete."""
-    unfinished = Path(path).with_name(Path(path).name + ".unfinished")
+    kind = file_format(path)
+    with replacing(path) as file:
+        if kind == ".npz":
+            np.savez(file, **arrays)
+        else:
+            file.write(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()}))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` at the end of the block, or is removed if the block raises.
+
+    Other processes see the old file or the new one, and never a part. What is no regular file (a device, a pipe) is
+    written directly. Raises OSError with the name `path`, never with that of the temporary file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file() and not target.is_dir():
+        with open(target, "wb") as device:
+            yield device
+        return
+    unfinished = target.with_name(f".{target.name[:200]}.{os.getpid()}.{threading.get_ident()}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
-            if file_format(path) == ".npz":
-                np.savez(file, **arrays)
-            else:
-                file.write(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()}))
-        os.replace(unfinished, path)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with open(unfinished, "xb") as file:
+            yield file
+        os.replace(unfinished, target)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def require_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Raises OSError, with the name of the path, where `replacing` could not write: for a look before long work."""
+    for path in paths:
+        if path is None:
+            continue
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if target.exists() and not target.is_file():
+            continue
+        try:
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or errno.EACCES), os.fspath(path)) from None
 
 
 def _load_npz(path: str | os.PathLike[str]) -> Arrays:

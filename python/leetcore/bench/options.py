@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ import click
 import rich.console
 
 import leetcore
+
+from .. import files
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -90,18 +93,24 @@ def output_file(option: str, **arguments: Any) -> Decorator:
     return click.option(option, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", **arguments)
 
 
-def require_writable(*files: Path | None) -> None:
+@contextlib.contextmanager
+def file_errors(file: Path | None = None) -> Iterator[None]:
+    """Turns OSError into ClickException: the name of the file and what is wrong with it."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or file or 'file'}: {error.strerror or error}") from None
+
+
+def require_writable(*paths: Path | None) -> None:
     """Before minutes of work, not after them; raises ClickException."""
-    for file in files:
-        if file and not file.resolve().parent.is_dir():
-            raise click.ClickException(f"{file}: there is no directory {file.parent}")
+    with file_errors():
+        files.require_writable(*paths)
 
 
 def write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+    with file_errors(file), files.replacing(file) as out:
+        out.write(text.encode())
 
 
 def write_json(file: Path, results: dict[str, Any]) -> None:
@@ -111,9 +120,8 @@ def write_json(file: Path, results: dict[str, Any]) -> None:
 def read_json(file: Path) -> Any:
     """Raises ClickException where there is no such file or no JSON in it."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+        with file_errors(file):
+            return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise click.ClickException(f"{file}: no readable JSON ({error})") from None
 

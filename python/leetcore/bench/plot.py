@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .. import files
 from . import machine, measurements, options
 
 KINDS = ("time", "speedup", "roofline", "error")
@@ -42,17 +43,17 @@ def plot(results: tuple[Path, ...], output: Path, kind: str, formats: str) -> No
     found = measurements.read(list(results))
     from . import figures
 
-    try:
+    with options.file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        written = 0
-        for name, figure in figures.draw(kinds, found):
-            for ending in endings:
-                file = output / f"{name}.{ending}"
+    options.require_writable(output / "figure")
+    written = 0
+    for name, figure in figures.draw(kinds, found):
+        for ending in endings:
+            file = output / f"{name}.{ending}"
+            with options.file_errors(file), files.replacing(file) as out:
                 # No date: the same numbers give the same file.
-                figure.savefig(file, dpi=200, metadata={"Date": None} if ending == "svg" else None)
-                click.echo(file)
-                written += 1
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or output}: {error.strerror or error}") from None
+                figure.savefig(out, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            click.echo(file)
+            written += 1
     if not written:
         raise click.ClickException(f"nothing to draw of kind {', '.join(kinds)}: time needs two lengths of one problem")

@@ -17,7 +17,7 @@ import rich.progress
 import leetcore
 
 from .. import tuning
-from . import machine
+from . import machine, options
 
 # The grid: what lies between its points is interpolated, in the logarithms.
 LENGTHS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
@@ -114,7 +114,7 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
     for (method, size), known in factors.items():
         values = [f"{known[p]:.3g}" if p in known else "-" for p in points(threads) if p.bytes == size]
         lines.append(f"factor {method} {size} {' '.join(values)}")
-    return "\n".join(lines) + "\n"
+    return tuning.completed("\n".join(lines) + "\n")
 
 
 @click.command()
@@ -123,22 +123,29 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
 def tune(output: Path | None, forget: bool) -> None:
     """Measure this machine (a minute or two, on a quiet one), so that "auto" chooses by what is fast on it.
 
-    The table goes to the user's cache directory, where every later process finds it.
+    The table goes to the user's cache directory, where every later process finds it. A table that -o has put elsewhere
+    is used by `leetcore.tuning.use(open(FILE).read())`.
     """
-    isa, threads = leetcore.build_info()["isa"], leetcore.num_threads()
+    try:
+        isa, threads = leetcore.build_info()["isa"], leetcore.num_threads()
+    except RuntimeError as error:  # a wrong variable of the environment
+        raise click.ClickException(str(error)) from None
     file = output or tuning.path(isa)
+    if file is None:
+        raise click.ClickException("there is no home directory; name a file with -o, or set XDG_CACHE_HOME")
     if forget:
-        file.unlink(missing_ok=True)
+        with options.file_errors(file):
+            file.unlink(missing_ok=True)
         click.echo(f"{file}: removed")
         return
+    if not output:
+        with options.file_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+    options.require_writable(file)
     total = sum(1 for _ in points(threads))
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=PASSES * total)
         text = table(threads, isa, lambda: bar.advance(task))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or file}: {error.strerror or error}") from None
+    options.write(file, text)
     click.echo(f"{file}: {total} problems measured with {threads} threads, instruction set {isa}")
