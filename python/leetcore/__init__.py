@@ -55,7 +55,7 @@ def get_cmake_dir() -> str:
 
 
 def _built(pattern: str) -> Path:
-    """What the build put beside the extension module. In an editable install this is another folder than the sources'."""
+    """What the build put next to the extension module; an editable install keeps the sources in another folder."""
     for folder in (Path(_core.__file__).parent, *map(Path, __path__)):
         for found in folder.glob(pattern):
             return found

@@ -212,8 +212,8 @@ def decode_step(
             pools are taken too and rounded once a call: errors then grow with the number of calls where decay is slow.
         log_decay: a number, [], [Hs], [B, Hs] or [B, Hs, T], as in `linear_attention`.
         scale: multiplies the output.
-        state_indices: int32 or int64 [B], the slot of each sequence, all different; -1 skips a sequence, whose output is 0.
-            Default: sequence b uses slot b.
+        state_indices: int32 or int64 [B], the slot of each sequence, all different; -1 skips a sequence, whose output
+            is 0. Default: sequence b uses slot b.
         out: receives the output.
         stream: as in `linear_attention`.
 

@@ -84,21 +84,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             unfinished.unlink()
 
 
-def require_writable(*paths: str | os.PathLike[str] | None) -> None:
+def require_writable(path: str | os.PathLike[str] | None) -> None:
     """Raises OSError, with the name of the path, where `replacing` could not write: for a look before long work."""
-    for path in paths:
-        if path is None:
-            continue
+    if path is None:
+        return
+    try:
         target = Path(os.path.realpath(path))
         if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if target.exists() and not target.is_file():
-            continue
-        try:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.is_file() or not target.exists():
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or errno.EACCES), os.fspath(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or errno.EACCES), os.fspath(path)) from None
 
 
 def _load_npz(path: str | os.PathLike[str]) -> Arrays:

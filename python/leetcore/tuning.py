@@ -1,8 +1,8 @@
 """The table of measured times that corrects what "auto" predicts: `leetcore tune` writes it for this machine.
 
 The user's cache directory ($XDG_CACHE_HOME, else ~/.cache) holds one file for each instruction set. It is read when
-leetcore is imported; without one the table that was shipped is used. A file that is broken, or only a part of a table, is
-named in a warning and not used.
+leetcore is imported; without one the table that was shipped is used. A file that is broken, or only a part of a table,
+is named in a warning and not used.
 """
 
 from __future__ import annotations

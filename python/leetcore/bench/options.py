@@ -104,8 +104,9 @@ def file_errors(file: Path | None = None) -> Iterator[None]:
 
 def require_writable(*paths: Path | None) -> None:
     """Before minutes of work, not after them; raises ClickException."""
-    with file_errors():
-        files.require_writable(*paths)
+    for path in paths:
+        with file_errors(path):
+            files.require_writable(path)
 
 
 def write(file: Path, text: str) -> None:
