@@ -23,6 +23,6 @@ install(FILES ${PROJECT_BINARY_DIR}/leetcoreConfig.cmake ${PROJECT_BINARY_DIR}/l
 file(RELATIVE_PATH pc_to_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 file(RELATIVE_PATH pc_libdir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_LIBDIR})
 file(RELATIVE_PATH pc_includedir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_INCLUDEDIR})
-set(pc_private "-lstdc++ -lm -pthread")
+set(pc_private "-lstdc++ -lm -pthread -ldl")
 configure_file(${CMAKE_CURRENT_LIST_DIR}/leetcore.pc.in ${PROJECT_BINARY_DIR}/leetcore.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/leetcore.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

@@ -1,8 +1,11 @@
 // hpp_test.cpp - the C++ face: what it passes on, what it throws, how it reuses scratch.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <leetcore/leetcore.hpp>
+#include <thread>
+#include <vector>
 
 namespace {
 
@@ -46,12 +49,53 @@ TEST(Hpp, DecodeStep) {
   EXPECT_FLOAT_EQ(142.5, x.o[1]);
   EXPECT_FLOAT_EQ(47.5, x.state[0]);
 
-  const int32_t skip[] = {-1};
+  const int64_t skip[] = {-1};
   leetcore::Options options;
   options.state_indices = Tensor(skip, {1});
   leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options);
   EXPECT_EQ(0, x.o[0]);
   EXPECT_FLOAT_EQ(47.5, x.state[0]);
+}
+
+TEST(Hpp, TheOptionsOfAPromptServeItsDecoding) {
+  Tiny x;
+  const int32_t bounds[] = {0, 2};
+  float first[] = {2};
+  leetcore::Options options;
+  options.method = "chunk";  // which does not decode
+  options.initial_state = Tensor(first, {1, 1, 1, 1});
+  options.final_state = x.ts;
+  options.cu_seqlens = Tensor(bounds, {2});
+  leetcore::linear_attention(x.tq, x.tk, x.tv, x.tg, x.to, options);
+  EXPECT_FLOAT_EQ(47.5, x.state[0]);
+  x.state[0] = 2;
+  leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options);
+  EXPECT_FLOAT_EQ(50, x.o[0]);
+  EXPECT_FLOAT_EQ(47.5, x.state[0]);
+}
+
+// One thread computes while another changes the number of threads, and with it the scratch that a call needs.
+TEST(Hpp, SettingsMayChangeAtAnyTime) {
+  constexpr int64_t H = 4, N = 300, D = 32;
+  std::vector<float> x(H * N * D, 0.5f), y(H * N * D);
+  const Tensor t(x.data(), {1, H, N, D}), o(y.data(), {1, H, N, D});
+  std::atomic<bool> stop{false};
+  std::thread changes([&] {
+    for (int n = 0; !stop; ++n) lc_set_num_threads(1 + n % 3);
+  });
+  leetcore::Options options;
+  options.method = "chunk";
+  leetcore::Workspace workspace;
+  EXPECT_NO_THROW({
+    for (int i = 0; i < 2000; ++i) {
+      leetcore::linear_attention(t, t, t, {}, o, options);
+      options.workspace = i % 2 ? &workspace : nullptr;
+    }
+  });
+  stop = true;
+  changes.join();
+  lc_set_num_threads(0);
+  EXPECT_FLOAT_EQ(N * D * 0.125f, y.back());
 }
 
 TEST(Hpp, PackedSequencesAndStrides) {
@@ -99,10 +143,8 @@ TEST(Hpp, Errors) {
   starts("1 q: ", [&] { leetcore::explain({}, x.tk, x.tv); });
   starts("1 final_state: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, {}, x.to); });
   leetcore::Options options;
-  options.method = "chunk";
-  starts("2 method: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options); });
-  options.final_state = x.ts;
-  starts("1 final_state: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options); });
+  options.num_threads = -1;
+  starts("1 num_threads: ", [&] { leetcore::decode_step(x.tq, x.tk, x.tv, x.tg, x.ts, x.to, options); });
   starts("1 shape: ", [&] { Tensor(x.q, {1, 1, 1, 1, 2}); });
   starts("1 strides: ", [&] { Tensor(x.q, {1, 1, 2, 1}, {1, 1}); });
   EXPECT_EQ(-1, x.o[0]);

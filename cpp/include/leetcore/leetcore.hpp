@@ -1,7 +1,11 @@
 // leetcore.hpp - the C++17 face of leetcore.h: header-only, throws, owns nothing but scratch.
 //
-//     const leetcore::Tensor q(q_data, {B, Hq, N, K}), k(k_data, {B, Hk, N, K}), v(v_data, {B, Hv, N, V}), o(o_data,
-//     {B, H, N, V}); const leetcore::Tensor log_decay(g_data, {Hs}); leetcore::linear_attention(q, k, v, log_decay, o);
+//     const leetcore::Tensor q(q_data, {B, Hq, N, K});
+//     const leetcore::Tensor k(k_data, {B, Hk, N, K});
+//     const leetcore::Tensor v(v_data, {B, Hv, N, V});
+//     const leetcore::Tensor o(o_data, {B, H, N, V});
+//     const leetcore::Tensor log_decay(g_data, {Hs});
+//     leetcore::linear_attention(q, k, v, log_decay, o);
 //
 // A Tensor is a view of the caller's memory. Every function may be called from any number of threads at once, with a
 // Workspace for each. Shapes, dtypes and what is refused: leetcore.h.
@@ -154,18 +158,22 @@ class Workspace {
 
 enum class Layout { bhnd, bnhd };  // order of heads and tokens in every tensor that has both
 
-// What most calls leave alone. bhnd shapes; S is B, or with cu_seqlens the number of packed sequences.
+// What most calls leave alone. bhnd shapes; S is B, or with cu_seqlens the number of packed sequences. decode_step
+// reads scale, layout, state_indices, workspace and what follows it, so the Options of a prompt serve its decoding too.
 struct Options {
   double scale = 1;             // o is multiplied by it
   const char* method = "auto";  // a name of methods()
   Layout layout = Layout::bhnd;
   bool allow_tf32 = false;         // GPU: float32 products rounded to tf32
-  Tensor initial_state;            // not decode_step: [S, Hs, K, V], zeros when absent
+  Tensor initial_state;            // [S, Hs, K, V], zeros when absent
   Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
-  Tensor cu_seqlens;               // not decode_step: int32 or int64 [S + 1], packed sequences, B = 1
-  Tensor state_indices;            // decode_step: int32 [B], slot of each sequence, -1 skips; absent: slot b
+  Tensor cu_seqlens;               // int32 or int64 [S + 1], packed sequences, B = 1
+  Tensor state_indices;            // decode_step: int32 or int64 [B], slot of each sequence, -1 skips; absent: slot b
   Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one, on the CPU
   void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
+  int num_threads = 0;             // of the caller's framework, 0: not known; see lc_num_threads
+  int (*interrupt)(void*) = nullptr;  // asked during a call that takes long; not 0: Error LC_INTERRUPTED
+  void* interrupt_context = nullptr;
 };
 
 namespace detail {
@@ -176,7 +184,6 @@ class Call {
   Call(lc_op op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Options& options) {
     args.struct_size = sizeof args;
     args.op = op;
-    args.method = options.method;
     args.scale = options.scale;
     if (options.layout == Layout::bnhd) args.flags |= LC_LAYOUT_BNHD;
     if (options.allow_tf32) args.flags |= LC_ALLOW_TF32;
@@ -184,11 +191,16 @@ class Call {
     args.k = add(k);
     args.v = add(v);
     args.log_decay = add(log_decay);
-    args.initial_state = add(options.initial_state);
     args.state_indices = add(options.state_indices);
+    args.stream = options.stream;
+    args.num_threads = options.num_threads;
+    args.interrupt = options.interrupt;
+    args.interrupt_context = options.interrupt_context;
+    if (op == LC_DECODE) return;
+    args.method = options.method;
+    args.initial_state = add(options.initial_state);
     args.cu_seqlens = add(options.cu_seqlens);
     args.final_state = add(options.final_state);
-    args.stream = options.stream;
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -213,14 +225,19 @@ class Call {
   void run(Workspace* workspace) {
     Workspace local;
     if (!workspace) workspace = &local;
-    if (const std::size_t bytes = workspace_bytes()) {
-      if (args.q->device.type != LC_CPU && !workspace->is_given())
-        throw Error(LC_MEMORY, "workspace: expected Workspace(memory, bytes) with " + std::to_string(bytes) +
-                                   " bytes on the device of q, got none");
-      args.workspace = workspace->reserve(bytes);
-      args.workspace_bytes = workspace->size();
+    // Another thread may change settings between the two calls: the call is then asked again, in scratch that only
+    // grows.
+    for (int tries = 1;; ++tries) {
+      if (const std::size_t bytes = workspace_bytes()) {
+        if (args.q->device.type != LC_CPU && !workspace->is_given())
+          throw Error(LC_MEMORY, "workspace: expected Workspace(memory, bytes) with " + std::to_string(bytes) +
+                                     " bytes on the device of q, got none");
+        args.workspace = workspace->reserve(bytes);
+        args.workspace_bytes = workspace->size();
+      }
+      const lc_status status = lc_run(&args);
+      if (status != LC_MEMORY || workspace->is_given() || tries == 100) return require(status);
     }
-    require(lc_run(&args));
   }
 
   lc_args args = {};
@@ -270,7 +287,6 @@ inline void linear_attention_backward(const Tensor& q, const Tensor& k, const Te
 inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Tensor& state,
                         const Tensor& o, const Options& options = {}) {
   detail::Call call(LC_DECODE, q, k, v, log_decay, options);
-  if (options.final_state) throw Error(LC_INVALID, "final_state: expected none, decode_step updates state in place");
   call.args.final_state = call.add(state);
   call.args.o = call.add(o);
   call.run(options.workspace);
