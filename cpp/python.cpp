@@ -451,6 +451,8 @@ std::string build_info() {
 
 NB_MODULE(_core, m) {
   using namespace nb::literals;
+  if (PyInterpreterState_Get() != PyInterpreterState_Main())
+    raise(PyExc_ImportError, "leetcore: expected an import in the main interpreter, got one in a subinterpreter");
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   m.attr("version") = std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
                       std::to_string(LC_VERSION_PATCH);

@@ -296,6 +296,23 @@ assert leetcore.num_threads() == 3 and leetcore.linear_attention(q, q, q)[0, 0, 
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the module _xxsubinterpreters has another name")
+def test_subinterpreters_are_refused():
+    code = """
+import _xxsubinterpreters as interpreters
+interpreters.run_string(interpreters.create(), '''
+try:
+    import leetcore
+except ImportError as error:
+    print(error)
+''')
+"""
+    ran = python(code)
+    assert ran.returncode == 0, ran.stderr
+    # nanobind refuses by itself from Python 3.12 on.
+    assert "subinterpreter" in ran.stdout, ran.stdout
+
+
 @pytest.mark.parametrize(
     "thing",
     [
