@@ -303,7 +303,7 @@ class GatedLinearAttention(_Layer):
 def _require_none(name: str, value: fx.Proxy) -> None:
     """Makes a traced graph require None for an argument whose value torch.fx does not know."""
     is_none = value.tracer.create_proxy("call_function", operator.is_, (value, None), {})
-    torch._assert(is_none, f"{name}: expected None, as torch.fx traced the layer without it")  # type: ignore[no-untyped-call]
+    torch._assert(is_none, f"{name}: expected None, as torch.fx traced the layer without it")
 
 
 def _share(embed_dim: int, heads: int) -> int:

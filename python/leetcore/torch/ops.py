@@ -22,7 +22,7 @@ from .. import _core, api
 # Private names of torch, each with what happens in a version of torch that lacks it. leetcore.torch uses no others.
 
 # An operator's autograd kernel calls the kernel below it. No public name does this: import fails.
-_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 if _below_autograd is None:
     raise ImportError(
         "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
@@ -81,7 +81,8 @@ def linear_attention(
     Returns:
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
-    tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    tensors |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if _stand_in(tensors):
         return handle_torch_function(
             linear_attention,
@@ -124,7 +125,8 @@ def decode_step(
     Shapes, dtypes and errors are those of `leetcore.decode_step`. It has no gradient: where one is asked for it raises
     NotImplementedError, and linear_attention with initial_state is what computes it.
     """
-    tensors = {"q": q, "k": k, "v": v, "state": state, "log_decay": log_decay, "state_indices": state_indices}
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "state": state}
+    tensors |= {"log_decay": log_decay, "state_indices": state_indices}
     if _stand_in(tensors):
         return handle_torch_function(decode_step, tensors.values(), **tensors, scale=scale)
     o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
@@ -367,13 +369,18 @@ def _decode_with_gradient(*inputs: Any) -> Any:
 
 def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
     """Whether gradients are asked for. Raises where the question is for tangents, which would be lost."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if _forward_mode_is_on() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if _forward_mode_is_on() and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
         raise NotImplementedError(
             "leetcore.torch has no forward mode; expected tensors without tangents, and torch.autograd.grad, "
             "torch.func.grad, vjp or jacrev for derivatives"
         )
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
@@ -609,12 +616,13 @@ def _define() -> torch.library.Library:
 
 
 # A second import in the same process takes the operators of the first, which live as long as their library does.
-if not hasattr(torch.ops.leetcore, "library"):
-    torch.ops.leetcore.library, torch.ops.leetcore.version = _define(), _core.version
-if torch.ops.leetcore.version != _core.version:
+_namespace: Any = torch.ops.leetcore
+if not hasattr(_namespace, "library"):
+    _namespace.library, _namespace.version = _define(), _core.version
+if _namespace.version != _core.version:
     raise ImportError(
-        f"leetcore.torch: expected the operators of leetcore {_core.version}, got those of "
-        f"{torch.ops.leetcore.version}, which this process imported before; start a new process"
+        f"leetcore.torch: expected the operators of leetcore {_core.version}, got those of {_namespace.version}, which "
+        "this process imported before; start a new process"
     )
 _FORWARD = torch.ops.leetcore.linear_attention.default
 _BACKWARD = torch.ops.leetcore.linear_attention_backward.default
