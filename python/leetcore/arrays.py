@@ -165,7 +165,10 @@ class Torch:
             text = "a tensor without a tangent, as no derivative is computed; torch.autograd.forward_ad.unpack_dual it"
         elif not (array.is_cpu or array.is_cuda):
             text = f"a tensor on the CPU or a CUDA device, got {array.device}"
-        elif array.is_quantized or "bits" in str(array.dtype):
+        elif not (array.is_floating_point() and array.element_size() > 1) and array.dtype not in (
+            torch.int32,
+            torch.int64,
+        ):
             text = f"dtype float64, float32, float16 or bfloat16, got {array.dtype}"
         else:
             kind = type(array).__name__

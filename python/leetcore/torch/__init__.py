@@ -2,7 +2,7 @@
 
 import torch
 
-_OLDEST = (2, 5)  # the first torch with torch.library.register_vmap
+_OLDEST = (2, 6)  # torch.vmap of an operator loses the gradients of outer levels in 2.5
 if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:
     raise ImportError(f"torch: expected {_OLDEST[0]}.{_OLDEST[1]} or later for leetcore.torch, got {torch.__version__}")
 

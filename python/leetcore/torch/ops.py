@@ -81,13 +81,16 @@ def linear_attention(
     Returns:
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    tensors |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    if _stand_in(tensors):
+    if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
         return handle_torch_function(
             linear_attention,
-            tensors.values(),
-            **tensors,
+            (q, k, v, log_decay, initial_state, cu_seqlens),
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
             scale=scale,
             return_state=return_state,
             layout=layout,
@@ -125,15 +128,16 @@ def decode_step(
     Shapes, dtypes and errors are those of `leetcore.decode_step`. It has no gradient: where one is asked for it raises
     NotImplementedError, and linear_attention with initial_state is what computes it.
     """
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "state": state}
-    tensors |= {"log_decay": log_decay, "state_indices": state_indices}
-    if _stand_in(tensors):
-        return handle_torch_function(decode_step, tensors.values(), **tensors, scale=scale)
+    if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
+        tensors = (q, k, v, state, log_decay, state_indices)
+        return handle_torch_function(
+            decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
+        )
     o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
-def _stand_in(tensors: dict[str, Any]) -> bool:
+def _stand_in(**tensors: Any) -> bool:
     """Whether one of them stands in for a tensor, as torch.fx's proxies do. Raises for anything else but a tensor."""
     found = False
     for name, value in tensors.items():
