@@ -22,12 +22,12 @@ from .. import _core, api
 # Private names of torch, each with what happens in a version of torch that lacks it. leetcore.torch uses no others.
 
 # An operator's autograd kernel calls the kernel below it. No public name does this: import fails.
-_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
-if _below_autograd is None:
+if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
     raise ImportError(
         "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
         f"{torch.__version__}; install an older torch or a newer leetcore"
     )
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 # Derivatives inside of torch.func's transforms take the three names that torch's own functions take there. Without one
 # of them the answer is NotImplementedError. Without the name that tells whether a transform is active, torch refuses.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
