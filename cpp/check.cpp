@@ -37,8 +37,14 @@ std::string shape_text(const lc_tensor& t) {
 }
 
 std::string dtype_text(lc_dtype d) {
+  // DLPack's codes in their order. From the eighth on a code alone says how many bits a number has.
   const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  std::string s = d.code < 7 ? kinds[d.code] + std::to_string(d.bits) : "code " + std::to_string(d.code);
+  const char* small[] = {"float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz", "float8_e4m3fn",
+                         "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",    "float8_e8m0fnu",
+                         "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
+  std::string s = d.code < 7    ? kinds[d.code] + std::to_string(d.bits)
+                  : d.code < 18 ? small[d.code - 7]
+                                : "code " + std::to_string(d.code);
   if (d.lanes != 1) s += " in " + std::to_string(d.lanes) + " lanes";
   return s;
 }
@@ -135,7 +141,11 @@ class Checker {
           (i ? ", " : "") + (dims.at[i].size < 0 ? std::string(dims.at[i].letter) : std::to_string(dims.at[i].size));
     if (t.ndim < 0 || t.ndim > 16 || (!t.shape && t.ndim))
       fail(LC_INVALID, "%s: expected shape %s], got no valid shape (ndim %d)", name, want.c_str(), t.ndim);
-    fail(LC_INVALID, "%s: expected shape %s], got %s", name, want.c_str(), shape_text(t).c_str());
+    std::string least;
+    for (int i = 0; least.empty() && t.ndim == dims.rank && i < dims.rank; ++i)
+      if (dims.at[i].size < 0 && t.shape[i] < dims.at[i].least)
+        least = std::string("; ") + dims.at[i].letter + " is at least " + std::to_string(dims.at[i].least);
+    fail(LC_INVALID, "%s: expected shape %s], got %s%s", name, want.c_str(), shape_text(t).c_str(), least.c_str());
   }
 
   // Device, address, strides: what every tensor has to satisfy once its shape is known.
@@ -163,7 +173,7 @@ class Checker {
     if (!t.data) fail(LC_INVALID, "%s: expected data, got NULL for shape %s", name, shape_text(t).c_str());
     const uintptr_t first = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
     if (first % uintptr_t(item))
-      fail(LC_INVALID, "%s: expected an address that is a multiple of %d, got %p", name, int(item),
+      fail(LC_INVALID, "%s: expected an address that is a multiple of %d, as a copy has, got %p", name, int(item),
            reinterpret_cast<void*>(first));
     const int last = t.ndim - 1;
     if (contiguous_last && last >= 0 && t.shape[last] > 1 && stride_of(t, last) != 1)

@@ -289,6 +289,9 @@ class JaxArray(Array):
     def devices(self):
         return {JaxDevice(self.number)}
 
+    def is_deleted(self):
+        return False
+
     def __setitem__(self, where, values):
         raise TypeError("immutable")
 

@@ -1,7 +1,11 @@
 """leetcore.torch: the operators under everything that torch does to operators."""
 
 import functools
+import importlib
 import itertools
+import subprocess
+import sys
+import types
 
 import leetcore
 import leetcore.torch
@@ -11,7 +15,7 @@ import torch
 import torch._dynamo.testing
 from conftest import normal
 from leetcore import reference
-from leetcore.torch import decode_step, linear_attention
+from leetcore.torch import decode_step, linear_attention, nn, ops
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -248,6 +252,20 @@ def test_vmap_is_a_loop():
         assert torch.equal(o[i], want[0]) and torch.equal(state[i], want[1])
 
 
+def test_gradients_pass_through_vmap():
+    """Of torch.func and of plain autograd. torch 2.5 loses them."""
+    q, k, v, g = (torch.stack([x.detach(), -x.detach()]) for x in list(problem(state=False).values()))
+    g = -g.abs()
+    each = [torch.func.grad(loss)(*x) for x in zip(q, k, v, g, strict=True)]
+
+    def together(q):
+        return torch.vmap(lambda *x: linear_attention(*x).square().sum())(q, k, v, g).sum()
+
+    q.requires_grad_()
+    for got in (torch.func.grad(together)(q.detach()), torch.autograd.grad(together(q), q)[0]):
+        torch.testing.assert_close(got, torch.stack(each), rtol=1e-12, atol=1e-12)
+
+
 def test_transforms_of_the_operator_itself_and_of_compiled_code():
     q, k, v = (x.detach() for x in list(problem().values())[:3])
     want = torch.func.grad(loss)(q, k, v, None)
@@ -293,6 +311,178 @@ def test_forward_mode_is_refused_and_never_drops_a_tangent(grad):
         decode_step(x, x, x, torch.zeros(2, 3, 8, 8))  # without tangents nothing is lost
         with torch.no_grad(), refused:
             decode_step(forward_ad.make_dual(x, x), x, x, torch.zeros(2, 3, 8, 8))
+
+
+# ---- versions of torch, and what they may lack
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu124", "2.5.0a0+git"])
+def test_an_older_torch_is_refused(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=rf"^torch: expected 2\.6 or later for leetcore\.torch, got {version[:5]}"):
+        importlib.reload(leetcore.torch)
+
+
+@pytest.mark.parametrize("version", ["2.6.0a0+git", "2.10.0", "3.0.0"])
+def test_a_newer_torch_is_not(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    importlib.reload(leetcore.torch)
+
+
+def test_a_torch_without_the_guard_of_kernels_is_refused(monkeypatch):
+    monkeypatch.delattr(torch._C, "_AutoDispatchBelowAutograd")
+    with pytest.raises(ImportError, match=r"^torch: expected a version with .*BelowAutograd.*, got .* newer leetcore"):
+        importlib.reload(ops)
+
+
+def test_a_torch_without_the_names_of_transforms(monkeypatch):
+    given = problem(decay="none", state=False)
+    want = gradients(linear_attention, given)
+    q, k, v = (x.detach() for x in given.values())
+    monkeypatch.setattr(ops, "_SingleLevelFunction", None)
+    for got, expected in zip(gradients(linear_attention, given), want, strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(NotImplementedError, match=r"^torch\.func: expected a torch whose transforms .*, got "):
+        torch.func.grad(loss)(q, k, v, None)
+    monkeypatch.setattr(ops, "_transforms_are_active", lambda: False)
+    with pytest.raises(RuntimeError, match="setup_context"):  # by torch: nothing is computed in silence
+        torch.func.grad(loss)(q, k, v, None)
+
+
+def test_a_torch_without_the_level_of_forward_mode(monkeypatch):
+    monkeypatch.setattr(ops, "forward_ad", types.SimpleNamespace(unpack_dual=forward_ad.unpack_dual))
+    given = problem()
+    assert linear_attention(**given).requires_grad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward mode"):
+        linear_attention(**{**given, "q": forward_ad.make_dual(given["q"].detach(), given["q"].detach())})
+
+
+SECOND_IMPORT = """
+import gc, importlib, sys
+import leetcore
+assert "torch" not in sys.modules
+try:
+    leetcore.tourch
+except AttributeError as error:
+    assert str(error) == "module 'leetcore' has no attribute 'tourch'"
+first = leetcore.torch.linear_attention  # loads where it is first used
+import torch
+q = torch.randn(1, 2, 9, 8, requires_grad=True)
+gradient = lambda call: torch.autograd.grad(call(q, q, q, -0.1).sum(), q)[0]
+want = gradient(first)
+for module in (leetcore, leetcore.arrays, leetcore.api, leetcore.torch.ops, leetcore.torch):
+    importlib.reload(module)
+assert leetcore.torch.linear_attention is not first and torch.equal(gradient(leetcore.torch.linear_attention), want)
+
+def again():
+    for name in [name for name in sys.modules if name.split(".")[0] == "leetcore"]:
+        del sys.modules[name]
+    gc.collect()
+    return importlib.import_module("leetcore.torch")
+
+second = again().linear_attention
+assert second is not first and torch.equal(gradient(second), want) and torch.equal(gradient(first), want)
+torch.ops.leetcore.version = "0.0.1"
+try:
+    again()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_second_import_takes_the_operators_of_the_first():
+    result = subprocess.run([sys.executable, "-c", SECOND_IMPORT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        f"leetcore.torch: expected the operators of leetcore {leetcore.__version__}, got those of 0.0.1, which this "
+        "process imported before; start a new process\n"
+    )
+
+
+def test_leetcore_without_torch():
+    code = "import sys; sys.modules['torch'] = None\nimport leetcore\nassert not hasattr(leetcore, 'torch')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- graphs of torch.fx and torch.jit.trace
+
+LAYERS = {
+    "linear": lambda: nn.LinearAttention(16, 4, log_decay=-0.1),
+    "lightning": lambda: nn.Lightning(16, 4, layer=0, num_layers=3),
+    "retention": lambda: nn.Retention(16, 4),
+    "gated": lambda: nn.GatedLinearAttention(16, 4),
+}
+
+
+def test_fx_traces_calls():
+    def call(q, log_decay, state):
+        o, after = linear_attention(
+            q, q, q, log_decay, scale=q.shape[-1] ** -0.5, initial_state=state, return_state=True
+        )
+        return o, after, decode_step(q[:, :, 0], q[:, :, 0], q[:, :, 0], after, -0.5)
+
+    traced = torch.fx.symbolic_trace(call)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert {linear_attention, decode_step} <= set(targets)
+    for N in (9, 30):
+        q, state = torch.randn(1, 2, N, 8), torch.randn(1, 2, 8, 8)
+        for log_decay in (torch.tensor([-0.1, -0.2]), -0.3):
+            for got, want in zip(traced(q, log_decay, state), call(q, log_decay, state), strict=True):
+                assert torch.equal(got, want)
+    q = torch.randn(1, 2, 9, 8)
+    given = torch.fx.symbolic_trace(lambda g: linear_attention(q, q, q, g))  # where only a decay is unknown
+    assert torch.equal(given(torch.tensor(-0.1)), linear_attention(q, q, q, -0.1))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a model"])
+def test_fx_traces_layers(layer, alone):
+    layer = LAYERS[layer]()
+    model = layer if alone else torch.nn.Sequential(layer, torch.nn.Linear(16, 16))
+    traced = torch.fx.symbolic_trace(model)
+    for N in (9, 30):
+        x = torch.randn(2, N, 16)
+        assert torch.equal(traced(x), model(x))
+    if alone:
+        with pytest.raises(AssertionError, match=r"^state: expected None, as torch\.fx traced the layer without it"):
+            traced(x, layer.new_state(2))
+        x, bounds = torch.randn(1, 12, 16), torch.tensor([0, 5, 12])
+        assert torch.equal(traced(x, cu_seqlens=bounds), layer(x, cu_seqlens=bounds))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every Python number of a trace
+def test_jit_traces_operators_and_layers():
+    def attend(q):
+        return linear_attention(q, q, q, -0.1, return_state=True)
+
+    traced = torch.jit.trace(attend, (torch.randn(1, 2, 9, 8),))
+    q = torch.randn(2, 3, 30, 8, requires_grad=True)
+    for got, want in zip(traced(q), attend(q), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(traced(q)[0].sum(), q)[0], torch.autograd.grad(attend(q)[0].sum(), q)[0])
+
+    def step(x, state):
+        return decode_step(x, x, x, state, -0.1)
+
+    x = torch.randn(2, 3, 8)
+    traced = torch.jit.trace(step, (x, torch.zeros(2, 3, 8, 8)))
+    state, expected = torch.ones(2, 2, 3, 8, 8)
+    assert torch.equal(traced(x, state), step(x, expected)) and torch.equal(state, expected)
+
+    for make in LAYERS.values():
+        layer = make()
+        traced = torch.jit.trace(layer, (torch.randn(1, 9, 16),))
+        x = torch.randn(2, 30, 16)
+        assert torch.equal(traced(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_jit_trace_would_freeze_is_refused():
+    q = torch.randn(1, 2, 9, 8)
+    with pytest.raises(TypeError, match=r"^scale: expected a number, got a torch\.Tensor; multiply q by it"):
+        torch.jit.trace(lambda q: linear_attention(q, q, q, scale=1 / q.shape[2]), (q,))  # traced sizes are tensors
+    with pytest.raises(TypeError, match=r"^q: expected a call outside of torch\.jit\.trace.*leetcore\.torch"):
+        torch.jit.trace(lambda q: leetcore.linear_attention(q, q, q), (q,))
 
 
 # ---- the dispatcher
@@ -435,6 +625,25 @@ def test_decode_step_has_no_gradient():
         decode_step(x, x, x, torch.zeros(2, 3, 8, 8))
     with torch.no_grad():
         assert decode_step(x, x, x, torch.zeros(2, 3, 8, 8)).any()
+
+
+def test_decode_step_in_grad_mode_where_nothing_requires_a_gradient():
+    project = torch.nn.Linear(8, 8)
+    x = torch.randn(2, 3, 9, 8)
+    _, state = linear_attention(*(project(x) for _ in range(3)), -0.1, return_state=True)
+    assert state.requires_grad and torch.is_grad_enabled()
+    state, expected = state.detach(), state.detach().clone()
+    step = project(x[:, :, 0]).detach()
+    compiled = torch.compile(lambda *x: decode_step(*x, -0.1), fullgraph=True, backend="aot_eager")
+    for call in (lambda *x: decode_step(*x, -0.1), compiled):
+        o = call(step, step, step, state)
+        assert not o.requires_grad and torch.equal(o, leetcore.decode_step(step, step, step, expected, -0.1))
+        assert torch.equal(state, expected)
+
+
+def test_numpy_numbers_as_decays():
+    q = torch.randn(1, 2, 9, 8)
+    assert torch.equal(linear_attention(q, q, q, np.float32(-0.5)), linear_attention(q, q, q, -0.5))
 
 
 # ---- refusals

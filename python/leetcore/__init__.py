@@ -1,7 +1,9 @@
 """leetcore: causal linear attention with exponential decay, by every known method, on arrays of any DLPack library."""
 
 import contextlib
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import _core, decay, reference, tuning
 from .api import (
@@ -42,6 +44,20 @@ __all__ = [
 
 with contextlib.suppress(RuntimeError):  # a wrong LEETCORE_ISA: every call will say so
     tuning.load(build_info()["isa"])
+
+
+if TYPE_CHECKING:
+    from . import torch as torch
+else:
+
+    def __getattr__(name):
+        """leetcore.torch, which is imported where it is first used, as it imports torch."""
+        if name != "torch":
+            raise AttributeError(f"module 'leetcore' has no attribute {name!r}")
+        try:
+            return importlib.import_module("leetcore.torch")
+        except ImportError as error:
+            raise AttributeError(f"leetcore.torch: {error}") from error
 
 
 def get_include() -> str:

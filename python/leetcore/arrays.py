@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,6 +87,10 @@ class NumPy:
     def repair(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not array.flags.writeable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
+        if not array.dtype.isnative:
+            raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; astype converts it")
+        if not array.flags.aligned:
+            raise ValueError(f"{name}: expected an aligned array, got a field of a packed struct; copy() aligns it")
         if array.dtype.name == "bfloat16":  # of ml_dtypes; numpy cannot export it, so it goes as its bits
             return _core.as_bfloat16(array.view(np.uint16))
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {array.dtype}")
@@ -118,28 +123,60 @@ class Torch:
         return torch is not None and isinstance(array, torch.Tensor)
 
     def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
+        if sys.modules["torch"].jit.is_tracing():  # the result would be a constant of the graph
+            raise TypeError("q: expected a call outside of torch.jit.trace, got one in it; take leetcore.torch there")
         if not array.is_cuda:
             return self, _number(stream)
         place = TorchOnGpu(array, stream)
         return place, place.stream
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
+        torch = sys.modules["torch"]
+        try:
+            if (array.requires_grad and torch.is_grad_enabled()) or not _has_memory(array) or _has_tangent(array):
+                raise self._refusal(name, array)
+            if array.is_neg() or array.is_conj():
+                if writable:
+                    raise ValueError(f"{name}: expected plain memory to write to, got a view with a pending negation")
+                array = array.resolve_neg().resolve_conj()
+            capsule = torch.utils.dlpack.to_dlpack(array)
+        except (RuntimeError, BufferError):  # by torch, whose text names no argument
+            raise self._refusal(name, array) from None
+        if writable:  # autograd then knows that a saved tensor has changed
+            torch.autograd.graph.increment_version(array)
+        return capsule
+
+    def _refusal(self, name: str, array: Array) -> TypeError:
+        """Says why a tensor cannot be exported, and what to do."""
         import torch
 
-        if array.requires_grad and torch.is_grad_enabled():
-            raise TypeError(
-                f"{name}: expected a tensor without requires_grad, as no gradient is computed; detach() it, or take "
-                "leetcore.torch, which has gradients"
+        if array.is_nested:
+            text = "a dense tensor, got a nested one; pack its sequences along the tokens, with cu_seqlens"
+        elif array.layout is not torch.strided:
+            text = f"a dense tensor, got layout {array.layout}; to_dense() makes one"
+        elif hasattr(array, "to_local"):
+            text = f"a tensor of one process, got {type(array).__name__}; to_local() gives the part of this process"
+        elif array.requires_grad and torch.is_grad_enabled():
+            text = (
+                "a tensor without requires_grad, as no gradient is computed; detach() it, or take leetcore.torch, "
+                "which has gradients"
             )
-        if array.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
-        if array.device.type not in ("cpu", "cuda"):
-            raise TypeError(f"{name}: expected a tensor on the CPU or a CUDA device, got {array.device}")
-        if array.is_neg() or array.is_conj():
-            if writable:
-                raise ValueError(f"{name}: expected plain memory to write to, got a view with a pending negation")
-            array = array.resolve_neg().resolve_conj()
-        return torch.utils.dlpack.to_dlpack(array)  # type: ignore[attr-defined]
+        elif _has_tangent(array):
+            text = "a tensor without a tangent, as no derivative is computed; torch.autograd.forward_ad.unpack_dual it"
+        elif not (array.is_cpu or array.is_cuda):
+            text = f"a tensor on the CPU or a CUDA device, got {array.device}"
+        elif not (array.is_floating_point() and array.element_size() > 1) and array.dtype not in (
+            torch.int32,
+            torch.int64,
+        ):
+            text = f"dtype float64, float32, float16 or bfloat16, got {array.dtype}"
+        else:
+            kind = type(array).__name__
+            text = (
+                f"a tensor with memory of its own, got {'one without' if kind == 'Tensor' else kind}; where torch "
+                "traces or transforms (FakeTensor, torch.func, torch.vmap), take leetcore.torch"
+            )
+        return TypeError(f"{name}: expected {text}")
 
     def repair(self, name: str, array: Array, writable: bool) -> Any:
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {array.dtype}")
@@ -175,6 +212,23 @@ class Torch:
 
     def assign(self, array: Array, values: Array) -> None:
         array.copy_(self.from_numpy(values))
+
+
+def _has_memory(tensor: Array) -> bool:
+    """Whether a tensor's values lie in memory of the host or of a CUDA device."""
+    if not (tensor.is_cpu or tensor.is_cuda):
+        return False
+    if type(tensor) is sys.modules["torch"].Tensor:
+        return bool(tensor.data_ptr() or not tensor.numel())
+    with warnings.catch_warnings():  # of some subclasses, which have no address
+        warnings.simplefilter("ignore")
+        return bool(tensor.data_ptr() or not tensor.numel())
+
+
+def _has_tangent(tensor: Array) -> bool:
+    forward_ad = sys.modules["torch.autograd.forward_ad"]
+    # The level is a private name. In a torch without it the tangent is looked for in any case.
+    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class TorchOnGpu(Torch):
@@ -248,7 +302,7 @@ class OnGpu:
     def repair(self, name: str, array: Array, writable: bool) -> Any:
         if writable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
-        raise TypeError(f"{name}: expected an array that exports a float dtype, got {type(array).__name__}")
+        raise _no_float(name, array)
 
     def contiguous(self, array: Array) -> Array:
         return self._functions.asarray(array, copy=True)
@@ -350,7 +404,7 @@ class Immutable(NumPy):
     def repair(self, name: str, array: Array, writable: bool) -> Any:
         if isinstance(array, np.ndarray):
             return super().repair(name, array, writable)
-        raise TypeError(f"{name}: expected an array that exports a float dtype, got {type(array).__name__}")
+        raise _no_float(name, array)
 
     def contiguous(self, array: Array) -> Array:
         return np.ascontiguousarray(np.from_dlpack(array))
@@ -380,6 +434,7 @@ class JaxOnGpu(OnGpu):
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
         if stream is not None:
             raise ValueError("stream: expected None with jax arrays, as jax orders its work by streams of its own")
+        _require_whole("q", array)
         (self._device,) = array.devices()
         self.stream = self._device.get_stream_for_external_ready_events()
         self._made: list[Array] = []
@@ -388,6 +443,7 @@ class JaxOnGpu(OnGpu):
     def export(self, name: str, array: Array, writable: bool) -> Any:
         if writable and not any(array is made for made in self._made):
             raise TypeError(f"{name}: expected an array that can be written, got one of jax, which are immutable")
+        _require_whole(name, array)
         self._held.append(array)
         return super().export(name, array, writable)
 
@@ -416,6 +472,16 @@ class JaxOnGpu(OnGpu):
         import jax
 
         return jax.device_put(array, self._device)
+
+
+def _require_whole(name: str, array: Array) -> None:
+    """Refuses an array of jax that is gone, or in several places."""
+    if array.is_deleted():
+        raise ValueError(
+            f"{name}: expected an array of jax that exists, got a deleted one; jax.jit deletes what is donated to it"
+        )
+    if (count := len(array.devices())) > 1:
+        raise ValueError(f"{name}: expected an array on one device, got one on {count}; jax.device_put moves it to one")
 
 
 class _Producer:
@@ -447,7 +513,10 @@ class Jax(Immutable):
         if isinstance(array, jax.core.Tracer):
             raise TypeError(f"{name}: expected a concrete array, got a tracer; call leetcore outside of jax.jit")
         exported = super().export(name, array, writable)
-        return exported if isinstance(exported, np.ndarray) else exported.block_until_ready()
+        if isinstance(exported, np.ndarray):
+            return exported
+        _require_whole(name, exported)
+        return exported.block_until_ready()
 
     def contiguous(self, array: Array) -> Array:
         return np.ascontiguousarray(np.asarray(array))
@@ -484,8 +553,14 @@ def _gpu_number(stream: Stream) -> int:
 def _is_on_gpu(array: Array) -> bool:
     try:
         return bool(array.__dlpack_device__()[0] == _CUDA)
-    except (AttributeError, BufferError):  # export and repair say what is wrong with it
+    except (AttributeError, BufferError, RuntimeError):  # export and repair say what is wrong with it
         return False
+
+
+def _no_float(name: str, array: Array) -> TypeError:
+    dtype = getattr(array, "dtype", None)
+    got = type(array).__name__ if dtype is None else f"{type(array).__name__} of dtype {dtype}"
+    return TypeError(f"{name}: expected an array that exports a float dtype, got {got}")
 
 
 def _package(array: Array) -> str:
@@ -527,6 +602,13 @@ _of_type: dict[type, Library] = {np.ndarray: _NUMPY}
 
 
 def _find(name: str, array: Array) -> Library:
+    fx = sys.modules.get("torch.fx")
+    if fx is not None and isinstance(array, fx.Proxy):
+        raise TypeError(f"{name}: expected an array, got a Proxy of torch.fx, which traces calls of leetcore.torch")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected an array without a mask, got {type(array).__name__}; filled(value) gives a plain one"
+        )
     for library in _SHARED:
         if library.owns(array):
             break

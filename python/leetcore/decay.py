@@ -156,7 +156,13 @@ def _log_decay(value: npt.NDArray[np.float64]) -> LogDecay:
 
 
 def _real(name: str, value: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    array = np.asarray(value)
+    try:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError  # numpy would drop the mask
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # tensors of bfloat16, on a GPU, or that require gradients
+        hint = "; x.detach().cpu().double() has them, without a gradient" if hasattr(value, "detach") else ""
+        raise ValueError(f"{name}: expected numbers that numpy can read, got {type(value).__name__}{hint}") from None
     if not np.can_cast(array.dtype, np.float64, "same_kind") or array.dtype == np.bool_:
         raise ValueError(f"{name}: expected real numbers, got dtype {array.dtype}")
     return array.astype(np.float64)

@@ -1,5 +1,11 @@
 """leetcore for PyTorch: differentiable operators (`torch.ops.leetcore`), layers in `nn`, models in `integrations`."""
 
-from .ops import decode_step, linear_attention
+import torch
+
+_OLDEST = (2, 6)  # torch.vmap of an operator loses the gradients of outer levels in 2.5
+if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:
+    raise ImportError(f"torch: expected {_OLDEST[0]}.{_OLDEST[1]} or later for leetcore.torch, got {torch.__version__}")
+
+from .ops import decode_step, linear_attention  # noqa: E402
 
 __all__ = ["decode_step", "linear_attention"]

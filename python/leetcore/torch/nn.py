@@ -13,6 +13,7 @@ and stay float32 whatever .to(dtype) does to the rest.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import decay
 from .ops import decode_step, linear_attention
@@ -83,6 +84,8 @@ class _Layer(nn.Module):
             state: of `new_state`, or as an earlier call left it. None: x is all there is.
             cu_seqlens: int32 or int64 [S + 1], the bounds of S sequences packed along N; B is 1.
         """
+        if isinstance(state, fx.Proxy):
+            state = _require_none("state", state)
         q, k, v, log_decay = self.project(x, None if state is None else state.position)
         result = linear_attention(
             q,
@@ -295,6 +298,12 @@ class GatedLinearAttention(_Layer):
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2))
         return y
+
+
+def _require_none(name: str, value: fx.Proxy) -> None:
+    """Makes a traced graph require None for an argument whose value torch.fx does not know."""
+    is_none = value.tracer.create_proxy("call_function", operator.is_, (value, None), {})
+    torch._assert(is_none, f"{name}: expected None, as torch.fx traced the layer without it")
 
 
 def _share(embed_dim: int, heads: int) -> int:

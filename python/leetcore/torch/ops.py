@@ -6,35 +6,54 @@ in place. Each calls the library once; shapes for tracing, the autocast and vmap
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import api
+from .. import _core, api
 
-_LIBRARY = torch.library.Library("leetcore", "DEF")
-_LIBRARY.define(
+# Private names of torch, each with what happens in a version of torch that lacks it. leetcore.torch uses no others.
+
+# An operator's autograd kernel calls the kernel below it. No public name does this: import fails.
+if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
+    raise ImportError(
+        "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
+        f"{torch.__version__}; install an older torch or a newer leetcore"
+    )
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+# Derivatives inside of torch.func's transforms take the three names that torch's own functions take there. Without one
+# of them the answer is NotImplementedError. Without the name that tells whether a transform is active, torch refuses.
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError:
+    _SingleLevelFunction = None  # type: ignore[assignment, misc]
+
+
+def _forward_mode_is_on() -> bool:
+    """Saves the search for tangents. Without the private name every call searches."""
+    return bool(getattr(forward_ad, "_current_level", 0) >= 0)
+
+
+_SCHEMAS = (
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? initial_state=None,"
     " Tensor? cu_seqlens=None, float scale=1.0, bool return_state=False, str layout='bhnd', str method='auto',"
-    " bool tf32=False) -> (Tensor o, Tensor final_state)"
-)
-_LIBRARY.define(
+    " bool tf32=False) -> (Tensor o, Tensor final_state)",
     "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state,"
     " Tensor? cu_seqlens, Tensor? d_o, Tensor? d_final_state, float scale, str layout, bool tf32, bool[] wants)"
-    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_log_decay, Tensor d_initial_state)"
-)
-_LIBRARY.define(
+    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_log_decay, Tensor d_initial_state)",
     "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? log_decay=None, Tensor? state_indices=None,"
-    " float scale=1.0) -> Tensor o"
+    " float scale=1.0) -> Tensor o",
 )
-_FORWARD = torch.ops.leetcore.linear_attention.default
-_BACKWARD = torch.ops.leetcore.linear_attention_backward.default
-_DECODE = torch.ops.leetcore.decode_step.default
 
 
 def linear_attention(
@@ -62,7 +81,22 @@ def linear_attention(
     Returns:
         o [B, H, N, V], or (o, final_state). Every method has the same gradients.
     """
-    _require_tensors(q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
+        return handle_torch_function(
+            linear_attention,
+            (q, k, v, log_decay, initial_state, cu_seqlens),
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            return_state=return_state,
+            layout=layout,
+            method=method,
+            precision=precision,
+        )
     o, final_state = _FORWARD(
         q,
         k,
@@ -94,15 +128,29 @@ def decode_step(
     Shapes, dtypes and errors are those of `leetcore.decode_step`. It has no gradient: where one is asked for it raises
     NotImplementedError, and linear_attention with initial_state is what computes it.
     """
-    _require_tensors(q=q, k=k, v=v, state=state, state_indices=state_indices)
+    if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
+        tensors = (q, k, v, state, log_decay, state_indices)
+        return handle_torch_function(
+            decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
+        )
     o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
-def _require_tensors(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, Tensor):
+def _stand_in(**tensors: Any) -> bool:
+    """Whether one of them stands in for a tensor, as torch.fx's proxies do. Raises for anything else but a tensor."""
+    found = False
+    for name, value in tensors.items():
+        if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
+            continue
+        if not hasattr(value, "__torch_function__"):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        found = True
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (float, int, np.number))
 
 
 def _number(scale: Any) -> Any:
@@ -118,10 +166,9 @@ def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) 
     """log_decay as a tensor beside q; a single one on a GPU as [Hs], since the library reads scalars on the CPU."""
     if log_decay is None:
         return None
-    if isinstance(log_decay, (float, int)):
+    if _is_number(log_decay):
         exact = torch.float64 if q.dtype is torch.float64 else torch.float32
         log_decay = torch.full((), log_decay, dtype=exact, device=q.device)
-    _require_tensors(log_decay=log_decay)
     if log_decay.ndim == 0 and q.device.type != "cpu":
         log_decay = log_decay.to(q.device).expand(max(k.shape[head_axis], v.shape[head_axis]))
     result: Tensor = log_decay
@@ -305,11 +352,11 @@ def _forward_with_gradient(
     tf32: bool = False,
 ) -> Any:
     inputs = (q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, layout, method, tf32)
-    return _Forward.apply(*inputs) if _is_differentiated(inputs) else _run(_FORWARD, inputs)
+    return _apply(_Forward, inputs) if _is_differentiated(inputs) else _run(_FORWARD, inputs)
 
 
 def _backward_with_gradient(*inputs: Any) -> Any:
-    return _Backward.apply(*inputs) if _is_differentiated(inputs) else _run(_BACKWARD, inputs)
+    return _apply(_Backward, inputs) if _is_differentiated(inputs) else _run(_BACKWARD, inputs)
 
 
 def _decode_with_gradient(*inputs: Any) -> Any:
@@ -326,48 +373,32 @@ def _decode_with_gradient(*inputs: Any) -> Any:
 
 def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
     """Whether gradients are asked for. Raises where the question is for tangents, which would be lost."""
-    if forward_ad._current_level >= 0 and any(
+    if _forward_mode_is_on() and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
     ):
         raise NotImplementedError(
             "leetcore.torch has no forward mode; expected tensors without tangents, and torch.autograd.grad, "
             "torch.func.grad, vjp or jacrev for derivatives"
         )
-    return torch.is_grad_enabled() and bool(torch._C._any_requires_grad(*inputs))
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return operator(*inputs)
 
 
-class _Function(torch.autograd.Function):
-    """One for kernels of the key Autograd, which torch.func's transforms call once for each level."""
-
-    @classmethod
-    def apply(cls, *inputs: Any) -> Any:
-        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        if not torch._C._are_functorch_transforms_active():
-            return apply(*inputs)
-        with enable_single_level_autograd_function():
-            return apply(*inputs)
-
-    @staticmethod
-    def run(operator: Any, inputs: tuple[Any, ...]) -> Any:
-        """The operator in `forward`, for which torch turned all derivatives off: those of outer levels are on again."""
-        if not torch._C._are_functorch_transforms_active():
-            return _run(operator, inputs)
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return _run(operator, inputs)
-
-
-class _Forward(_Function):
+class _Forward:
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         ctx.save_for_backward(*inputs[:6])
         ctx.options = inputs[6:]
         ctx.set_materialize_grads(False)
-        return _Function.run(_FORWARD, inputs)
+        return _run_in_function(_FORWARD, inputs)
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -380,10 +411,10 @@ class _Forward(_Function):
         return *(d if wanted else None for d, wanted in zip(gradients, wants, strict=True)), *(None,) * 6
 
 
-class _Backward(_Function):
+class _Backward:
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        return _Function.run(_BACKWARD, inputs)
+        return _run_in_function(_BACKWARD, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -392,22 +423,46 @@ class _Backward(_Function):
         )
 
 
+def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
+    """The two passes as a torch.autograd.Function. torch.func's transforms call a kernel once for each level."""
+    if not _transforms_are_active():
+        return _function(passes, torch.autograd.Function).apply(*inputs)
+    if _SingleLevelFunction is None:
+        raise NotImplementedError(
+            f"torch.func: expected a torch whose transforms leetcore.torch knows, got {torch.__version__}; take "
+            "torch.autograd.grad, or a newer leetcore"
+        )
+    with enable_single_level_autograd_function():
+        return _function(passes, _SingleLevelFunction).apply(*inputs)
+
+
+@functools.cache
+def _function(passes: type, base: type) -> Any:
+    return type(passes.__name__, (passes, base), {})
+
+
+def _run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """torch turns all derivatives off inside of `forward`. Those of outer levels are on again for the operator."""
+    if not _transforms_are_active():
+        return _run(operator, inputs)
+    with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        return _run(operator, inputs)
+
+
 # ---- autocast: matrix products in its dtype, decays and states in float32
 
 
 def _autocast(op: Any, exact: tuple[int, ...], device: str) -> Callable[..., Any]:
-    key = getattr(torch._C.DispatchKey, f"Autocast{device}")
-
     def cast(i: int, x: Any, dtype: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         return x.to(torch.float32 if i in exact else dtype)
 
     def kernel(*arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
             if arguments[0].dtype is torch.float64:  # as elsewhere in torch
                 return op(*arguments)
-            dtype = torch.get_autocast_dtype(device.lower())
             return op(*(cast(i, x, dtype) for i, x in enumerate(arguments)))
 
     return kernel
@@ -537,21 +592,42 @@ def _decode_flop(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 # ---- all of that, told to torch
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("linear_attention", _forward, _key)
-    _LIBRARY.impl("linear_attention_backward", _backward, _key)
-    _LIBRARY.impl("decode_step", _decode, _key)
-    _LIBRARY.impl("linear_attention", _autocast(_FORWARD, (3, 4), _key), f"Autocast{_key}")
-    _LIBRARY.impl("decode_step", _autocast(_DECODE, (3, 4), _key), f"Autocast{_key}")
-_LIBRARY.impl("linear_attention", _forward_with_gradient, "Autograd")
-_LIBRARY.impl("linear_attention_backward", _backward_with_gradient, "Autograd")
-_LIBRARY.impl("decode_step", _decode_with_gradient, "Autograd")
-torch.library.register_fake("leetcore::linear_attention", _forward_shapes, lib=_LIBRARY)
-torch.library.register_fake("leetcore::linear_attention_backward", _backward_shapes, lib=_LIBRARY)
-torch.library.register_fake("leetcore::decode_step", _decode_shapes, lib=_LIBRARY)
-torch.library.register_vmap("leetcore::linear_attention", _vmap_forward, lib=_LIBRARY)
-torch.library.register_vmap("leetcore::linear_attention_backward", _vmap_backward, lib=_LIBRARY)
-torch.library.register_vmap("leetcore::decode_step", _vmap_decode, lib=_LIBRARY)
-register_flop_formula(torch.ops.leetcore.linear_attention)(_forward_flop)
-register_flop_formula(torch.ops.leetcore.linear_attention_backward)(_backward_flop)
-register_flop_formula(torch.ops.leetcore.decode_step)(_decode_flop)
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("leetcore", "DEF")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    ops = torch.ops.leetcore
+    for key in ("CPU", "CUDA"):
+        library.impl("linear_attention", _forward, key)
+        library.impl("linear_attention_backward", _backward, key)
+        library.impl("decode_step", _decode, key)
+        for op, name in ((ops.linear_attention, "linear_attention"), (ops.decode_step, "decode_step")):
+            library.impl(name, _autocast(op.default, (3, 4), key.lower()), f"Autocast{key}")
+    library.impl("linear_attention", _forward_with_gradient, "Autograd")
+    library.impl("linear_attention_backward", _backward_with_gradient, "Autograd")
+    library.impl("decode_step", _decode_with_gradient, "Autograd")
+    torch.library.register_fake("leetcore::linear_attention", _forward_shapes, lib=library)
+    torch.library.register_fake("leetcore::linear_attention_backward", _backward_shapes, lib=library)
+    torch.library.register_fake("leetcore::decode_step", _decode_shapes, lib=library)
+    torch.library.register_vmap("leetcore::linear_attention", _vmap_forward, lib=library)
+    torch.library.register_vmap("leetcore::linear_attention_backward", _vmap_backward, lib=library)
+    torch.library.register_vmap("leetcore::decode_step", _vmap_decode, lib=library)
+    register_flop_formula(ops.linear_attention)(_forward_flop)
+    register_flop_formula(ops.linear_attention_backward)(_backward_flop)
+    register_flop_formula(ops.decode_step)(_decode_flop)
+    return library
+
+
+# A second import in the same process takes the operators of the first, which live as long as their library does.
+_namespace: Any = torch.ops.leetcore
+if not hasattr(_namespace, "library"):
+    _namespace.library, _namespace.version = _define(), _core.version
+if _namespace.version != _core.version:
+    raise ImportError(
+        f"leetcore.torch: expected the operators of leetcore {_core.version}, got those of {_namespace.version}, which "
+        "this process imported before; start a new process"
+    )
+_FORWARD = torch.ops.leetcore.linear_attention.default
+_BACKWARD = torch.ops.leetcore.linear_attention_backward.default
+_DECODE = torch.ops.leetcore.decode_step.default
