@@ -283,7 +283,7 @@ class Retention(_Layer):
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         cos, sin = self._angles(position, x.dtype)
         q, k = (_rotate(p(x).unflatten(-1, (self.num_heads, -1)), cos, sin) for p in (self.q_proj, self.k_proj))
-        return q, k, self.v_proj(x).unflatten(-1, (self.num_heads, -1)), self.log_decay
+        return q, k, self.v_proj(x).unflatten(-1, (self.num_heads, -1)), self._decay_on(x.device)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2))
