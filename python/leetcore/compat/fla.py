@@ -1,13 +1,15 @@
 """Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
 
 Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. The work is that of leetcore.torch: on any
-device, without graph breaks, with gradients for a constant decay too. `chunk_` and `fused_recurrent_` name the same
-operator. All return (o, final_state), the latter None unless output_final_state is set. chunk_size and cu_seqlens_cpu,
-which only choose among fla's kernels, are ignored; an unknown argument is a TypeError, and so is
-transpose_state_layout, the older name of state_v_first.
+device, without graph breaks, with gradients for a constant decay too. `chunk_`, `fused_chunk_` and `fused_recurrent_`
+name the same operator. They return (o, final_state), where final_state is None unless output_final_state is set.
+`parallel_` returns (o, weights), where weights is None unless output_attentions is set. chunk_size and cu_seqlens_cpu,
+which only choose among fla's kernels, are ignored. An unknown argument is a TypeError.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -19,9 +21,15 @@ __all__ = [
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_simple_gla",
+    "fused_chunk_linear_attn",
+    "fused_chunk_retention",
+    "fused_chunk_simple_gla",
     "fused_recurrent_lightning_attn",
+    "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
     "fused_recurrent_simple_gla",
+    "parallel_retention",
+    "parallel_simple_gla",
 ]
 
 
@@ -69,11 +77,46 @@ def fused_recurrent_simple_gla(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    transpose_state_layout: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla`; with reverse, from the last token to the first."""
+    """`chunk_simple_gla`; with reverse, from the last token to the first.
+
+    transpose_state_layout is fla's deprecated name of state_v_first.
+    """
+    state_v_first = _state_v_first(state_v_first, transpose_state_layout)
     return _simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
     )
+
+
+def fused_chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_simple_gla`."""
+    return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, False, cu_seqlens)
+
+
+def parallel_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_simple_gla` without states; with output_attentions, also the weights [B, H, T, T], without gradients."""
+    return _parallel(q, k, v, g, None, scale, output_attentions, cu_seqlens)
 
 
 def chunk_retention(
@@ -103,11 +146,42 @@ def fused_recurrent_retention(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    transpose_state_layout: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_retention`; with reverse, from the last token to the first."""
+    """`chunk_retention`; with reverse, from the last token to the first.
+
+    transpose_state_layout is fla's deprecated name of state_v_first.
+    """
+    state_v_first = _state_v_first(state_v_first, transpose_state_layout)
     return _simple_gla(
         q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens
     )
+
+
+def fused_chunk_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_retention`."""
+    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def parallel_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`parallel_simple_gla` with the decays of `chunk_retention`."""
+    return _parallel(q, k, v, None, _retention_decay(q), scale, output_attentions, cu_seqlens)
 
 
 def chunk_lightning_attn(
@@ -185,19 +259,84 @@ def chunk_linear_attn(
 
     With normalize, states are pairs (kv [B, H, K, V], z [B, 1, H, K]), z the sum of the keys.
     """
+    return _linear_attn(q, k, v, scale, initial_state, output_final_state, False, normalize, cu_seqlens)
+
+
+def fused_chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    """`chunk_linear_attn`."""
+    return _linear_attn(q, k, v, scale, initial_state, output_final_state, False, normalize, cu_seqlens)
+
+
+def fused_recurrent_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    normalize: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    """`chunk_linear_attn`, where normalize is False unless given; with reverse, from the last token to the first."""
+    return _linear_attn(q, k, v, scale, initial_state, output_final_state, reverse, normalize, cu_seqlens)
+
+
+def _linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    initial_state: Tensor | tuple[Tensor, Tensor] | None,
+    output_final_state: bool,
+    reverse: bool,
+    normalize: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     if isinstance(initial_state, tuple) and not normalize:
         raise TypeError("initial_state: expected a tensor where normalize is False, got a tuple")
     kv, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    o, final = _simple_gla(q, k, v, None, None, scale, kv, output_final_state, False, False, cu_seqlens)
+    o, final = _simple_gla(q, k, v, None, None, scale, kv, output_final_state, reverse, False, cu_seqlens)
     if not normalize:
         return o, final
     # The sum of the weights is attention to values of 1, and z is its state.
     z = None if z is None else z.transpose(1, 2).transpose(2, 3)  # [B, H, K, 1]
-    total, sums = _simple_gla(q, k, torch.ones_like(v[..., :1]), None, None, scale, z, True, False, False, cu_seqlens)
+    ones = torch.ones_like(v[..., :1])
+    total, sums = _simple_gla(q, k, ones, None, None, scale, z, output_final_state, reverse, False, cu_seqlens)
     o = (o / (total + 1e-10)).to(o.dtype)
     if final is None or sums is None:
         return o, None
     return o, (final, sums.transpose(2, 3).transpose(1, 2))
+
+
+def _parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    scale: float | None,
+    output_attentions: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if output_attentions and cu_seqlens is not None:
+        raise ValueError("output_attentions: expected False with cu_seqlens, got True")
+    o, _ = _simple_gla(q, k, v, g, g_gamma, scale, None, False, False, False, cu_seqlens)
+    if not output_attentions:
+        return o, None
+    with torch.no_grad():  # The weights are attention to the rows of the identity matrix.
+        rows = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)[None, :, None].expand(*v.shape[:3], -1)
+        weights, _ = _simple_gla(q, k, rows, g, g_gamma, scale, None, False, False, False, None)
+    return o, weights.transpose(1, 2)
 
 
 def _simple_gla(
@@ -240,6 +379,15 @@ def _simple_gla(
     if reverse:
         o, state = o.flip(1), _reversed(cu_seqlens, state)[1]
     return o, state.transpose(2, 3) if state is not None and state_v_first else state
+
+
+def _state_v_first(state_v_first: bool, older: bool | None) -> bool:
+    if older is None:
+        return state_v_first
+    if state_v_first:
+        raise ValueError("transpose_state_layout: expected None with state_v_first, its newer name, got both")
+    warnings.warn("transpose_state_layout is fla's deprecated name of state_v_first", DeprecationWarning, stacklevel=3)
+    return older
 
 
 def _reversed(cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -7,6 +7,8 @@ Every layer maps [B, N, embed_dim] to the same shape:
     y = layer(prompt, state)            # in one piece or in several; the state moves on
     y = layer.step(x, state)            # [B, embed_dim], one token more; for inference, updates the state in place
 
+    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in between
+
 state_dict() holds parameters only. Decays that are no parameters are made from the numbers the layer was built with,
 and stay float32 whatever .to(dtype) does to the rest.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import decay
+from .masks import hide, masked_tokens
 from .ops import decode_step, linear_attention
 
 __all__ = ["GatedLinearAttention", "Lightning", "LinearAttention", "Retention", "State"]
@@ -34,7 +37,7 @@ class State:
     """What a layer keeps of the tokens it has seen.
 
     memory: [B, H, K, V] ([S, H, K, V] with cu_seqlens), float32, or float64 in a float64 layer.
-    position: [], int64: how many tokens those are.
+    position: [], int64: how many tokens those are; [B] where a mask made their numbers differ.
     """
 
     memory: Tensor
@@ -42,51 +45,100 @@ class State:
 
     def select(self, indices: Tensor) -> State:
         """The state of some sequences, such as the beams that live on; a copy."""
-        return State(self.memory[indices], self.position)
+        return State(self.memory[indices], self.position[indices] if self.position.ndim else self.position)
 
     def detach(self) -> State:
         """Without the history of gradients, for training on pieces of a long text."""
         return State(self.memory.detach(), self.position)
 
 
-class _Layer(nn.Module):
-    """What the layers share: the operator between `project`, x to q, k, v and a decay, and `finish`, o to y."""
+torch.serialization.add_safe_globals([State])  # lets torch.load read a saved State with weights_only=True
+
+
+class ConstantDecay(nn.Module):
+    """A module with a decay that is no parameter: it stays float32, and follows the module's inputs to their device."""
 
     log_decay: Tensor | None
+    _exact: Tensor | None
+
+    def _set_decay(self, log_decay: npt.NDArray[np.float32] | None, device: torch.device | None = None) -> None:
+        self._exact = None if log_decay is None else torch.from_numpy(log_decay)
+        self.register_buffer("log_decay", None, persistent=False)
+        self._move_decay(device)
+
+    def _move_decay(self, device: torch.device | None) -> None:
+        if self._exact is not None:
+            self.log_decay = self._exact.to(device, copy=True)
+
+    def _decay_on(self, device: torch.device) -> Tensor | None:
+        """The decay beside an input. Parameters may have left the device "meta", or their first one, without it."""
+        if self.log_decay is not None and self.log_decay.device != device:
+            self._move_decay(device)
+        return self.log_decay
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.log_decay is not None:
+            self._move_decay(self.log_decay.device)
+        return result
+
+
+class _Layer(ConstantDecay):
+    """What the layers share: the operator between `project`, x to q, k, v and a decay, and `finish`, o to y."""
 
     def __init__(
         self, num_heads: int, key_dim: int, value_dim: int, scale: float, log_decay: npt.ArrayLike | None
     ) -> None:
         super().__init__()
         self.num_heads, self.key_dim, self.value_dim, self.scale = num_heads, key_dim, value_dim, scale
-        self._log_decay = None if log_decay is None else np.array(log_decay, np.float32)
-        if self._log_decay is not None and self._log_decay.shape not in ((), (num_heads,)):
-            raise ValueError(f"log_decay: expected a number or shape [{num_heads}], got {list(self._log_decay.shape)}")
-        if self._log_decay is not None and not (self._log_decay <= 0).all():  # a GPU's are not checked in calls
-            raise ValueError(f"log_decay: expected values <= 0, got {self._log_decay.max():g}")
-        self.register_buffer("log_decay", None, persistent=False)
-        self._restore_decay()
-        self.register_load_state_dict_post_hook(_follow_parameters)  # type: ignore[no-untyped-call]
+        self._set_decay(None if log_decay is None else _constant(log_decay, num_heads), torch.get_default_device())
 
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k [B, N, H, K], v [B, N, H, V] and log_decay of x [B, N, embed_dim], `position` tokens after the first."""
+        """q, k [B, N, H, K], v [B, N, H, V] and log_decay of x [B, N, embed_dim].
+
+        position: [N] or [B, N], int64, the place of each token in its sequence. None: 0, 1, 2, ...
+        """
         raise NotImplementedError
+
+    def _positions(self, x: Tensor, state: State | None, shown: Tensor | None) -> Tensor | None:
+        """The places of the tokens x [B, N, embed_dim] after those of `state`, where only shown tokens [B, N] count."""
+        if state is None and shown is None:
+            return None
+        own = torch.arange(x.shape[1], device=x.device) if shown is None else (shown.cumsum(1) - 1).clamp(min=0)
+        if state is None:
+            return own
+        return own + (state.position[:, None] if state.position.ndim else state.position)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """y [B, N, embed_dim] of the outputs [B, N, H, V] and x."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """y of x, both [B, N, embed_dim], after the tokens of `state`, which then holds these too.
 
         Args:
             x: the tokens; differentiable, and so is the new state's memory.
             state: of `new_state`, or as an earlier call left it. None: x is all there is.
             cu_seqlens: int32 or int64 [S + 1], the bounds of S sequences packed along N; B is 1.
+            mask: bool or integers [B, N], False or 0 at padding, anywhere. Padding leaves no trace: y of the other
+                tokens, the state and gradients are those of these tokens alone, and y of padding is finish(0).
         """
         if isinstance(state, fx.Proxy):
             state = _require_none("state", state)
-        q, k, v, log_decay = self.project(x, None if state is None else state.position)
+        if isinstance(mask, fx.Proxy):
+            mask = _require_none("mask", mask)
+        shown = None if mask is None else masked_tokens("mask", mask, x)
+        if shown is not None and cu_seqlens is not None:
+            raise ValueError("mask: expected None with cu_seqlens, got both; packed sequences have no padding")
+        q, k, v, log_decay = self.project(x, self._positions(x, state, shown))
+        if shown is not None:
+            q, k, v, log_decay = hide(shown, q, k, v, log_decay)
         result = linear_attention(
             q,
             k,
@@ -101,13 +153,13 @@ class _Layer(nn.Module):
         if state is None:
             return self.finish(result, x)
         o, state.memory = result
-        state.position = state.position + x.shape[1]
+        state.position = state.position + (x.shape[1] if shown is None else shown.sum(1))
         return self.finish(o, x)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """y of one token more, both [B, embed_dim]. The state is updated in place; there are no gradients."""
         x = x[:, None]
-        q, k, v, log_decay = self.project(x, state.position)
+        q, k, v, log_decay = self.project(x, state.position[..., None])
         if log_decay is not None and log_decay.ndim == 3:
             log_decay = log_decay[:, 0]
         o = decode_step(q[:, 0], k[:, 0], v[:, 0], state.memory, log_decay, scale=self.scale)
@@ -126,21 +178,6 @@ class _Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, scale={self.scale:g}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.log_decay is not None:
-            self._restore_decay(self.log_decay.device)
-        return result
-
-    def _restore_decay(self, device: torch.device | None = None) -> None:
-        if self._log_decay is not None:
-            self.log_decay = torch.tensor(self._log_decay, device=device)
-
-
-def _follow_parameters(layer: _Layer, _: Any) -> None:
-    """With load_state_dict(assign=True) parameters leave the device "meta", and the decay with them."""
-    layer._restore_decay(next(layer.parameters()).device)
 
 
 class LinearAttention(_Layer):
@@ -176,7 +213,7 @@ class LinearAttention(_Layer):
 
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
-        return q, k, v, self.log_decay
+        return q, k, v, self._decay_on(x.device)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(o.flatten(-2)))
@@ -209,10 +246,16 @@ class Retention(_Layer):
 
     Args:
         embed_dim: of x and y.
-        num_heads: heads; head h forgets by 1 - 2^(-5 - h) a token.
+        num_heads: heads of the model; head h forgets by 1 - 2^(-5 - h) a token.
         key_dim: of a head's q and k, even; embed_dim / num_heads unless given.
         value_dim: of a head's v; twice key_dim unless given.
+        rotation: whose angles. Pair i of K / 2 turns by 10000^-x a token, with x = i / (K / 2 - 1) in "torchscale",
+            whose RetNet has these names of parameters, and x = i / (K / 2) in "rope".
+        heads: the heads that this layer computes, such as range(4, 8), in one process of a tensor-parallel model.
+            Their outputs y add up to y of the model. None: all.
         eps: of the norm.
+
+    Parameters have the names and shapes of torchscale's MultiScaleRetention, so its weights load.
     """
 
     def __init__(
@@ -222,13 +265,23 @@ class Retention(_Layer):
         key_dim: int | None = None,
         value_dim: int | None = None,
         *,
+        rotation: Literal["torchscale", "rope"] = "torchscale",
+        heads: range | None = None,
         eps: float = 1e-6,
     ) -> None:
         key_dim = _share(embed_dim, num_heads) if key_dim is None else key_dim
         value_dim = 2 * key_dim if value_dim is None else value_dim
         if key_dim % 2:
             raise ValueError(f"key_dim: expected an even number, as pairs are rotated, got {key_dim}")
-        super().__init__(num_heads, key_dim, value_dim, key_dim**-0.5, decay.retnet(num_heads))
+        if rotation not in ("torchscale", "rope"):
+            raise ValueError(f"rotation: expected 'torchscale' or 'rope', got {rotation!r}")
+        log_decay = decay.retnet(num_heads)
+        if heads is not None:
+            if not isinstance(heads, range) or heads.step != 1 or not 0 <= heads.start < heads.stop <= num_heads:
+                raise ValueError(f"heads: expected a range with step 1 within range(0, {num_heads}), got {heads!r}")
+            log_decay, num_heads = log_decay[heads.start : heads.stop], len(heads)
+        super().__init__(num_heads, key_dim, value_dim, key_dim**-0.5, log_decay)
+        self.rotation = rotation
         self.q_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
         self.k_proj = nn.Linear(embed_dim, num_heads * key_dim, bias=False)
         self.v_proj = nn.Linear(embed_dim, num_heads * value_dim, bias=False)
@@ -237,22 +290,23 @@ class Retention(_Layer):
         self.out_proj = nn.Linear(num_heads * value_dim, embed_dim, bias=False)
 
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        cos, sin = self._rotation(x, position)
+        if position is None:
+            position = torch.arange(x.shape[1], device=x.device)
+        cos, sin = self._angles(position, x.dtype)
         q, k = (_rotate(p(x).unflatten(-1, (self.num_heads, -1)), cos, sin) for p in (self.q_proj, self.k_proj))
-        return q, k, self.v_proj(x).unflatten(-1, (self.num_heads, -1)), self.log_decay
+        return q, k, self.v_proj(x).unflatten(-1, (self.num_heads, -1)), self._decay_on(x.device)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2))
         return y
 
-    def _rotation(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin [N, 1, key_dim / 2] of t 10000^(-2 i / key_dim), an angle in float64, as t may be large."""
-        t = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
-        if position is not None:
-            t = t + position
-        exponents = torch.arange(0, self.key_dim, 2, dtype=torch.float64, device=x.device) / self.key_dim
-        angles = t[:, None, None] * 10000.0**-exponents
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    def _angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [.., N, 1, key_dim / 2] of the angles at a position, in float64 as positions may be large."""
+        pairs = self.key_dim // 2
+        steps = max(pairs - 1, 1) if self.rotation == "torchscale" else pairs
+        exponents = torch.arange(pairs, dtype=torch.float64, device=position.device) / steps
+        angles = position[..., None, None] * 10000.0**-exponents
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class GatedLinearAttention(_Layer):
@@ -312,6 +366,26 @@ def _share(embed_dim: int, heads: int) -> int:
     if embed_dim % heads:
         raise ValueError(f"embed_dim: expected a multiple of {heads} where head dims are not given, got {embed_dim}")
     return embed_dim // heads
+
+
+def _constant(log_decay: npt.ArrayLike, heads: int) -> npt.NDArray[np.float32]:
+    """A decay that the caller gives a layer, as float32."""
+    if isinstance(log_decay, Tensor):
+        if log_decay.requires_grad:
+            raise ValueError(
+                "log_decay: expected a constant, got a tensor with requires_grad; pass its detach(), or call "
+                "leetcore.torch.linear_attention, where a decay is learned"
+            )
+        if log_decay.dtype not in (torch.float32, torch.float64) or log_decay.is_meta:
+            given = "a tensor on the device meta" if log_decay.is_meta else str(log_decay.dtype)
+            raise ValueError(f"log_decay: expected values in float32 or float64, got {given}")
+        log_decay = log_decay.cpu().numpy()
+    values = np.array(log_decay, np.float32)
+    if values.shape not in ((), (heads,)):
+        raise ValueError(f"log_decay: expected a number or shape [{heads}], got {list(values.shape)}")
+    if not (values <= 0).all():  # a GPU's are not checked in calls
+        raise ValueError(f"log_decay: expected values <= 0, got {values.max():g}")
+    return values
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

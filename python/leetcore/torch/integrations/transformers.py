@@ -2,20 +2,23 @@
 
 The layer of transformers computes blocks of 256 tokens in the model's dtype, and walks token by token when it continues
 from a cache. The patched one calls the operator once in either case, and keeps states in float32 and decays exact.
-Weights, configuration and cache stay as they are.
+Padding leaves no trace in a state, wherever it is. Weights, configuration and cache stay as they are.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor, nn
 
 from ... import decay
+from ..masks import hide
+from ..nn import ConstantDecay
 from ..ops import decode_step, linear_attention
 
 try:
@@ -34,21 +37,23 @@ _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx nu
 def patch(model: nn.Module) -> int:
     """Lets every linear attention layer of a MiniMax model compute with leetcore, in place; `unpatch` undoes it.
 
-    Prefill, continuation of a cache by any number of tokens, left padding, beam search and training work as before. A
-    cached state is float32, and updated in place by at most 64 tokens without gradients.
+    Prefill, continuation of a cache by any number of tokens, beam search and training work as before. Padding does not
+    decay a state. A cached state is float32, and updated in place by up to 64 tokens without gradients. Layers that are
+    patched already stay as they are.
 
     Args:
         model: MiniMaxForCausalLM or any module that contains MiniMaxLightningAttention.
 
     Returns:
-        How many layers were patched.
+        How many layers compute with leetcore now.
 
     Raises:
         ValueError: there is no such layer.
         NotImplementedError: the layer of this version of transformers is not the one known here; what differs is named.
     """
     layers = [layer for layer in model.modules() if type(layer) is MiniMaxLightningAttention]
-    if not layers:
+    patched = sum(type(layer) is LightningAttention for layer in model.modules())
+    if not layers and not patched:
         raise ValueError(f"model: expected one with layers MiniMaxLightningAttention, got {type(model).__name__}")
     for layer in layers:
         if differences := _differences(layer):
@@ -57,8 +62,10 @@ def patch(model: nn.Module) -> int:
                 + "; ".join(differences)
             )
     for layer in layers:
+        log_decay = _log_decay(layer)
         _become(layer, LightningAttention)
-    return len(layers)
+        ConstantDecay._set_decay(layer, log_decay, layer.slope_rate.device)
+    return patched + len(layers)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -66,10 +73,11 @@ def unpatch(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
     for layer in layers:
         _become(layer, MiniMaxLightningAttention)
+        del layer.log_decay, layer._exact
     return len(layers)
 
 
-class LightningAttention(MiniMaxLightningAttention):
+class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
     """MiniMaxLightningAttention by leetcore; `patch` makes it of existing layers."""
 
     def forward(
@@ -79,16 +87,18 @@ class LightningAttention(MiniMaxLightningAttention):
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
+        past_key_value: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output [B, N, C] and its state [B, H, D, D], which is also put into the cache."""
-        cache = past_key_values if cache is None else cache
+        for older in (past_key_values, past_key_value):
+            cache = older if cache is None else cache
         N = hidden_states.shape[1]
         qkv = self.act_fn(self.qkv_proj(hidden_states))
-        if attention_mask is not None:  # [B, N] or longer at the front: padding adds nothing to a state
-            qkv = qkv * attention_mask[:, -N:, None].to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (self.num_attention_heads, -1)).chunk(3, dim=-1)
-        log_decay = _log_decay(self.num_attention_heads, self.layer_idx, self.num_hidden_layers, qkv.device)
+        log_decay = self._decay_on(qkv.device)
+        if attention_mask is not None:
+            q, k, v, log_decay = hide(_masked_tokens(attention_mask, hidden_states), q, k, v, log_decay)
 
         state = None if cache is None else cache.get_linear_cache(self.layer_idx)
         if state is not None:
@@ -97,6 +107,7 @@ class LightningAttention(MiniMaxLightningAttention):
             o, state = linear_attention(q, k, v, log_decay, initial_state=state, return_state=True, layout="bnhd")
         else:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            log_decay = log_decay if attention_mask is None or log_decay is None else log_decay.transpose(1, 2)
             o = decode_step(q, k, v, state, log_decay).transpose(1, 2)
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
@@ -116,9 +127,50 @@ def _is_forward_of(call: Any, kind: Any) -> bool:
     return getattr(call, "__func__", None) is kind.forward
 
 
-@functools.cache
-def _log_decay(heads: int, layer: int, layers: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(decay.minimax(heads, layer, layers)).to(device)
+def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of transformers as bool [B, N]: 1 at tokens and 0 at padding of any dtype, maybe of earlier tokens too."""
+    if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
+        raise ValueError(
+            f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
+            f"attention has no use for another, got {list(mask.shape)}"
+        )
+    return mask[:, mask.shape[1] - x.shape[1] :].to(x.device).ne(0).expand(x.shape[:2])
+
+
+def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
+    """The decays that versions of transformers are known to give the layer."""
+    heads, index, layers = layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers
+    undivided = decay.minimax(heads, 0, 1) / (1 + 1e-5)
+    return [
+        decay.minimax(heads, index, layers),
+        (undivided * (1 - index / max(layers - 1, 1) + 1e-5)).astype(np.float32),
+        decay.minimax(heads, index, layers, "vllm"),
+    ]
+
+
+def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32]) -> float:
+    """How far slopes are from a decay; up to 1 where rounding may explain it.
+
+    Rounding to bfloat16, the coarsest, changes a number by up to 2^-8 of it, and float16 rounds the smallest slopes of a
+    last layer to multiples of 2^-24; a slope may have been rounded twice.
+    """
+    if slopes.shape != log_decay.shape:
+        return float("inf")
+    return float(np.max(np.abs(slopes + log_decay) / (2**-24 - 2**-7 * log_decay)))
+
+
+def _slopes(layer: Any) -> npt.NDArray[np.float32] | None:
+    """What the layer decays by; None where it is on the device "meta"."""
+    if layer.slope_rate.is_meta:
+        return None
+    slopes: npt.NDArray[np.float32] = layer.slope_rate.detach().flatten().float().cpu().numpy()
+    return slopes
+
+
+def _log_decay(layer: Any) -> npt.NDArray[np.float32]:
+    """The decay that is closest to the layer's slopes, without their rounding."""
+    slopes, known = _slopes(layer), _log_decays(layer)
+    return known[0] if slopes is None else min(known, key=lambda log_decay: _distance(log_decay, slopes))
 
 
 def _differences(layer: Any) -> list[str]:
@@ -131,14 +183,11 @@ def _differences(layer: Any) -> list[str]:
     ]
     taken = inspect.signature(MiniMaxLightningAttention.forward).parameters
     found += [f"its forward takes no {name}" for name in ("hidden_states", "attention_mask") if name not in taken]
-    if not {"cache", "past_key_values"} & set(taken):
+    if not {"cache", "past_key_values", "past_key_value"} & set(taken):
         found.append("its forward takes no cache")
     kept = [vars(layer)[name] for name in _KEPT if name in vars(layer)]
     if kept and not any(_is_forward_of(call, MiniMaxLightningAttention) for call in kept):
         found.append("its forward has been replaced")
-    if not found and not layer.slope_rate.is_meta:
-        slopes = layer.slope_rate.detach().flatten().float().cpu()
-        ours = -_log_decay(layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers, slopes.device)
-        if slopes.shape != ours.shape or not torch.allclose(slopes, ours, rtol=2**-7, atol=0):  # bfloat16 at worst
-            found.append(f"its slope_rate of layer {layer.layer_idx} is not leetcore.decay.minimax(flavor='hf')")
+    if not found and (slopes := _slopes(layer)) is not None and _distance(_log_decay(layer), slopes) > 1:
+        found.append(f"its slope_rate of layer {layer.layer_idx} is not leetcore.decay.minimax")
     return found
