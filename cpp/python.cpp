@@ -18,6 +18,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -452,7 +453,7 @@ std::string build_info() {
 NB_MODULE(_core, m) {
   using namespace nb::literals;
   if (PyInterpreterState_Get() != PyInterpreterState_Main())
-    raise(PyExc_ImportError, "leetcore: expected an import in the main interpreter, got one in a subinterpreter");
+    throw std::runtime_error("leetcore: expected an import in the main interpreter, got one in a subinterpreter");
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   m.attr("version") = std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
                       std::to_string(LC_VERSION_PATCH);

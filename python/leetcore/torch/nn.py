@@ -72,6 +72,8 @@ class ConstantDecay(nn.Module):
 
     def _decay_on(self, device: torch.device) -> Tensor | None:
         """The decay beside an input. Parameters may have left the device "meta", or their first one, without it."""
+        if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the decay is where it is
+            return self.log_decay
         if self.log_decay is not None and self.log_decay.device != device:
             self._move_decay(device)
         return self.log_decay
