@@ -1,5 +1,5 @@
 # make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
-# make test              every check; each stage has a target of its own: lint pytest cuda ctest sanitize
+# make test              every check; each stage has a target of its own: lint pytest versions cuda ctest sanitize
 # make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
 # make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
 # make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
@@ -9,7 +9,7 @@
 # make clean             remove .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-STAGES := lint pytest cuda ctest sanitize
+STAGES := lint pytest versions cuda ctest sanitize
 # Whether the package gets the CUDA methods: where there is a GPU, if there is a compiler. CUDA=ON, OFF: in any case.
 CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 
@@ -44,6 +44,24 @@ lint: .venv/test
 
 pytest: .venv/test
 	python -m pytest -q
+
+# The tests of array libraries with the oldest and with the newest that leetcore supports; .venv has versions in between. Each
+# set has a virtual environment of 6 GB and takes the leetcore of .venv. In CI it is removed after its tests.
+oldest := torch==2.6.0 numpy==1.24.4 ml_dtypes==0.4.0 jax==0.4.30 jaxlib==0.4.30
+newest := torch==2.14.1 numpy ml_dtypes jax
+version_tests := tests/test_torch_ops.py tests/test_torch_nn.py tests/test_arrays.py tests/test_decay.py
+
+versions: versions-oldest versions-newest
+
+versions-oldest versions-newest: versions-%: build/versions/%/installed .venv/test
+	ln -sfn "$$(python -c 'import leetcore, os; print(os.path.dirname(leetcore.__file__))')" build/versions/leetcore
+	PYTHONPATH=$(CURDIR)/build/versions build/versions/$*/bin/python -m pytest -q $(version_tests)
+	$(if $(CI),rm -rf build/versions/$*)
+
+build/versions/%/installed: Makefile | .venv/bin/python
+	python -m venv --clear build/versions/$*
+	build/versions/$*/bin/$(pip) pytest $($*)
+	@touch $@
 
 # The library with the CUDA methods for two architectures, and what can be known of it without a GPU.
 cuda: build/ctest/build.ninja
@@ -129,4 +147,4 @@ system:
 	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) train generate bench gpu cbench format clean system
+.PHONY: run test $(STAGES) versions-oldest versions-newest train generate bench gpu cbench format clean system

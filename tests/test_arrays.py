@@ -9,11 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import leetcore
+import leetcore.torch
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from fake_gpu import OtherArray
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 DECAY = -0.1
 attend = partial(leetcore.linear_attention, method="chunk")  # bitwise comparisons want one method
@@ -153,6 +156,317 @@ def test_sparse_and_meta_tensors_are_refused():
         attend(q.to_sparse(), k, v)
     with pytest.raises(TypeError, match=r"^k: expected a tensor on the CPU or a CUDA device, got meta"):
         attend(q, k.to("meta"), v)
+
+
+# ---- tensors that have no plain memory, each with what to do
+
+
+def in_dual_level(x):
+    with forward_ad.dual_level():
+        return attend(forward_ad.make_dual(x, x), x, x)
+
+
+def distributed(x):
+    """A DTensor of one process."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed import tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        d = tensor.distribute_tensor(
+            x, torch.distributed.device_mesh.init_device_mesh("cpu", (1,)), [tensor.Replicate()]
+        )
+        return attend(d, d, d)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def all_three(make):
+    return lambda x: attend(make(x), make(x), make(x))
+
+
+MEMORY = r"expected a tensor with memory of its own, got {}; where torch traces or .* take leetcore\.torch"
+DTYPE = "expected dtype float64, float32, float16 or bfloat16, got {}"
+WITHOUT_MEMORY = {
+    "nested": (
+        all_three(lambda x: torch.nested.nested_tensor([x[0], x[0]])),
+        "expected a dense tensor, got a nested one; .* cu_seqlens",
+    ),
+    "jagged": (
+        all_three(lambda x: torch.nested.nested_tensor([x[0, 0], x[0, 0, :5]], layout=torch.jagged)),
+        "expected a dense tensor, got a nested one; .* cu_seqlens",
+    ),
+    "sparse": (
+        all_three(torch.Tensor.to_sparse),
+        r"expected a dense tensor, got layout torch\.sparse_coo; to_dense\(\)",
+    ),
+    "mkldnn": (all_three(torch.Tensor.to_mkldnn), r"expected a dense tensor, got layout torch\._mkldnn; to_dense\(\)"),
+    "fake": (all_three(FakeTensorMode().from_tensor), MEMORY.format("FakeTensor")),
+    "vmap": (lambda x: torch.vmap(lambda x: attend(x, x, x))(x[None]), MEMORY.format("one without")),
+    "functionalize": (
+        lambda x: torch.func.functionalize(lambda x: attend(x, x, x))(x),
+        MEMORY.format("one without"),
+    ),
+    "func.grad": (
+        lambda x: torch.func.grad(lambda x: attend(x, x, x).sum())(x),
+        r"expected a tensor without requires_grad.*; detach\(\) it, or take leetcore\.torch",
+    ),
+    "func.jvp": (
+        lambda x: torch.func.jvp(lambda x: attend(x, x, x), (x,), (x,)),
+        "expected a tensor without a tangent",
+    ),
+    "dual": (in_dual_level, r"expected a tensor without a tangent, .*unpack_dual"),
+    "distributed": (distributed, r"expected a tensor of one process, got DTensor; to_local\(\)"),
+    "masked": (all_three(lambda x: torch.masked.masked_tensor(x, x > 0)), MEMORY.format("MaskedTensor")),
+    "freed": (all_three(freed), MEMORY.format("one without")),
+    "zeros": (all_three(lambda x: torch._efficientzerotensor(x.shape)), MEMORY.format("one without")),
+    "quantized": (
+        all_three(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)),
+        DTYPE.format(r"torch\.quint8"),
+    ),
+    "float8_e4m3fn": (all_three(lambda x: x.to(torch.float8_e4m3fn)), DTYPE.format(r"(torch\.)?float8_e4m3fn$")),
+    "float8_e5m2": (all_three(lambda x: x.to(torch.float8_e5m2)), DTYPE.format(r"(torch\.)?float8_e5m2$")),
+}
+
+
+@pytest.mark.parametrize("call, text", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
+@pytest.mark.filterwarnings("ignore:.*(prototype|quantization|quantize|deprecated).*")
+def test_tensors_without_plain_memory_are_refused(call, text):
+    with pytest.raises(TypeError, match=f"^q: {text}"):
+        call(torch.from_numpy(arrays()[0]))
+
+
+def test_a_proxy_of_fx_is_refused():
+    with pytest.raises(TypeError, match=r"^q: expected an array, got a Proxy of torch\.fx.*leetcore\.torch"):
+        torch.fx.symbolic_trace(lambda q: attend(q, q, q))
+
+
+# ---- autograd sees what is written
+
+
+def in_mode(mode, write):
+    def call(x):
+        with mode():
+            write(x)
+
+    return call
+
+
+Q = torch.ones(1, 2, 9, 8)
+STEP = Q[:, :, 0]
+
+
+def write_by_method(out):
+    leetcore.register_method("ones", lambda q, k, v, log_decay, scale: np.ones_like(v))
+    try:
+        leetcore.linear_attention(Q, Q, Q, method="ones", out=out)
+    finally:
+        leetcore.unregister_method("ones")
+
+
+def write_state(state):
+    leetcore.decode_step(STEP, STEP, STEP, state, DECAY)
+
+
+WRITES = {
+    "out": ((1, 2, 9, 8), lambda out: attend(Q, Q, Q, DECAY, out=out)),
+    "out of a registered method": ((1, 2, 9, 8), write_by_method),
+    "state": ((1, 2, 8, 8), write_state),
+    "out of a step": (
+        (1, 2, 8),
+        lambda out: leetcore.decode_step(STEP, STEP, STEP, torch.zeros(1, 2, 8, 8), DECAY, out=out),
+    ),
+    "state of a pool": ((3, 2, 8, 8), lambda pool: write_state(pool[1:2])),
+    "state in no_grad": ((1, 2, 8, 8), in_mode(torch.no_grad, write_state)),
+    "state in inference_mode": ((1, 2, 8, 8), in_mode(torch.inference_mode, write_state)),
+    "state of the operator": (
+        (1, 2, 8, 8),
+        lambda state: leetcore.torch.decode_step(STEP, STEP, STEP, state, DECAY),
+    ),
+    "state of the operator in inference_mode": (
+        (1, 2, 8, 8),
+        in_mode(torch.inference_mode, lambda state: leetcore.torch.decode_step(STEP, STEP, STEP, state, DECAY)),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape, write", WRITES.values(), ids=WRITES)
+def test_autograd_refuses_a_saved_tensor_that_was_written(shape, write):
+    tensor, w = torch.zeros(shape), torch.ones(shape, requires_grad=True)
+    (w * tensor).sum().backward()  # right before the write
+    loss = (w * tensor).sum()
+    write(tensor)
+    assert tensor.any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors_have_no_counter_and_are_written():
+    with torch.inference_mode():
+        state = torch.zeros(1, 2, 8, 8)
+        write_state(state)
+    for step in (leetcore.decode_step, leetcore.torch.decode_step):
+        step(STEP, STEP, STEP, state, DECAY)
+    assert state.is_inference() and state.any()
+
+
+# ---- arrays of numpy and jax that are not what they seem
+
+
+def packed(dtype):
+    return np.zeros((1, 2, 9), [("tag", "u1"), ("q", dtype, (8,))])["q"]
+
+
+def unaligned(array):
+    return np.frombuffer(bytearray(array.nbytes + 1), array.dtype, offset=1, count=array.size).reshape(array.shape)
+
+
+Q_OF_NUMPY = np.ones((1, 2, 9, 8), np.float32)
+SEEMING = {
+    "masked": (
+        np.ma.masked_less(Q_OF_NUMPY, 2),
+        TypeError,
+        "expected an array without a mask, got MaskedArray; filled",
+    ),
+    "packed": (packed("f4"), ValueError, r"expected an aligned array, got a field of a packed struct; copy\(\)"),
+    "packed float16": (packed("f2"), ValueError, "expected an aligned array"),
+    "packed float64": (packed("f8"), ValueError, "expected an aligned array"),
+    "packed bfloat16": (packed(ml_dtypes.bfloat16), ValueError, "expected an aligned array"),
+    "unaligned": (
+        unaligned(Q_OF_NUMPY),
+        ValueError,
+        "expected an address that is a multiple of 4, as a copy has, got 0x",
+    ),
+    "byte order": (Q_OF_NUMPY.astype(">f4"), TypeError, "expected native byte order, got dtype >f4; astype"),
+    "float8": (Q_OF_NUMPY.astype(ml_dtypes.float8_e5m2), TypeError, DTYPE.format("float8_e5m2$")),
+    "struct": (np.zeros((1, 2, 9, 8), [("a", "f4")]), TypeError, DTYPE.format(r"\[\('a', '<f4'\)\]")),
+}
+
+
+@pytest.mark.parametrize("place", ["q", "v", "out"])
+@pytest.mark.parametrize("array, error, text", SEEMING.values(), ids=SEEMING)
+def test_arrays_that_are_not_what_they_seem_are_refused(array, error, text, place):
+    given = {"q": Q_OF_NUMPY, "k": Q_OF_NUMPY, "v": Q_OF_NUMPY} | {place: array}
+    if array.dtype != np.float32 and error is ValueError:  # so that the dtype is not what is wrong
+        given |= {name: Q_OF_NUMPY.astype(array.dtype) for name in given if name != place}
+    if text.startswith("expected dtype") and place != "q":
+        text = text.replace("float64, float32, float16 or bfloat16", ".*")
+    with pytest.raises(error, match=f"^{place}: {text}"):
+        leetcore.linear_attention(**given)
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of np.matrix
+def test_subclasses_of_numpy_are_arrays(tmp_path):
+    q, k, v = arrays()
+    mapped = np.memmap(tmp_path / "q", np.float32, "w+", shape=q.shape)
+    mapped[...] = q
+    decay = np.matrix([[-0.1, -0.1]], np.float32)  # [B, Hs]
+    assert np.array_equal(attend(mapped, k.view(np.recarray), v, decay), expected()[0])
+
+
+def test_a_deleted_array_of_jax_is_refused():
+    q, k, v = map(jnp.asarray, arrays())
+    for place in ("q", "v"):
+        given = {"q": q, "k": k, "v": v} | {place: jnp.array(q)}
+        given[place].delete()  # as a donation to jax.jit does
+        with pytest.raises(ValueError, match=rf"^{place}: expected an array of jax that exists, got a deleted one"):
+            attend(**given)
+
+
+@pytest.mark.parametrize("what", [[0, 9], np.float32([0, 9]), np.int16([0, 9]), np.uint32([0, 9]), 9])
+def test_bounds_and_slots_of_other_types_are_refused(what):
+    q, k, v = arrays()
+    expected = r"expected (an array of numpy.*, got list|dtype int32.*, got \w+|an array, got a number)$"
+    with pytest.raises(TypeError, match=f"^cu_seqlens: {expected}"):
+        attend(q, k, v, cu_seqlens=what)
+    with pytest.raises(TypeError, match=f"^state_indices: {expected}"):
+        slots = what[:1] if isinstance(what, np.ndarray) else what
+        leetcore.decode_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], np.zeros((1, 2, 8, 8), "f4"), state_indices=slots)
+    if not isinstance(what, np.ndarray):
+        q = torch.from_numpy(q)
+        with pytest.raises(TypeError, match=r"^cu_seqlens: expected a torch\.Tensor, got (list|int)"):
+            leetcore.torch.linear_attention(q, q, q, cu_seqlens=what)
+        with pytest.raises(TypeError, match=r"^state_indices: expected a torch\.Tensor, got (list|int)"):
+            leetcore.torch.decode_step(STEP, STEP, STEP, torch.zeros(1, 2, 8, 8), state_indices=what)
+
+
+# ---- sizes of 0
+
+
+@pytest.mark.parametrize("B, N", [(0, 9), (2, 0), (0, 0)])
+@pytest.mark.parametrize("form", ["none", "number", "head", "sequence", "token"])
+def test_no_sequence_and_no_token_give_empty_results(B, N, form, method):
+    H, K, V = 2, 8, 4
+    q, k, v = np.ones((B, H, N, K), "f4"), np.ones((B, H, N, K), "f4"), np.ones((B, H, N, V), "f4")
+    shape = {"head": (H,), "sequence": (B, H), "token": (B, H, N)}.get(form)
+    decay = {"none": None, "number": -0.5}.get(form, np.full(shape or (), -0.5, "f4"))
+    if form == "token" and method == "fft":
+        pytest.skip("fft takes no decay per token")
+    state = np.full((B, H, K, V), 3, "f4")
+    o, after = leetcore.linear_attention(q, k, v, decay, initial_state=state, return_state=True, method=method)
+    assert o.shape == v.shape and np.array_equal(after, state)
+    q, k, v, state = (torch.from_numpy(x).requires_grad_() for x in (q, k, v, state))
+    o, after = leetcore.torch.linear_attention(q, k, v, -0.5, initial_state=state, return_state=True)
+    (o.sum() + after.sum()).backward()
+    assert (q.grad.shape, state.grad.shape) == (q.shape, state.shape) and (state.grad == 1).all()
+
+
+def test_no_sequence_decodes_to_nothing():
+    x, state = np.ones((0, 2, 8), "f4"), np.full((3, 2, 8, 8), 3, "f4")
+    assert leetcore.decode_step(x, x, x, state, DECAY).shape == x.shape and (state == 3).all()
+    x = np.ones((1, 2, 0, 8), "f4")
+    assert leetcore.decode_step(x, x, x, state[:1], DECAY).shape == x.shape and (state == 3).all()
+
+
+@pytest.mark.parametrize(
+    "shapes, text",
+    [
+        (((1, 0, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8)), r"^q: .*, got \[1, 0, 9, 8\]; Hq is at least 1$"),
+        (((1, 2, 9, 8), (1, 0, 9, 8), (1, 2, 9, 8)), r"^k: .*, got \[1, 0, 9, 8\]; Hk is at least 1$"),
+        (((1, 2, 9, 0), (1, 2, 9, 0), (1, 2, 9, 8)), r"^q: .*, got \[1, 2, 9, 0\]; K is at least 1$"),
+        (((1, 2, 9, 8), (1, 2, 9, 8), (1, 2, 9, 0)), r"^v: .*, got \[1, 2, 9, 0\]; V is at least 1$"),
+    ],
+)
+def test_no_head_and_no_channel_are_refused(shapes, text):
+    given = [np.ones(shape, "f4") for shape in shapes]
+    with pytest.raises(ValueError, match=text):
+        leetcore.linear_attention(*given)
+    with pytest.raises(ValueError, match=text):
+        leetcore.torch.linear_attention(*map(torch.from_numpy, given))
+
+
+# ---- decays of tensors
+
+
+def test_decays_of_tensors():
+    gamma = torch.tensor([0.5, 0.9])
+    for constructor in (leetcore.decay.from_gamma, leetcore.decay.from_slopes):
+        assert np.array_equal(constructor(gamma), constructor(gamma.numpy()))
+        name = "gamma" if constructor is leetcore.decay.from_gamma else "slopes"
+        hint = rf"^{name}: expected numbers that numpy can read, got Tensor; x\.detach\(\)\.cpu\(\)\.double\(\)"
+        for bad in (gamma.bfloat16(), gamma.clone().requires_grad_(), gamma.to("meta"), gamma.to_sparse()):
+            with pytest.raises(ValueError, match=hint):
+                constructor(bad)
+            if bad.device.type == "cpu" and not bad.is_sparse:
+                assert np.array_equal(
+                    constructor(bad.detach().cpu().double()), constructor(bad.detach().double().numpy())
+                )
+        for bad in (np.ma.masked_array([0.5, 0.9], [False, True]), [[0.5], [0.5, 0.9]]):
+            with pytest.raises(ValueError, match=rf"^{name}: expected numbers that numpy can read, got \w+$"):
+                constructor(bad)
+
+
+@pytest.mark.parametrize("call", [leetcore.linear_attention, leetcore.torch.linear_attention])
+def test_a_decay_of_bfloat16_is_refused(call):
+    with pytest.raises(TypeError, match=r"^log_decay: expected dtype float32, got bfloat16"):
+        call(Q, Q, Q, torch.tensor([-0.1, -0.2]).bfloat16())
 
 
 def test_arrays_on_a_gpu_that_is_not_there():

@@ -162,7 +162,7 @@ class Torch:
                 "which has gradients"
             )
         elif _has_tangent(array):
-            text = "a tensor without a tangent, as no derivative is computed; torch.autograd.forward_ad.unpack_dual it"
+            text = "a tensor without a tangent, as no derivative is computed; forward_ad.unpack_dual(x).primal has none"
         elif not (array.is_cpu or array.is_cuda):
             text = f"a tensor on the CPU or a CUDA device, got {array.device}"
         elif not (array.is_floating_point() and array.element_size() > 1) and array.dtype not in (
@@ -434,7 +434,6 @@ class JaxOnGpu(OnGpu):
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
         if stream is not None:
             raise ValueError("stream: expected None with jax arrays, as jax orders its work by streams of its own")
-        _require_whole("q", array)
         (self._device,) = array.devices()
         self.stream = self._device.get_stream_for_external_ready_events()
         self._made: list[Array] = []
@@ -553,7 +552,7 @@ def _gpu_number(stream: Stream) -> int:
 def _is_on_gpu(array: Array) -> bool:
     try:
         return bool(array.__dlpack_device__()[0] == _CUDA)
-    except (AttributeError, BufferError, RuntimeError):  # export and repair say what is wrong with it
+    except (AttributeError, BufferError, RuntimeError, TypeError):  # export and repair say what is wrong with it
         return False
 
 
