@@ -18,7 +18,9 @@ def masked_tokens(name: str, mask: Tensor, x: Tensor) -> Tensor:
     if mask.shape != x.shape[:2]:
         raise ValueError(f"{name}: expected shape {list(x.shape[:2])}, got {list(mask.shape)}")
     if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"{name}: expected bool or integers, as 0 means two things in masks of floats, got {mask.dtype}")
+        raise TypeError(
+            f"{name}: expected bool or integers, as 0 means two things in masks of floats, got {mask.dtype}"
+        )
     return mask.to(x.device).bool()
 
 
