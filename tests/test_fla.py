@@ -45,7 +45,7 @@ def assert_close(got, want, tolerance=5e-6):
 
 @pytest.mark.parametrize("name", fla.__all__)
 def test_parameters_and_defaults_are_those_of_fla(name):
-    form = "chunk" if name.startswith("chunk") else "fused_recurrent"
+    form = next(form for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel") if name.startswith(form))
     path = importlib.metadata.distribution("fla-core").locate_file(f"fla/ops/{name.removeprefix(form + '_')}/{form}.py")
     theirs = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == name).args
     ours = [p for p in inspect.signature(getattr(fla, name)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -53,7 +53,20 @@ def test_parameters_and_defaults_are_those_of_fla(name):
     assert [p.default for p in ours if p.default is not p.empty] == [ast.literal_eval(x) for x in theirs.defaults]
 
 
-@pytest.mark.parametrize("call", [fla.chunk_simple_gla, fla.fused_recurrent_simple_gla])
+def test_every_name_of_the_modules_of_fla_is_served():
+    names = []
+    for folder in ("simple_gla", "retention", "lightning_attn", "linear_attn"):
+        path = importlib.metadata.distribution("fla-core").locate_file(f"fla/ops/{folder}/__init__.py")
+        listed = next(
+            node.value
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+        names += ast.literal_eval(listed)
+    assert sorted(names) == sorted(fla.__all__)
+
+
+@pytest.mark.parametrize("call", [fla.chunk_simple_gla, fla.fused_chunk_simple_gla, fla.fused_recurrent_simple_gla])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_simple_gla(naive, tensors, call, scale):
     q, k, v, g, h0 = tensors
@@ -85,7 +98,9 @@ def test_a_constant_decay_has_a_gradient_too(tensors):
     assert_close(got, want, 2e-5)
 
 
-@pytest.mark.parametrize("call", [fla.chunk_retention, fla.fused_recurrent_retention])
+@pytest.mark.parametrize(
+    "call", [fla.chunk_retention, fla.fused_chunk_retention, fla.fused_recurrent_retention, fla.parallel_retention]
+)
 def test_retention(naive, tensors, call):
     q, k, v, _, _ = tensors
     want = naive["retention"].naive_retention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -222,3 +237,47 @@ def test_states_of_another_kind_are_refused(tensors):
         fla.chunk_linear_attn(q, k, v, initial_state=(h0, torch.rand(B, 1, H, K)), normalize=False)
     with pytest.raises(TypeError, match=r"^initial_state: expected a torch\.Tensor, got list"):
         fla.chunk_simple_gla(q, k, v, initial_state=[h0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_parallel_gives_the_weights(naive, tensors, gated):
+    q, k, v, g, _ = tensors
+    want = naive["simple_gla"].naive_parallel_simple_gla(q, k, v, g if gated else torch.zeros_like(g))
+    got = fla.parallel_simple_gla(q, k, v, g if gated else None, output_attentions=True)
+    for x, y in zip(got, want, strict=True):
+        assert_close(x, y)
+    assert not fla.parallel_simple_gla(q.requires_grad_(), k, v, g, output_attentions=True)[1].requires_grad
+    assert fla.parallel_simple_gla(q, k, v, g)[1] is None and fla.parallel_retention(q, k, v)[1] is None
+    o, weights = fla.parallel_retention(q, k, v, output_attentions=True)
+    assert_close(weights @ v.transpose(1, 2), o.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"^output_attentions: expected False with cu_seqlens, got True"):
+        fla.parallel_simple_gla(q[:1], k[:1], v[:1], output_attentions=True, cu_seqlens=torch.tensor([0, T]))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("call", [fla.chunk_linear_attn, fla.fused_chunk_linear_attn, fla.fused_recurrent_linear_attn])
+def test_linear_attn_of_every_form(naive, tensors, call, normalize):
+    q, k, v, _, _ = tensors
+    q, k = q.abs(), k.abs()
+    want = naive["linear_attn"].naive_recurrent_linear_attn(q, k, v, output_final_state=True, normalize=normalize)
+    o, state = call(q, k, v, output_final_state=True, normalize=normalize)
+    assert_close(o, want[0])
+    for x, y in zip(state, want[1], strict=True) if normalize else [(state, want[1])]:
+        assert_close(x, y)
+    if call is fla.fused_recurrent_linear_attn:
+        back, other = call(*(x.flip(1) for x in (q, k, v)), output_final_state=True, reverse=True, normalize=normalize)
+        assert_close(back.flip(1), o)
+        for x, y in zip(other, state, strict=True) if normalize else [(other, state)]:
+            assert_close(x, y)
+
+
+@pytest.mark.parametrize("call", [fla.fused_recurrent_simple_gla, fla.fused_recurrent_retention])
+def test_the_older_name_of_state_v_first(tensors, call):
+    q, k, v, _, h0 = tensors
+    given = {"initial_state": h0.mT.contiguous(), "output_final_state": True}
+    want = call(q, k, v, **given, state_v_first=True)
+    with pytest.warns(DeprecationWarning, match=r"^transpose_state_layout is fla's deprecated name of state_v_first"):
+        got = call(q, k, v, **given, transpose_state_layout=True)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match=r"^transpose_state_layout: expected None with state_v_first"):
+        call(q, k, v, state_v_first=True, transpose_state_layout=False)

@@ -16,6 +16,7 @@ LAYERS = {
     "decayed": lambda: nn.LinearAttention(C, 4, head_dim=6, log_decay=leetcore.decay.alibi(4)),
     "lightning": lambda: nn.Lightning(C, 4, layer=1, num_layers=3),
     "retention": lambda: nn.Retention(C, 4),
+    "rope": lambda: nn.Retention(C, 4, rotation="rope"),
     "gated": lambda: nn.GatedLinearAttention(C, 4),
 }
 FIXED = [name for name in LAYERS if name not in ("linear", "gated")]
@@ -175,8 +176,29 @@ def test_weights_of_minimax_load():
         (lambda: nn.GatedLinearAttention(C, 0), "^num_heads: expected at least 1, got 0"),
         (lambda: nn.Retention(C, 4, key_dim=5), "^key_dim: expected an even number, as pairs are rotated, got 5"),
         (lambda: nn.Lightning(C, 4, layer=3, num_layers=3), "^layer: expected an integer from 0 to 2, got 3"),
+        (lambda: nn.Retention(C, 4, rotation="xpos"), "^rotation: expected 'torchscale' or 'rope', got 'xpos'"),
+        (
+            lambda: nn.Retention(C, 4, heads=range(2, 5)),
+            r"^heads: expected a range .* range\(0, 4\), got range\(2, 5\)",
+        ),
+        (lambda: nn.Retention(C, 4, heads=2), "^heads: expected a range with step 1 .*, got 2"),
+        (
+            lambda: nn.LinearAttention(C, 4, log_decay=torch.zeros(4, requires_grad=True)),
+            "^log_decay: expected a constant, got a tensor with requires_grad",
+        ),
+        (
+            lambda: nn.LinearAttention(C, 4, log_decay=torch.zeros(4).bfloat16()),
+            "^log_decay: expected values in float32 or float64, got torch.bfloat16",
+        ),
+        (
+            lambda: nn.LinearAttention(C, 4, log_decay=torch.zeros(4, device="meta")),
+            "^log_decay: expected values in float32 or float64, got a tensor on the device meta",
+        ),
     ],
-    ids=["width", "decay", "growth", "nan", "heads", "odd", "layer"],
+    ids=[
+        *("width", "decay", "growth", "nan", "heads", "odd", "layer", "angles", "slice", "number", "learned"),
+        *("bfloat16", "meta"),
+    ],
 )
 def test_refusals(make, text):
     with pytest.raises(ValueError, match=text):
@@ -186,3 +208,143 @@ def test_refusals(make, text):
 def test_steps_need_no_grad(layer, x):
     with pytest.raises(NotImplementedError, match="decode_step has no gradient"):
         layer.step(x[:, 0], layer.new_state(B))
+
+
+MASKS = {  # of two sequences
+    "left": [range(13, N), range(N)],
+    "right": [range(N - 7), range(20)],
+    "middle": [[*range(5), *range(9, 30), *range(31, N)], range(0, N, 2)],
+    "nothing": [[], range(3, 20)],
+}
+
+
+@pytest.mark.parametrize("shown", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("first", [False, True], ids=["continued", "first"])
+def test_padding_leaves_no_trace(layer, x, shown, first):
+    """Outputs, states and gradients are those of the packed sequences, even where padding is NaN or infinite."""
+    mask = torch.zeros(B, N, dtype=torch.bool if first else torch.int64)
+    for b, places in enumerate(shown):
+        mask[b, list(places)] = 1
+    kept = mask.bool()
+    cu_seqlens = torch.tensor([0, *kept.sum(1).cumsum(0)])
+    padded, packed = layer.new_state(B), layer.new_state(B)
+    if not first:
+        with torch.no_grad():
+            for state in (padded, packed):
+                layer(x[:, :11], state)
+    start = x.masked_fill(~kept[..., None], float("nan")).requires_grad_()
+    y = layer(start, padded, mask=mask)
+    assert not y[~kept].any()
+    got = [y[kept], padded.memory]
+    alone = x[kept][None].requires_grad_()
+    if isinstance(layer, nn.Retention):  # a packed call rotates on from sequence to sequence; this one starts each at 0
+        parts, memories = [], []
+        for b, part in enumerate(alone[0].split(kept.sum(1).tolist())):
+            state = nn.State(packed.memory[b : b + 1], packed.position)
+            parts.append(layer(part[None], state)[0])
+            memories.append(state.memory)
+        want = [torch.cat(parts), torch.cat(memories)]
+    else:
+        want = [layer(alone, packed, cu_seqlens=cu_seqlens)[0], packed.memory]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    weights = [torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(3)) for z in want]
+    grads = [
+        torch.autograd.grad(sum((z * w).sum() for z, w in zip(results, weights, strict=True)), leaf)[0]
+        for results, leaf in ((got, start), (want, alone))
+    ]
+    torch.testing.assert_close(grads[0][kept], grads[1][0], rtol=1e-10, atol=1e-10)
+    assert torch.equal(padded.position.expand(B), kept.sum(1) + (0 if first else 11))
+
+
+def test_steps_after_a_masked_prompt(layer, x):
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[0, 10:], mask[1, :4] = False, False
+    state = layer.new_state(B)
+    with torch.no_grad():
+        layer(x, state, mask=mask)
+        got = layer.step(x[:, 0], state)
+        for b, places in enumerate((range(10), range(4, N))):
+            want = layer(torch.cat([x[b, list(places)], x[b, :1]])[None])[0, -1]
+            torch.testing.assert_close(got[b], want, rtol=1e-10, atol=1e-10)
+        chosen = state.select(torch.tensor([1]))
+        assert chosen.position.tolist() == [N - 4 + 1]
+
+
+def test_masks_that_are_refused(layer, x):
+    for mask, error, text in (
+        (torch.ones(B, N + 1), ValueError, rf"^mask: expected shape \[{B}, {N}\], got \[{B}, {N + 1}\]"),
+        (torch.ones(B, 1, N, N), ValueError, rf"^mask: expected shape .*got \[{B}, 1, {N}, {N}\]"),
+        (torch.ones(B, N), TypeError, "^mask: expected bool or integers, .*got torch.float32"),
+        ([[1] * N] * B, TypeError, r"^mask: expected a torch\.Tensor, got list"),
+    ):
+        with pytest.raises(error, match=text):
+            layer(x, mask=mask)
+    with pytest.raises(ValueError, match=r"^mask: expected None with cu_seqlens, got both"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, N]), mask=torch.ones(1, N, dtype=torch.bool))
+
+
+def test_masked_calls_compile_whole(layer, x):
+    torch._dynamo.reset()
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[0, :9] = False
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask=mask), layer(x, mask=mask))
+
+
+def test_a_saved_state_loads_with_weights_only(layer, x):
+    state, file = layer.new_state(B), io.BytesIO()
+    with torch.no_grad():
+        layer(x, state)
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, nn.State) and torch.equal(loaded.memory, state.memory) and loaded.position == N
+
+
+@pytest.mark.parametrize("rotation", ["torchscale", "rope"])
+def test_retention_is_that_of_torchscale_but_for_the_angles(x, rotation):
+    """The quadratic form of arXiv:2307.08621, with the angles and names of parameters of torchscale's RetNet
+    (github.com/microsoft/torchscale, torchscale/architecture/retnet.py and component/multiscale_retention.py)."""
+    torch.manual_seed(0)
+    H, K, V = 4, C // 4, C // 2
+    names = {"q_proj": H * K, "k_proj": H * K, "v_proj": H * V, "g_proj": H * V}
+    w = {name: torch.randn(width, C, dtype=torch.float64) * C**-0.5 for name, width in names.items()}
+    w["out_proj"] = torch.randn(C, H * V, dtype=torch.float64)
+    layer = nn.Retention(C, H, rotation=rotation).double()
+    layer.load_state_dict({f"{name}.weight": value for name, value in w.items()})
+
+    q, k, v = ((x @ w[name].T).unflatten(-1, (H, -1)) for name in ("q_proj", "k_proj", "v_proj"))
+    turns = torch.exp(-torch.linspace(0, 1, K // 2, dtype=torch.float64) * torch.log(torch.tensor(10000.0).double()))
+    turn = torch.polar(torch.ones(N, 1, K // 2).double(), torch.arange(N)[:, None, None] * turns)
+    q, k = (torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous()) * turn for z in (q, k))
+    weights = torch.einsum("bthk,bshk->bhts", q, k.conj()).real * K**-0.5
+    distance = torch.arange(N)[:, None] - torch.arange(N)
+    gamma = 1 - 2.0 ** (-5 - torch.arange(H, dtype=torch.float64))
+    weights = torch.where(distance >= 0, weights * gamma[:, None, None] ** distance.clamp(min=0), 0)
+    o = torch.einsum("bhts,bshv->bthv", weights, v)
+    o = o * (o.square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    g = x @ w["g_proj"].T
+    want = (g * torch.sigmoid(g) * o.flatten(-2)) @ w["out_proj"].T
+
+    error = ((layer(x) - want).norm() / want.norm()).item()
+    assert error < 1e-6 if rotation == "torchscale" else error > 0.02  # decays are float32
+
+
+def test_slices_of_heads_add_up_to_the_layer(x):
+    torch.manual_seed(0)
+    whole = nn.Retention(C, 4).double()
+    total, width = 0, {"q_proj": 8, "k_proj": 8, "v_proj": 16, "g_proj": 16, "out_proj": 16}
+    for heads in (range(1), range(1, 4)):
+        part = nn.Retention(C, 4, heads=heads).double()
+        rows = {name: slice(heads.start * w, heads.stop * w) for name, w in width.items()}
+        part.load_state_dict(
+            {
+                f"{name}.weight": getattr(whole, name).weight[
+                    (slice(None), rows[name]) if name == "out_proj" else rows[name]
+                ]
+                for name in width
+            }
+        )
+        total = total + part(x)
+    torch.testing.assert_close(total, whole(x), rtol=1e-10, atol=1e-10)

@@ -3,10 +3,12 @@
 import copy
 import functools
 import importlib
+import pickle
 import sys
 
 import pytest
 import torch
+from leetcore import decay
 
 transformers = pytest.importorskip("transformers")
 
@@ -145,6 +147,7 @@ def test_unpatch(models):
     layers = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
     assert {type(m) for m in layers} == {LightningAttention}
     assert unpatch(model) == 2 and {type(m) for m in layers} == {MiniMaxLightningAttention} and unpatch(model) == 0
+    assert not any("log_decay" in vars(m) | m._buffers for m in layers)
 
 
 def hooked(layer):
@@ -217,3 +220,124 @@ def test_the_name_of_the_cache_in_older_versions(models, tokens):
     with torch.no_grad():
         _, state = layer(x, None, None, past_key_values=cache)
     assert cache.get_linear_cache(layer.layer_idx) is state
+
+
+def test_patching_twice_is_patching_once(models):
+    model = copy.deepcopy(models[0])
+    assert patch(model) == patch(model) == 2 and unpatch(model) == 2
+
+
+@torch.no_grad()
+def test_compiled_whole(models, tokens):
+    """Prefill with a mask and without, and decoding, have one graph, with the results of eager code."""
+    ids, mask = tokens
+    model = models[1]
+    for given in ({}, {"attention_mask": mask}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        kept = mask.bool() if given else slice(None)
+        assert_close(
+            compiled(ids, use_cache=False, **given).logits[kept], model(ids, use_cache=False, **given).logits[kept]
+        )
+    caches = [MiniMaxCache(), MiniMaxCache()]
+    for cache in caches:
+        model(ids, attention_mask=mask, use_cache=True, cache=cache)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    given = {"attention_mask": longer, "use_cache": True}
+    logits = [m(ids[:, :1], **given, cache=cache).logits for m, cache in zip((compiled, model), caches, strict=True)]
+    assert_close(*logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize(
+    "shown",
+    [range(7, N), range(N - 30), [*range(9), *range(40, 60), *range(61, N)], range(N)],
+    ids=["left", "right", "middle", "none"],
+)
+@pytest.mark.parametrize("cuts", [(), (50,), (30, 35)], ids=str)
+def test_states_are_those_of_the_prompts_tokens(models, shown, dtype, cuts):
+    layer = next(m for m in models[1].modules() if isinstance(m, LightningAttention))
+    x = torch.randn(B, N, 48, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(B, N, dtype=dtype)
+    mask[:, list(shown)] = 1
+    y, state = layer(x[:, list(shown)], None, None)
+    cache, parts = MiniMaxCache(), []
+    for start, end in zip((0, *cuts), (*cuts, N), strict=True):
+        parts.append(layer(x[:, start:end], None, mask[:, :end], cache=cache)[0])
+    assert_close(torch.cat(parts, dim=1)[:, list(shown)], y)
+    assert_close(cache.get_linear_cache(layer.layer_idx), state)
+
+
+@torch.no_grad()
+def test_masks_that_are_refused(models):
+    layer = next(m for m in models[1].modules() if isinstance(m, LightningAttention))
+    for shape in ((B, 1, 5, 5), (B, 4), (3, 5)):
+        with pytest.raises(ValueError, match=r"^attention_mask: expected shape \[2, 5\], or longer .*, got \["):
+            layer(torch.randn(B, 5, 48), None, torch.ones(shape))
+
+
+def small(layer_types, layers=4):
+    return MiniMaxConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=layer_types,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("back", [False, True])
+def test_rounded_slopes_are_recognised_and_decays_exact(dtype, back):
+    """The slopes of a last layer are subnormal in float16; a patched model that is cast keeps its decays, too."""
+    model = MiniMaxForCausalLM(small(["full_attention"] * 3 + ["linear_attention"]))
+    layer = model.model.layers[3].self_attn
+    want = decay.minimax(8, 3, 4)
+    model.to(dtype)
+    if back:
+        model.float()
+    assert patch(model) == 1
+    for cast in (model, model.half(), model.bfloat16(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        log_decay = cast.model.layers[3].self_attn.log_decay
+        assert log_decay.dtype == torch.float32 and log_decay.numpy().tolist() == want.tolist()
+    assert "log_decay" not in "".join(layer.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_with_one_less_in_its_factor(dtype):
+    """A later transformers divides by layers - 1; what its slopes are decides, not its version."""
+    model = MiniMaxForCausalLM(small(["linear_attention"] * 3, 3))
+    for layer in (x.self_attn for x in model.model.layers):
+        slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64) * (1 - layer.layer_idx / 2 + 1e-5)
+        layer.slope_rate.copy_(slopes[:, None, None])
+        layer.slopes = slopes
+    assert patch(model.to(dtype)) == 3
+    for layer in (x.self_attn for x in model.model.layers):
+        torch.testing.assert_close(layer.log_decay.double(), -layer.slopes, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_a_model_from_the_device_meta(models, tokens):
+    with torch.device("meta"):
+        model = MiniMaxForCausalLM(models[0].config)
+    assert patch(model) == 2
+    model.load_state_dict(models[0].state_dict(), assign=True)
+    model.model.rotary_emb = copy.deepcopy(models[0].model.rotary_emb)
+    model.eval()
+    assert torch.equal(model(tokens[0]).logits, models[1](tokens[0]).logits)
+
+
+@torch.no_grad()
+def test_a_patched_model_is_saved_as_it_was(models, tokens, tmp_path):
+    models[1].save_pretrained(tmp_path)
+    loaded = MiniMaxForCausalLM.from_pretrained(tmp_path).eval()
+    assert not any(isinstance(m, LightningAttention) for m in loaded.modules()) and patch(loaded) == 2
+    assert torch.equal(loaded(tokens[0]).logits, models[1](tokens[0]).logits)

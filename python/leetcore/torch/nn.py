@@ -129,7 +129,7 @@ class _Layer(ConstantDecay):
             state: of `new_state`, or as an earlier call left it. None: x is all there is.
             cu_seqlens: int32 or int64 [S + 1], the bounds of S sequences packed along N; B is 1.
             mask: bool or integers [B, N], False or 0 at padding, anywhere. Padding leaves no trace: y of the other
-                tokens, the state and gradients are those of these tokens alone, and y of padding is finish(0).
+                tokens, the state and gradients are those of these tokens alone, and y of padding is 0.
         """
         if isinstance(state, fx.Proxy):
             state = _require_none("state", state)
@@ -138,6 +138,8 @@ class _Layer(ConstantDecay):
         shown = None if mask is None else masked_tokens("mask", mask, x)
         if shown is not None and cu_seqlens is not None:
             raise ValueError("mask: expected None with cu_seqlens, got both; packed sequences have no padding")
+        if shown is not None:
+            x = torch.where(shown[..., None], x, 0)
         q, k, v, log_decay = self.project(x, self._positions(x, state, shown))
         if shown is not None:
             q, k, v, log_decay = hide(shown, q, k, v, log_decay)

@@ -51,7 +51,7 @@ def patch(model: nn.Module) -> int:
         ValueError: there is no such layer.
         NotImplementedError: the layer of this version of transformers is not the one known here; what differs is named.
     """
-    layers = [layer for layer in model.modules() if type(layer) is MiniMaxLightningAttention]
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) is MiniMaxLightningAttention]
     patched = sum(type(layer) is LightningAttention for layer in model.modules())
     if not layers and not patched:
         raise ValueError(f"model: expected one with layers MiniMaxLightningAttention, got {type(model).__name__}")
@@ -64,7 +64,7 @@ def patch(model: nn.Module) -> int:
     for layer in layers:
         log_decay = _log_decay(layer)
         _become(layer, LightningAttention)
-        ConstantDecay._set_decay(layer, log_decay, layer.slope_rate.device)
+        layer._set_decay(log_decay, layer.slope_rate.device)
     return patched + len(layers)
 
 
@@ -128,7 +128,7 @@ def _is_forward_of(call: Any, kind: Any) -> bool:
 
 
 def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of transformers as bool [B, N]: 1 at tokens and 0 at padding of any dtype, maybe of earlier tokens too."""
+    """The mask of transformers, 0 at padding in any dtype and maybe with earlier tokens, as bool [B, N]."""
     if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
         raise ValueError(
             f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
@@ -151,8 +151,8 @@ def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
 def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32]) -> float:
     """How far slopes are from a decay; up to 1 where rounding may explain it.
 
-    Rounding to bfloat16, the coarsest, changes a number by up to 2^-8 of it, and float16 rounds the smallest slopes of a
-    last layer to multiples of 2^-24; a slope may have been rounded twice.
+    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of a last layer multiples of 2^-24.
+    A slope may have been rounded twice.
     """
     if slopes.shape != log_decay.shape:
         return float("inf")
