@@ -70,6 +70,7 @@ def test_gradients_are_finite_differences(kind, heads, layout):
     dtype=st.sampled_from(list(DTYPES)),
 )
 @example(N=200, K=64, V=64, heads=(2, 2, 2), kind="[Hs]", layout="bhnd", dtype="f32")
+@example(N=0, K=1, V=1, heads=(1, 1, 1), kind="[Hs]", layout="bhnd", dtype="f64")
 @example(N=200, K=64, V=64, heads=(2, 2, 2), kind="[B,Hs,N]", layout="bnhd", dtype="bf16")
 def test_every_dtype_is_as_exact_as_promised(N, K, V, heads, kind, layout, dtype):
     p = problem(N=N, K=K, V=V, heads=heads, kind=kind, layout=layout, dtype=DTYPES[dtype])

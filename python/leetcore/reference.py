@@ -123,4 +123,7 @@ def error(got: Array, want: Array) -> float:
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf
     # numpy's norm would be a dot product by threads, which costs a small array a thousand times its work.
-    return float(np.sqrt(np.square(got - want).sum() / np.square(want).sum())) if want.size else 0.0
+    difference, size = np.square(got - want).sum(), np.square(want).sum()
+    if not difference:  # also of zeros, whose relative error would be 0 / 0
+        return 0.0
+    return float(np.sqrt(difference / size)) if size else np.inf
