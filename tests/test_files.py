@@ -93,6 +93,9 @@ def test_a_table_of_any_bytes_is_named_in_one_warning(loaded, data):
 
 def test_a_table_of_another_version_or_machine_says_nothing(loaded):
     assert loaded(tuning.completed("# leetcore 0.0.1\nspeed 3\n").encode()) == (False, [])
+    elsewhere = TABLE.splitlines(keepends=True)[1:-1]
+    header = f"# leetcore {leetcore.__version__} on another processor\n"
+    assert loaded(tuning.completed(header + "".join(elsewhere)).encode()) == (False, [])
     others = tuning.completed(f"{tuning.header()}\nisa another\naxis N 1 2\nfactor chunk 4 1\n")
     assert loaded(others.encode()) == (True, [])  # whose lines for another instruction set say nothing of this one
 
@@ -114,16 +117,20 @@ def test_an_import_never_fails(tmp_path, options):
         file.rmdir()
         file.symlink_to(file)
 
+    def pipe():
+        file.unlink()
+        os.mkfifo(file)
+
     def no_folder():
         shutil.rmtree(folder)
         folder.write_text("")
 
     folder.mkdir()
-    for i, change in enumerate((broken, directory, loop, no_folder)):
+    for i, change in enumerate((broken, directory, loop, pipe, no_folder)):
         change()
         ran = python(SOURCE, *options, XDG_CACHE_HOME=str(tmp_path))
         assert ran.returncode == 0 and ran.stdout == "shipped\n", ran.stderr
-        warns = i < 3 and options != ("-W", "error")
+        warns = i < 4 and options != ("-W", "error")
         assert ran.stderr.count("is not used") == warns, ran.stderr
 
 

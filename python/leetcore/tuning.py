@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import stat
 import warnings
 import zlib
 from pathlib import Path
@@ -32,9 +34,18 @@ def path(isa: str) -> Path | None:
     return Path(cache) / "leetcore" / f"tuning-{isa}.txt"
 
 
+def processor() -> str:
+    """The model of the processor, as Linux names it; elsewhere its architecture."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def header() -> str:
-    """The first line of a table that this version wrote: another version's predictions need other corrections."""
-    return f"# leetcore {_core.version}"
+    """The first line of a table that this version wrote on this processor; others' tables say nothing here."""
+    return f"# leetcore {_core.version} on {processor()}"
 
 
 def completed(text: str) -> str:
@@ -67,8 +78,10 @@ def load(isa: str) -> None:
 
 
 def _read(file: Path) -> str | None:
-    """The text of a whole table of this version; None where there is no file, or one of another version."""
+    """The text of a whole table; None where there is no file, or one of another version or processor."""
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for a writer
+            raise ValueError("it is no file")
         with open(file, "rb") as opened:
             data = opened.read(_MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -14,6 +14,8 @@ from typing import Any
 
 import leetcore
 
+from ..tuning import processor as processor
+
 ENVIRONMENT = {
     # glibc's malloc keeps freed memory: handed back, large temporaries of torch would be faulted in anew in every call.
     "MALLOC_TOP_PAD_": str(256 << 20),
@@ -37,14 +39,6 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def cores() -> int:

@@ -105,7 +105,7 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
         factors.setdefault((method, p.bytes), {})[p] = max(us - overhead, 0.05 * us) / predicted[p][method]
     lines = [
         tuning.header(),
-        f"# {machine.processor()}, {threads} threads, {time.strftime('%Y-%m-%d')}",
+        f"# {threads} threads, {time.strftime('%Y-%m-%d')}",
         f"isa {isa}",
         f"axis N {' '.join(map(str, LENGTHS))}",
         f"axis D {' '.join(map(str, DIMS))}",
