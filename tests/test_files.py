@@ -290,6 +290,16 @@ def test_a_package_without_its_headers_says_so(monkeypatch, tmp_path):
         leetcore.get_include()
 
 
+def test_a_package_without_its_extension_says_so(tmp_path):
+    """As in a zip file, or with another Python than the one that built it."""
+    package = Path(leetcore.__file__).parent
+    shutil.copytree(package, tmp_path / "leetcore", ignore=shutil.ignore_patterns("*.so", "lib", "include", "torch"))
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "leetcore")
+    for place in (tmp_path, archive):
+        ran = python(f"import sys; sys.path.insert(0, {str(place)!r}); import leetcore")
+        assert "ImportError: leetcore: expected the compiled module leetcore._core for this Python" in ran.stderr
+
+
 def test_reloading():
     code = """
 import importlib, pickle, leetcore, numpy as np

@@ -2,8 +2,16 @@
 
 import contextlib
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if importlib.util.find_spec(f"{__name__}._core") is None:  # else Python speaks of a circular import
+    raise ImportError(
+        f"leetcore: expected the compiled module leetcore._core for this Python, got none in {list(__path__)}; "
+        "`pip install` builds it, and it cannot be loaded from a zip file",
+        name="leetcore._core",
+    )
 
 from . import _core, decay, reference, tuning
 from .api import (

@@ -17,7 +17,7 @@ import rich.progress
 import leetcore
 
 from .. import tuning
-from . import machine, options
+from . import options
 
 # The grid: what lies between its points is interpolated, in the logarithms.
 LENGTHS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
