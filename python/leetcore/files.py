@@ -96,7 +96,10 @@ def require_writable(path: str | os.PathLike[str] | None) -> None:
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or errno.EACCES), os.fspath(path)) from None
+        problem = os.strerror(error.errno or errno.EACCES)
+        if error.errno == errno.ENOENT:
+            problem = f"there is no directory {os.path.dirname(path) or os.curdir} ({problem})"
+        raise OSError(error.errno, problem, os.fspath(path)) from None
 
 
 def _load_npz(path: str | os.PathLike[str]) -> Arrays:
