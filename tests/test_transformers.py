@@ -214,11 +214,12 @@ def test_another_version_of_the_layer_is_refused_before_anything_is_changed(mode
     assert type(layer) is MiniMaxLightningAttention
 
 
-def test_the_name_of_the_cache_in_older_versions(models, tokens):
+@pytest.mark.parametrize("name", ["past_key_values", "past_key_value"])
+def test_the_name_of_the_cache_in_older_versions(models, name):
     layer = next(m for m in models[1].modules() if isinstance(m, integration.LightningAttention))
     cache, x = MiniMaxCache(), torch.randn(1, 5, 48)
     with torch.no_grad():
-        _, state = layer(x, None, None, past_key_values=cache)
+        _, state = layer(x, None, None, **{name: cache})
     assert cache.get_linear_cache(layer.layer_idx) is state
 
 
