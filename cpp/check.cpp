@@ -499,8 +499,9 @@ Checker structure(const lc_args& a) {
   }
   p.B = sequences;
   p.workspace = a.workspace, p.workspace_bytes = a.workspace_bytes, p.stream = a.stream;
-  const double least_work = 4 * least_bytes(p) + 4 * double(p.B) * double(p.H) * double(p.N) * double(p.K) * double(p.V);
-  const bool small = decode && least_work < kFlopPerWorker;  // for one thread, whatever their number
+  // A decode call with little work runs on one thread, whatever the number of threads is.
+  const double flop = 4 * double(p.B) * double(p.H) * double(p.N) * double(p.K) * double(p.V);
+  const bool small = decode && 4 * least_bytes(p) + flop < kFlopPerWorker;
   p.threads = p.device.type == LC_CPU && !small ? thread_count(a.num_threads).count : 1;
   return c;
 }

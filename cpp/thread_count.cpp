@@ -76,8 +76,8 @@ int usable_cores() { return 0; }
 
 #endif
 
-// What is looked up again when the last answer is older than a second: the quota is a file that an operator changes, and
-// an OpenMP runtime comes with a library that is loaded late.
+// What is looked up again when the last answer is older than a second: the quota is a file that an operator changes,
+// and an OpenMP runtime comes with a library that is loaded late.
 struct Surroundings {
   double quota;
   const OpenMP* runtime;
