@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <fstream>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -10,8 +12,37 @@
 #include <dlfcn.h>
 #include <link.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define LC_POSIX 1
+#endif
 
 namespace lc {
+namespace {
+
+// The same of a fork before this library was loaded, as Linux knows it (PF_FORKNOEXEC).
+bool forked_before_load() {
+  std::ifstream stat("/proc/self/stat");
+  std::string text;
+  std::getline(stat, text);
+  const size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return false;
+  std::istringstream words(text.substr(name_end + 1));
+  std::string skipped;
+  unsigned long flags = 0;
+  for (int i = 0; i < 6; ++i) words >> skipped;
+  return words >> flags && flags & 0x40;
+}
+
+std::atomic<bool> is_forked{forked_before_load()};
+#if defined(LC_POSIX)
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
+#endif
+
+}  // namespace
+
+bool forked() { return is_forked.load(std::memory_order_relaxed); }
 
 #if defined(__linux__)
 namespace {
@@ -59,6 +90,7 @@ const OpenMP* openmp() {
   static std::atomic<const OpenMP*> found{nullptr};
   static std::atomic<unsigned long long> searched{0};
   if (const OpenMP* here = found.load(std::memory_order_acquire)) return here;
+  if (forked()) return nullptr;
   const unsigned long long now = loads();
   if (searched.load(std::memory_order_relaxed) == now) return nullptr;
   OpenMP runtime;

@@ -12,7 +12,12 @@ struct OpenMP {
   void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 };
 
-// The runtime of the program, else of torch, else any that is loaded; nullptr without one.
+// The runtime of the program, else of torch, else any that is loaded; nullptr without one. A forked child looks for
+// none, as a lock of the loader may be held by a thread that is gone.
 const OpenMP* openmp();
+
+// Whether this process has been forked and has not begun another program since. The threads of its OpenMP runtime are
+// then gone, and its regions would wait for them for ever.
+bool forked();
 
 }  // namespace lc

@@ -5,11 +5,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <mutex>
-#include <sstream>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -76,18 +73,6 @@ bool spin_while(F&& condition) {
 }
 
 #if defined(LC_POSIX)
-
-// Whether this process has been forked and has not begun another program since, as Linux knows it (PF_FORKNOEXEC).
-bool forked_before_load() {
-  std::ifstream stat("/proc/self/stat");
-  std::string text;
-  std::getline(stat, text);
-  std::istringstream words(text.substr(std::min(text.size(), text.rfind(')') + 1)));  // after the name
-  std::string skipped;
-  unsigned long flags = 0;
-  for (int i = 0; i < 6; ++i) words >> skipped;
-  return words >> flags && flags & 0x40;
-}
 
 // Whether `count` threads more can be made now: an OpenMP runtime ends the process where it cannot make one. They are
 // made and ended again, once per calling thread, as the runtime's threads belong to the thread that calls.
@@ -247,11 +232,8 @@ class Pool {
 // runtime's pool alone, in which it would wait for ever.
 std::atomic<Pool*> current{nullptr};
 #if defined(LC_POSIX)
-std::atomic<bool> forked{forked_before_load()};
-[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
-  forked.store(true, std::memory_order_relaxed);
-  current.store(nullptr, std::memory_order_relaxed);
-});
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_relaxed); });
 #endif
 
 Pool& pool() {
@@ -266,7 +248,7 @@ Pool& pool() {
 bool run_on_openmp(int wished, const Job& job) {
 #if defined(LC_POSIX)
   const OpenMP* runtime = openmp();
-  if (!runtime || forked.load(std::memory_order_relaxed) || !room_for(wished - 1)) return false;
+  if (!runtime || forked() || !room_for(wished - 1)) return false;
   struct Shared {
     const OpenMP& runtime;
     const Job& job;
