@@ -286,7 +286,7 @@ print(leetcore.get_cmake_dir())
 def test_a_package_without_its_headers_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(leetcore, "__path__", [str(tmp_path)])
     monkeypatch.setattr(leetcore._core, "__file__", str(tmp_path / "_core.so"))
-    with pytest.raises(FileNotFoundError, match=r"^leetcore: expected include beside .*; install leetcore again$"):
+    with pytest.raises(FileNotFoundError, match=r"^leetcore: expected include next to .*; install leetcore again$"):
         leetcore.get_include()
 
 

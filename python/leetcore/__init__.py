@@ -83,4 +83,4 @@ def _built(pattern: str) -> Path:
     for folder in (Path(_core.__file__).parent, *map(Path, __path__)):
         for found in folder.glob(pattern):
             return found
-    raise FileNotFoundError(f"leetcore: expected {pattern} beside {_core.__file__}, got none; install leetcore again")
+    raise FileNotFoundError(f"leetcore: expected {pattern} next to {_core.__file__}, got none; install leetcore again")
