@@ -30,8 +30,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, of at least `bytes`. Each calling thread keeps its scratch for the next call, as fresh pages
-// cost as much as the work on them.
+// Scratch of the CPU methods, of at least `bytes`. Each calling thread keeps its scratch for the next call, as fresh
+// pages cost as much as the work on them.
 struct Scratch {
   void* memory;
   size_t bytes;

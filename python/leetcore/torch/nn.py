@@ -71,7 +71,7 @@ class ConstantDecay(nn.Module):
             self.log_decay = self._exact.to(device, copy=True)
 
     def _decay_on(self, device: torch.device) -> Tensor | None:
-        """The decay on the device of an input. Parameters may have left the device "meta", or their first one, without it."""
+        """The decay on the device of an input: parameters may have left "meta", or their first device, without it."""
         if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the decay is where it is
             return self.log_decay
         if self.log_decay is not None and self.log_decay.device != device:
