@@ -139,10 +139,13 @@ class Thread {
     set(kGiven);
   }
 
-  // Takes the job back if this thread has not begun with it: the others have done all of it. Else waits for its end.
+  // Takes the job back if this thread has not begun with it: the others have done all of it. Else waits for its end. A
+  // build that counts lets every worker begin, so that counts do not depend on the moment.
   void finish() {
+#ifndef LC_COUNT
     int expected = kGiven;
     if (phase_.compare_exchange_strong(expected, kIdle, std::memory_order_acquire)) return;
+#endif
     if (spin_while([&] { return phase_.load(std::memory_order_acquire) != kIdle; })) return;
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return phase_.load(std::memory_order_acquire) == kIdle; });

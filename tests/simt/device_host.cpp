@@ -8,7 +8,10 @@
 namespace simt {
 
 // Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
-[[maybe_unused]] static const int cufft_is_chosen = setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
+// The library reads the environment when it is loaded: this constructor has a priority and runs before all without one.
+__attribute__((constructor(200))) static void choose_cufft() {
+  setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
+}
 
 lc::cuda::Limits& device() {
   static lc::cuda::Limits l = kHopper;
