@@ -294,7 +294,7 @@ static int ask(void* context) {
 
 /* Some tenths of a second of work, which ends early when its caller wants that. */
 static void interrupts(void) {
-  enum { H = 64, N = 4096, D = 64 };
+  enum { H = 16, N = 4096, D = 64 };
   float *x = calloc((size_t)H * N * D, sizeof *x), *y = calloc((size_t)H * N * D, sizeof *y);
   float* s = calloc((size_t)H * D * D, sizeof *s);
   int64_t dims[4] = {1, H, N, D}, state_dims[4] = {1, H, D, D};
