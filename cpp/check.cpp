@@ -27,8 +27,7 @@ namespace {
 
 constexpr int64_t kMostHeadDim = 8192, kMostDecodeTokens = 64;
 
-// ---- words
-// --------------------------------------------------------------------------------------------------------------
+// ---- words --------------------------------------------------------------------------------------
 
 std::string shape_text(const lc_tensor& t) {
   std::string s = "[";
@@ -73,8 +72,7 @@ Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type
   fail(LC_DTYPE, "%s: expected dtype %s%s, got %s", name, list.c_str(), reason, dtype_text(t.dtype).c_str());
 }
 
-// ---- tensors
-// ------------------------------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------
 
 // One expected dimension: a number, or a letter for any number of at least `least`.
 struct Dim {
@@ -278,8 +276,7 @@ class Checker {
   }
 };
 
-// ---- values a host can read
-// -----------------------------------------------------------------------------------------------
+// ---- values a host can read ---------------------------------------------------------------------
 
 template <class T>
 void check_log_decay_values(const lc_tensor& t) {
@@ -329,8 +326,7 @@ void check_state_indices_values(const Problem& p) {
   }
 }
 
-// ---- the whole call
-// -------------------------------------------------------------------------------------------------------
+// ---- the whole call -----------------------------------------------------------------------------
 
 Checker structure(const lc_args& a) {
   Checker c(a);

@@ -49,8 +49,7 @@ LC_INLINE void count_flop(int64_t n) { counted.flop += n; }
 LC_INLINE void count_flop(int64_t) {}
 #endif
 
-// ---- register tiles: M rows of N vectors
-// ------------------------------------------------------------------------------
+// ---- register tiles: M rows of N vectors --------------------------------------------------------
 
 template <class T, int M_, int N_>
 struct Tile {
@@ -180,8 +179,7 @@ LC_INLINE void for_tiles(int begin, int end, int c, int width, F&& f) {
   if (width == 1) return detail::tiles_of_width<T, 1>(f, begin, end, c);
 }
 
-// ---- matrices in memory
-// -----------------------------------------------------------------------------------------------
+// ---- matrices in memory -------------------------------------------------------------------------
 
 // One row, widened to T and padded with zeros to whole vectors.
 template <class T, class E>

@@ -25,7 +25,7 @@ SIMT_DEV int64_t fresh(int64_t x) {
   return x;
 }
 
-// ---- memory ---------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // Global memory. V is a vector of several T: its address must be a multiple of its size.
 template <class T>
@@ -82,14 +82,14 @@ struct Smem {
   }
 };
 
-// ---- synchronisation ------------------------------------------------------------------------------------------------
+// ---- synchronisation ----------------------------------------------------------------------------
 
 SIMT_DEV void sync_cta() { __syncthreads(); }
 SIMT_DEV void sync_warp() { __syncwarp(); }
 // Barrier id (1 to 15) for n threads of the block, a multiple of 32.
 SIMT_DEV void sync_named(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 
-// ---- warp collectives -----------------------------------------------------------------------------------------------
+// ---- warp collectives ---------------------------------------------------------------------------
 
 template <class T>
 SIMT_DEV T shfl_up(T x, int d) {
@@ -111,7 +111,7 @@ SIMT_DEV uint32_t vote_ballot(bool x) { return __ballot_sync(~0u, x); }
 SIMT_DEV bool vote_any(bool x) { return __any_sync(~0u, x); }
 SIMT_DEV bool vote_all(bool x) { return __all_sync(~0u, x); }
 
-// ---- arithmetic -----------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 // 2^x; the float one is within 2 units of the last place, and flushes results below 2^-126.
 SIMT_DEV float ex2(float x) {
@@ -172,7 +172,7 @@ SIMT_DEV float to_tf32(float x) {
   return __uint_as_float(u);
 }
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory: the first `valid` from the source, zeros behind them.
 template <class T, class U>
@@ -187,7 +187,7 @@ SIMT_DEV void cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- matrix unit ----------------------------------------------------------------------------------------------------
+// ---- matrix unit --------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8.
 template <class T>
@@ -246,7 +246,7 @@ struct Mma<float> {
   }
 };
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 template <class K>
 __global__ void __launch_bounds__(K::kMaxThreads, K::kMinBlocks) entry(const __grid_constant__ typename K::Params p) {

@@ -46,7 +46,7 @@ struct Lane {
   SIMT_DEV int across_column() const { return (l >> 3 & 1) * 8; }
 };
 
-// ---- tiles in shared memory -----------------------------------------------------------------------------------------
+// ---- tiles in shared memory ---------------------------------------------------------------------
 
 // [R, C]: each row in units of 16 bytes, permuted so that what a warp reads or writes at once is in different banks.
 template <class E, int R, int C>
@@ -101,7 +101,7 @@ SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t s
   }
 }
 
-// ---- sums -----------------------------------------------------------------------------------------------------------
+// ---- sums ---------------------------------------------------------------------------------------
 
 // [R, C]
 template <int R, int C>
@@ -235,7 +235,7 @@ SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, i
   }
 }
 
-// ---- operands -------------------------------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
 // 16 x 16 on the left side of a product: for m16n8k16, or twice m16n8k8.
 template <class X>
@@ -517,7 +517,7 @@ SIMT_DEV void add_products(sptr<float> to, const Strip<R, C>& a, const B& b, flo
   }
 }
 
-// ---- products -------------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 namespace tile {
 

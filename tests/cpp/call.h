@@ -33,7 +33,7 @@ inline const char* name(lc_dtype t) {
   return t == kF64 ? "f64" : t == kF32 ? "f32" : t == kF16 ? "f16" : t == kBf16 ? "bf16" : t == kI32 ? "i32" : "i64";
 }
 
-// ---- one element, as a double ---------------------------------------------------------------------------------------
+// ---- one element, as a double -------------------------------------------------------------------
 
 template <class T>
 T load_as(const void* p) {
@@ -80,7 +80,7 @@ inline void store(void* p, lc_dtype t, double x) {
   std::memcpy(p, &u, sizeof u);
 }
 
-// ---- tensors --------------------------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------
 
 inline void* at(const lc_tensor& t, const Position& position) {
   int64_t offset = 0;
@@ -153,7 +153,7 @@ struct Tensor : lc_tensor {
   }
 };
 
-// ---- the definition ------------------------------------------------------------------------------------------------
+// ---- the definition -----------------------------------------------------------------------------
 
 // The inputs of a call as the definition reads them, whatever their layout, sharing of heads and form of decay.
 struct Inputs {
@@ -347,7 +347,7 @@ inline double output_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF3
 inline double state_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF32 ? 5e-6 : t == kF16 ? 5e-4 : 3e-3; }
 inline double gradient_tolerance(lc_dtype t) { return t == kF64 ? 1e-11 : t == kF32 ? 2e-5 : t == kF16 ? 1e-3 : 1e-2; }
 
-// ---- a call ---------------------------------------------------------------------------------------------------------
+// ---- a call -------------------------------------------------------------------------------------
 
 enum class Decay { none, scalar, head, batch, token };  // rank of log_decay: absent, 0, 1, 2, 3
 constexpr double kMixed = -1;                           // gamma: another one for every element of log_decay

@@ -24,7 +24,7 @@ namespace {
 
 using namespace test;
 
-// ---- the device -----------------------------------------------------------------------------------------------------
+// ---- the device ---------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
 
@@ -92,7 +92,7 @@ std::string complaint() {  // of the emulator, since the last time
 
 #endif
 
-// ---- a call on it ---------------------------------------------------------------------------------------------------
+// ---- a call on it -------------------------------------------------------------------------------
 
 // lc_run with every tensor and the workspace in memory of the device; false: wrote around the workspace.
 bool run_there(Call& call, int n, lc_status* status) {
@@ -205,7 +205,7 @@ std::string examine(const Spec& spec, const char* method, const Definition& defi
   return "";
 }
 
-// ---- which calls ----------------------------------------------------------------------------------------------------
+// ---- which calls --------------------------------------------------------------------------------
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 

@@ -27,7 +27,7 @@ struct Case {
   int64_t units = 0;  // of the last place by which a number may be off
 };
 
-// ---- kernels --------------------------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 struct Kernel {
   static constexpr const char* kName = "contract";
@@ -315,7 +315,7 @@ struct MatrixUnit : Kernel {
   }
 };
 
-// ---- what they have to write ----------------------------------------------------------------------------------------
+// ---- what they have to write --------------------------------------------------------------------
 
 template <class T>
 void put(Words& w, T x) {
@@ -564,7 +564,7 @@ inline std::vector<Case> cases() {
   return all;
 }
 
-// ---- comparing ------------------------------------------------------------------------------------------------------
+// ---- comparing ----------------------------------------------------------------------------------
 
 template <class T, class I>
 bool close(T x, T want, int64_t units) {

@@ -29,409 +29,479 @@ struct Kernel {
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 1;
   using Params = Arguments;
 };
-#define KERNEL(name)     \
-  template <bool kFault> \
-  struct name : Kernel<kFault>  // The body: static void run(const Arguments&)
 
 // Index of this thread among those of all blocks.
 int global_id() { return int(bid().x) * kThreads + tid(); }
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
-KERNEL(BarrierAfterWrite){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-s.st(tid(), a.in.ld(tid()));
-if (!kFault) sync_cta();
-a.out.st(global_id(), s.ld(kThreads - 1 - tid()));
-}  // namespace
-}
-;
+template <bool kFault>
+struct BarrierAfterWrite : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    s.st(tid(), a.in.ld(tid()));
+    if (!kFault) sync_cta();
+    a.out.st(global_id(), s.ld(kThreads - 1 - tid()));
+  }
+};
 
-KERNEL(BarrierBeforeOverwriting){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-float sum = 0;
-for (int i = 0; i < 3; ++i) {
-  s.st(tid(), a.in.ld(i * kThreads + tid()));
-  sync_cta();
-  sum += s.ld((tid() + 32) % kThreads);
-  if (!kFault) sync_cta();
-}
-a.out.st(global_id(), sum);
-}
-}
-;
+template <bool kFault>
+struct BarrierBeforeOverwriting : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    float sum = 0;
+    for (int i = 0; i < 3; ++i) {
+      s.st(tid(), a.in.ld(i * kThreads + tid()));
+      sync_cta();
+      sum += s.ld((tid() + 32) % kThreads);
+      if (!kFault) sync_cta();
+    }
+    a.out.st(global_id(), sum);
+  }
+};
 
-KERNEL(BarrierOfAWarp){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-s.st(tid(), a.in.ld(tid()));
-if (!kFault) sync_warp();
-a.out.st(global_id(), s.ld(tid() ^ 1));
-}
-}
-;
+template <bool kFault>
+struct BarrierOfAWarp : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    s.st(tid(), a.in.ld(tid()));
+    if (!kFault) sync_warp();
+    a.out.st(global_id(), s.ld(tid() ^ 1));
+  }
+};
 
 // A shuffle brings the lanes together, but orders no memory.
-KERNEL(ShuffleIsNoBarrier){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-s.st(tid(), a.in.ld(tid()));
-const float x = shfl_xor(a.in.ld(tid()), 1);
-if (!kFault) sync_warp();
-a.out.st(global_id(), x + s.ld(tid() ^ 1));
-}
-}
-;
+template <bool kFault>
+struct ShuffleIsNoBarrier : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    s.st(tid(), a.in.ld(tid()));
+    const float x = shfl_xor(a.in.ld(tid()), 1);
+    if (!kFault) sync_warp();
+    a.out.st(global_id(), x + s.ld(tid() ^ 1));
+  }
+};
 
-KERNEL(ReadOfWhatNobodyWrote){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(2 * kThreads);
-s.st(tid(), a.in.ld(tid()));
-a.out.st(global_id(), s.ld(tid() + (kFault ? kThreads : 0)));
-}
-}
-;
+template <bool kFault>
+struct ReadOfWhatNobodyWrote : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(2 * kThreads);
+    s.st(tid(), a.in.ld(tid()));
+    a.out.st(global_id(), s.ld(tid() + (kFault ? kThreads : 0)));
+  }
+};
 
 // What an earlier block left in shared memory is not there for the next one.
-KERNEL(ReadOfAnotherBlocksShared){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-if (!kFault || bid().x == 0) s.st(tid(), a.in.ld(tid()));
-a.out.st(global_id(), s.ld(tid()));
-}
-}
-;
+template <bool kFault>
+struct ReadOfAnotherBlocksShared : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    if (!kFault || bid().x == 0) s.st(tid(), a.in.ld(tid()));
+    a.out.st(global_id(), s.ld(tid()));
+  }
+};
 
-KERNEL(SharedIndex){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-s.st(tid(), 1);
-a.out.st(global_id(), s.ld(tid() + (kFault ? 1 : 0)));
-}
-}
-;
+template <bool kFault>
+struct SharedIndex : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    s.st(tid(), 1);
+    a.out.st(global_id(), s.ld(tid() + (kFault ? 1 : 0)));
+  }
+};
 
 // Inside of the memory, but outside of the part of it that the view is.
-KERNEL(IndexOfAPart){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(2 * kThreads), first = s.sub(0, kThreads);
-s.st(tid(), 1), s.st(kThreads + tid(), 2);
-a.out.st(global_id(), first.ld(tid() + (kFault ? kThreads : 0)));
-}
-}
-;
+template <bool kFault>
+struct IndexOfAPart : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(2 * kThreads), first = s.sub(0, kThreads);
+    s.st(tid(), 1), s.st(kThreads + tid(), 2);
+    a.out.st(global_id(), first.ld(tid() + (kFault ? kThreads : 0)));
+  }
+};
 
-KERNEL(SharedVectorAlignment){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads + 4);
-for (int i = 0; i < 4; ++i) s.st(4 * tid() + i + (kFault ? 1 : 0), 1);
-a.out.st(global_id(), s.template ldv<float4>(4 * tid() + (kFault ? 1 : 0)).w);
-}
-}
-;
+template <bool kFault>
+struct SharedVectorAlignment : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads + 4);
+    for (int i = 0; i < 4; ++i) s.st(4 * tid() + i + (kFault ? 1 : 0), 1);
+    a.out.st(global_id(), s.template ldv<float4>(4 * tid() + (kFault ? 1 : 0)).w);
+  }
+};
 
-KERNEL(MoreThanWasAskedFor){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>((kFault ? 2 : 1) * kNumbers);
-s.st(tid(), 1);
-a.out.st(global_id(), s.ld(tid()));
-}
-}
-;
+template <bool kFault>
+struct MoreThanWasAskedFor : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>((kFault ? 2 : 1) * kNumbers);
+    s.st(tid(), 1);
+    a.out.st(global_id(), s.ld(tid()));
+  }
+};
 
-// ---- global memory --------------------------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
-KERNEL(GlobalRead){
-    static void run(const Arguments& a){a.out.st(global_id(), a.in.ld(kFault&& tid() == 5 ? kNumbers : tid()));
-}
-}
-;
+template <bool kFault>
+struct GlobalRead : Kernel<kFault> {
+  static void run(const Arguments& a) { a.out.st(global_id(), a.in.ld(kFault && tid() == 5 ? kNumbers : tid())); }
+};
 
-KERNEL(GlobalWrite){static void run(const Arguments& a){a.out.st(global_id() - (kFault && global_id() == 0 ? 1 : 0), 1);
-}
-}
-;
+template <bool kFault>
+struct GlobalWrite : Kernel<kFault> {
+  static void run(const Arguments& a) { a.out.st(global_id() - (kFault && global_id() == 0 ? 1 : 0), 1); }
+};
 
-KERNEL(WriteToAnInput){static void run(const Arguments& a){const gptr<float> in{const_cast<float*>(a.in.p)};
-(kFault ? in : a.out).st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct WriteToAnInput : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    const gptr<float> in{const_cast<float*>(a.in.p)};
+    (kFault ? in : a.out).st(global_id(), 1);
+  }
+};
 
-KERNEL(GlobalVectorAlignment){static void run(const Arguments& a){
+template <bool kFault>
+struct GlobalVectorAlignment : Kernel<kFault> {
+  static void run(const Arguments& a) {
     a.out.st(global_id(), a.in.template ldv<float4>(4 * tid() + (kFault ? 2 : 0)).x);
-}
-}
-;
+  }
+};
 
-KERNEL(GlobalNumberAlignment){static void run(const Arguments& a){
+template <bool kFault>
+struct GlobalNumberAlignment : Kernel<kFault> {
+  static void run(const Arguments& a) {
     const auto* bytes = reinterpret_cast<const unsigned char*>(a.in.p) + (kFault ? 2 : 0);
-a.out.st(global_id(), gptr<const float>{reinterpret_cast<const float*>(bytes)}.ld(tid()));
-}
-}
-;
+    a.out.st(global_id(), gptr<const float>{reinterpret_cast<const float*>(bytes)}.ld(tid()));
+  }
+};
 
-KERNEL(ReadOfAnOutput){static void run(const Arguments& a){if (!kFault) a.out.st(global_id(), 1);
-a.out.st(global_id(), a.out.ld(global_id()));
-}
-}
-;
+template <bool kFault>
+struct ReadOfAnOutput : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (!kFault) a.out.st(global_id(), 1);
+    a.out.st(global_id(), a.out.ld(global_id()));
+  }
+};
 
-KERNEL(GlobalWithinABlock){static void run(const Arguments& a){a.work.st(global_id(), a.in.ld(tid()));
-if (!kFault) sync_cta();
-a.out.st(global_id(), a.work.ld(global_id() ^ 64));
-}
-}
-;
+template <bool kFault>
+struct GlobalWithinABlock : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    a.work.st(global_id(), a.in.ld(tid()));
+    if (!kFault) sync_cta();
+    a.out.st(global_id(), a.work.ld(global_id() ^ 64));
+  }
+};
 
-KERNEL(BlocksWriteTheSame){static void run(const Arguments& a){a.out.st(kFault ? tid() : global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct BlocksWriteTheSame : Kernel<kFault> {
+  static void run(const Arguments& a) { a.out.st(kFault ? tid() : global_id(), 1); }
+};
 
 // One block reads what the other one writes; whichever comes first.
-KERNEL(BlockReadsWhatAnotherWrites){
-    static void run(const Arguments& a){if (bid().x == 0) a.work.st(tid(), a.in.ld(tid()));
-else if (kFault) a.out.st(tid(), a.work.ld(tid()));
-}
-}
-;
+template <bool kFault>
+struct BlockReadsWhatAnotherWrites : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (bid().x == 0)
+      a.work.st(tid(), a.in.ld(tid()));
+    else if (kFault)
+      a.out.st(tid(), a.work.ld(tid()));
+  }
+};
 
 // The reads of two blocks, and then a write of the second.
-KERNEL(BlockWritesWhatAnotherRead){
-    static void run(const Arguments& a){a.out.st(global_id(), a.work.ld(kFault ? tid() : global_id()));
-sync_cta();
-a.work.st(global_id() % (kFault ? kThreads : kNumbers), 1);
-}
-}
-;
+template <bool kFault>
+struct BlockWritesWhatAnotherRead : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    a.out.st(global_id(), a.work.ld(kFault ? tid() : global_id()));
+    sync_cta();
+    a.work.st(global_id() % (kFault ? kThreads : kNumbers), 1);
+  }
+};
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
-KERNEL(ShortWait){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(8 * kThreads);
-for (int stage = 0; stage < 2; ++stage) cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid()), cp_commit();
-if (kFault)
-  cp_wait<1>();
-else
-  cp_wait<0>();
-a.out.st(global_id(), s.ld(4 * tid()) + s.ld(4 * (kThreads + tid())));
-cp_wait<0>();
-}
-}
-;
+template <bool kFault>
+struct ShortWait : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(8 * kThreads);
+    for (int stage = 0; stage < 2; ++stage) cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid()), cp_commit();
+    if (kFault)
+      cp_wait<1>();
+    else
+      cp_wait<0>();
+    a.out.st(global_id(), s.ld(4 * tid()) + s.ld(4 * (kThreads + tid())));
+    cp_wait<0>();
+  }
+};
 
-KERNEL(Commit){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads);
-cp_async16(s, 4 * tid(), a.in, 4 * tid());
-if (!kFault) cp_commit();
-cp_wait<0>();
-a.out.st(global_id(), s.ld(4 * tid()));
-}
-}
-;
+template <bool kFault>
+struct Commit : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads);
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    if (!kFault) cp_commit();
+    cp_wait<0>();
+    a.out.st(global_id(), s.ld(4 * tid()));
+  }
+};
 
-KERNEL(WaitAtTheEnd){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads);
-cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
-a.out.st(global_id(), a.in.ld(tid()));
-if (!kFault) cp_wait<0>();
-}
-}
-;
+template <bool kFault>
+struct WaitAtTheEnd : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads);
+    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    a.out.st(global_id(), a.in.ld(tid()));
+    if (!kFault) cp_wait<0>();
+  }
+};
 
 // A wait is for the copies of one's own; others see them after a barrier.
-KERNEL(BarrierAfterTheWait){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads);
-cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
-if (kFault) {
-  sync_cta();
-  cp_wait<0>();
-} else {
-  cp_wait<0>();
-  sync_cta();
-}
-a.out.st(global_id(), s.ld(4 * ((tid() + 1) % kThreads)));
-}
-}
-;
+template <bool kFault>
+struct BarrierAfterTheWait : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads);
+    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    if (kFault) {
+      sync_cta();
+      cp_wait<0>();
+    } else {
+      cp_wait<0>();
+      sync_cta();
+    }
+    a.out.st(global_id(), s.ld(4 * ((tid() + 1) % kThreads)));
+  }
+};
 
-KERNEL(WriteUnderACopy){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads);
-cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
-if (!kFault) cp_wait<0>();
-s.st(4 * tid() + 1, 1);
-cp_wait<0>();
-a.out.st(global_id(), s.ld(4 * tid()));
-}
-}
-;
+template <bool kFault>
+struct WriteUnderACopy : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads);
+    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    if (!kFault) cp_wait<0>();
+    s.st(4 * tid() + 1, 1);
+    cp_wait<0>();
+    a.out.st(global_id(), s.ld(4 * tid()));
+  }
+};
 
 // The ring of a loop: a stage may be filled again when all have read it.
-KERNEL(Ring){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(8 * kThreads);
-const auto fill = [&](int step) {
-  if (step < 2) cp_async16(s, 4 * (step % 2 * kThreads + tid()), a.in, 4 * (step % 2 * kThreads + tid()));
-  cp_commit();
+template <bool kFault>
+struct Ring : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(8 * kThreads);
+    const auto fill = [&](int step) {
+      if (step < 2) cp_async16(s, 4 * (step % 2 * kThreads + tid()), a.in, 4 * (step % 2 * kThreads + tid()));
+      cp_commit();
+    };
+    float sum = 0;
+    fill(0);
+    for (int step = 0; step < 4; ++step) {
+      if (step + 1 < 4) cp_async16(s, 4 * ((step + 1) % 2 * kThreads + tid()), a.in, 4 * tid());
+      cp_commit();
+      cp_wait<1>();
+      sync_cta();
+      sum += s.ld(4 * (step % 2 * kThreads + (tid() + 40) % kThreads));
+      if (!kFault) sync_cta();
+    }
+    a.out.st(global_id(), sum);
+  }
 };
-float sum = 0;
-fill(0);
-for (int step = 0; step < 4; ++step) {
-  if (step + 1 < 4) cp_async16(s, 4 * ((step + 1) % 2 * kThreads + tid()), a.in, 4 * tid());
-  cp_commit();
-  cp_wait<1>();
-  sync_cta();
-  sum += s.ld(4 * (step % 2 * kThreads + (tid() + 40) % kThreads));
-  if (!kFault) sync_cta();
-}
-a.out.st(global_id(), sum);
-}
-}
-;
 
-KERNEL(CopyAlignment){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads + 4);
-cp_async16(s, 4 * tid() + (kFault ? 2 : 0), a.in, 4 * tid());
-cp_commit(), cp_wait<0>();
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct CopyAlignment : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads + 4);
+    cp_async16(s, 4 * tid() + (kFault ? 2 : 0), a.in, 4 * tid());
+    cp_commit(), cp_wait<0>();
+    a.out.st(global_id(), 1);
+  }
+};
 
-KERNEL(CopyBehindTheEnd){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(4 * kThreads);
-const bool last = kFault && tid() == 0;
-cp_async16(s, 4 * tid(), a.in, last ? kNumbers : 0, 4);
-cp_commit(), cp_wait<0>();
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct CopyBehindTheEnd : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(4 * kThreads);
+    const bool last = kFault && tid() == 0;
+    cp_async16(s, 4 * tid(), a.in, last ? kNumbers : 0, 4);
+    cp_commit(), cp_wait<0>();
+    a.out.st(global_id(), 1);
+  }
+};
 
-// ---- collectives and barriers ---------------------------------------------------------------------------------------
+// ---- collectives and barriers -------------------------------------------------------------------
 
-KERNEL(CollectiveInABranch){static void run(const Arguments& a){float x = a.in.ld(tid());
-if (!kFault)
-  x = shfl_xor(x, 16);
-else if (lane() < 16)
-  x = shfl_xor(x, 8);
-else
-  x = shfl_xor(x, 4);
-a.out.st(global_id(), x);
-}
-}
-;
+template <bool kFault>
+struct CollectiveInABranch : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    float x = a.in.ld(tid());
+    if (!kFault)
+      x = shfl_xor(x, 16);
+    else if (lane() < 16)
+      x = shfl_xor(x, 8);
+    else
+      x = shfl_xor(x, 4);
+    a.out.st(global_id(), x);
+  }
+};
 
-KERNEL(CollectiveOfHalfAWarp){static void run(const Arguments& a){float x = a.in.ld(tid());
-if (!kFault || lane() < 16) x = shfl_xor(x, 8);
-a.out.st(global_id(), x);
-}
-}
-;
+template <bool kFault>
+struct CollectiveOfHalfAWarp : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    float x = a.in.ld(tid());
+    if (!kFault || lane() < 16) x = shfl_xor(x, 8);
+    a.out.st(global_id(), x);
+  }
+};
 
-KERNEL(EarlyReturn){static void run(const Arguments& a){if (kFault && tid() >= 96) return;
-sync_cta();
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct EarlyReturn : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (kFault && tid() >= 96) return;
+    sync_cta();
+    a.out.st(global_id(), 1);
+  }
+};
 
-KERNEL(BarriersOfTwoBranches){static void run(const Arguments& a){if (!kFault) sync_cta();
-else if (warp() % 2) sync_cta();
-else sync_cta();
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct BarriersOfTwoBranches : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (!kFault)
+      sync_cta();
+    else if (warp() % 2)
+      sync_cta();
+    else
+      sync_cta();
+    a.out.st(global_id(), 1);
+  }
+};
 
-KERNEL(BarrierOfHalfWarps){
-    static void run(const Arguments& a){if (kFault ? lane() < 16 && warp() < 2 : warp() == 0) sync_named(1, 32);
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct BarrierOfHalfWarps : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (kFault ? lane() < 16 && warp() < 2 : warp() == 0) sync_named(1, 32);
+    a.out.st(global_id(), 1);
+  }
+};
 
-KERNEL(BarrierForTooMany){static void run(const Arguments& a){if (warp() < 2) sync_named(1, kFault ? 96 : 64);
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct BarrierForTooMany : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    if (warp() < 2) sync_named(1, kFault ? 96 : 64);
+    a.out.st(global_id(), 1);
+  }
+};
 
-KERNEL(NumberOfABarrier){static void run(const Arguments& a){sync_named(kFault ? 16 : 15, kThreads);
-a.out.st(global_id(), 1);
-}
-}
-;
+template <bool kFault>
+struct NumberOfABarrier : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    sync_named(kFault ? 16 : 15, kThreads);
+    a.out.st(global_id(), 1);
+  }
+};
 
 // Two pairs of warps, each with a barrier of its own, exchange numbers many times; the pairs hear of one another only
 // through the last barrier. A pair may pass its own as often as it likes: that orders nothing of the other pair.
-KERNEL(NamedBarriers){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<float>(kThreads);
-const int pair = warp() / 2;
-float sum = 0;
-for (int i = 0; i < (pair ? 9 : 3); ++i) {
-  s.st(tid(), a.in.ld(tid()));
-  sync_named(1 + pair, 64);
-  sum += s.ld(tid() ^ 32);
-  sync_named(1 + pair, 64);
-}
-if (!kFault) sync_cta();
-a.out.st(global_id(), sum + s.ld(tid() ^ 64));
-}
-}
-;
+template <bool kFault>
+struct NamedBarriers : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<float>(kThreads);
+    const int pair = warp() / 2;
+    float sum = 0;
+    for (int i = 0; i < (pair ? 9 : 3); ++i) {
+      s.st(tid(), a.in.ld(tid()));
+      sync_named(1 + pair, 64);
+      sum += s.ld(tid() ^ 32);
+      sync_named(1 + pair, 64);
+    }
+    if (!kFault) sync_cta();
+    a.out.st(global_id(), sum + s.ld(tid() ^ 64));
+  }
+};
 
 // One warp fills what three read, over barriers "full" and "free".
-KERNEL(ProducerAndConsumers){static void run(const Arguments& a){constexpr int kSteps = 6, kFull = 1, kFree = 2;
-Smem smem;
-const auto s = smem.alloc<float>(32);
-float sum = 0;
-for (int step = 0; step < kSteps; ++step) {
-  if (warp() == 0) {
-    if (step > 0 && !kFault) sync_named(kFree, kThreads);
-    s.st(lane(), a.in.ld(32 * step + lane()));
-    sync_named(kFull, kThreads);
-  } else {
-    sync_named(kFull, kThreads);
-    sum += s.ld(lane());
-    if (step + 1 < kSteps && !kFault) sync_named(kFree, kThreads);
+template <bool kFault>
+struct ProducerAndConsumers : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    constexpr int kSteps = 6, kFull = 1, kFree = 2;
+    Smem smem;
+    const auto s = smem.alloc<float>(32);
+    float sum = 0;
+    for (int step = 0; step < kSteps; ++step) {
+      if (warp() == 0) {
+        if (step > 0 && !kFault) sync_named(kFree, kThreads);
+        s.st(lane(), a.in.ld(32 * step + lane()));
+        sync_named(kFull, kThreads);
+      } else {
+        sync_named(kFull, kThreads);
+        sum += s.ld(lane());
+        if (step + 1 < kSteps && !kFault) sync_named(kFree, kThreads);
+      }
+    }
+    a.out.st(global_id(), sum);
   }
-}
-a.out.st(global_id(), sum);
-}
-}
-;
+};
 
-// ---- the matrix unit ------------------------------------------------------------------------------------------------
+// ---- the matrix unit ----------------------------------------------------------------------------
 
-KERNEL(LdmatrixRow){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<uint16_t>(32 * 8 + 8);
-for (int i = tid(); i < 32 * 8 + 8; i += nthreads()) s.st(i, uint16_t(i));
-sync_cta();
-uint32_t r[4];
-ldmatrix_x4(r, s, 8 * lane() + (kFault ? 4 : 0));
-a.out.st(global_id(), float(r[0]));
-}
-}
-;
+template <bool kFault>
+struct LdmatrixRow : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<uint16_t>(32 * 8 + 8);
+    for (int i = tid(); i < 32 * 8 + 8; i += nthreads()) s.st(i, uint16_t(i));
+    sync_cta();
+    uint32_t r[4];
+    ldmatrix_x4(r, s, 8 * lane() + (kFault ? 4 : 0));
+    a.out.st(global_id(), float(r[0]));
+  }
+};
 
-KERNEL(LdmatrixBeforeTheBarrier){static void run(const Arguments& a){Smem smem;
-const auto s = smem.alloc<uint16_t>(32 * 8);
-for (int i = tid(); i < 32 * 8; i += nthreads()) s.st(i, uint16_t(i));
-if (!kFault) sync_cta();
-uint32_t r[4];
-ldmatrix_x4(r, s, 8 * lane());
-a.out.st(global_id(), float(r[0]));
-}
-}
-;
+template <bool kFault>
+struct LdmatrixBeforeTheBarrier : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    Smem smem;
+    const auto s = smem.alloc<uint16_t>(32 * 8);
+    for (int i = tid(); i < 32 * 8; i += nthreads()) s.st(i, uint16_t(i));
+    if (!kFault) sync_cta();
+    uint32_t r[4];
+    ldmatrix_x4(r, s, 8 * lane());
+    a.out.st(global_id(), float(r[0]));
+  }
+};
 
 // A 16 x 8 product, of which a fault swaps two registers of the left operand.
-KERNEL(Product){static void run(const Arguments& a){const int g = lane() / 4, t = lane() % 4;
-const float left[4] = {a.in.ld(g * 8 + t), a.in.ld((g + 8) * 8 + t), a.in.ld(g * 8 + t + 4),
-                       a.in.ld((g + 8) * 8 + t + 4)};
-const float swapped[4] = {left[0], left[2], left[1], left[3]};
-float c[4] = {};
-Mma<float>::m16n8k8(c, kFault ? swapped : left, a.in.ld(128 + t * 8 + g), a.in.ld(128 + (t + 4) * 8 + g));
-if (global_id() >= 32) return;
-for (int e = 0; e < 4; ++e) a.out.st((g + e / 2 * 8) * 8 + 2 * t + e % 2, c[e]);
-}
-}
-;
+template <bool kFault>
+struct Product : Kernel<kFault> {
+  static void run(const Arguments& a) {
+    const int g = lane() / 4, t = lane() % 4;
+    const float left[4] = {a.in.ld(g * 8 + t), a.in.ld((g + 8) * 8 + t), a.in.ld(g * 8 + t + 4),
+                           a.in.ld((g + 8) * 8 + t + 4)};
+    const float swapped[4] = {left[0], left[2], left[1], left[3]};
+    float c[4] = {};
+    Mma<float>::m16n8k8(c, kFault ? swapped : left, a.in.ld(128 + t * 8 + g), a.in.ld(128 + (t + 4) * 8 + g));
+    if (global_id() >= 32) return;
+    for (int e = 0; e < 4; ++e) a.out.st((g + e / 2 * 8) * 8 + 2 * t + e % 2, c[e]);
+  }
+};
 
-// ---- running them ---------------------------------------------------------------------------------------------------
+// ---- running them -------------------------------------------------------------------------------
 
 struct Schedule {
   Policy policy;

@@ -77,7 +77,7 @@ std::string text(Line line) {
   return std::string(slash ? slash + 1 : line.file) + ":" + std::to_string(line.number);
 }
 
-// ---- fibers ---------------------------------------------------------------------------------------------------------
+// ---- fibers -------------------------------------------------------------------------------------
 
 namespace {
 
@@ -153,7 +153,7 @@ void switch_to(Fiber* next) {
 #endif
 }
 
-// ---- the scheduler --------------------------------------------------------------------------------------------------
+// ---- the scheduler ------------------------------------------------------------------------------
 
 struct Warp {
   uint32_t ready = ~0u, priority = 0;
@@ -322,7 +322,7 @@ void warp_barrier(Line line) {
   });
 }
 
-// ---- the shadow of memory -------------------------------------------------------------------------------------------
+// ---- the shadow of memory -----------------------------------------------------------------------
 
 namespace {
 
@@ -535,7 +535,7 @@ bool shared_write(const void* p, int bytes, Line line) {
   return true;
 }
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -569,7 +569,7 @@ void copy_wait(int groups) {
   copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(done));
 }
 
-// ---- matrix unit: fragment layouts of the PTX ISA, "Matrix fragments for mma" ---------------------------------------
+// ---- matrix unit: fragment layouts of the PTX ISA, "Matrix fragments for mma" -------------------
 
 namespace {
 
@@ -678,7 +678,7 @@ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line)
   });
 }
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 namespace {
 

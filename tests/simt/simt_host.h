@@ -36,7 +36,7 @@ namespace simt {
 
 using Stream = void*;
 
-// ---- what tests set and read ----------------------------------------------------------------------------------------
+// ---- what tests set and read --------------------------------------------------------------------
 
 enum class Policy { lockstep, sticky, random, warp_priority };  // who runs next
 enum class CpAsync { immediate, delayed, poison };              // when a copy lands; poison: NaN until the wait
@@ -132,7 +132,7 @@ inline dim3 bid() { return emulator::block_index; }
 inline int fresh(int x) { return x; }
 inline int64_t fresh(int64_t x) { return x; }
 
-// ---- memory ---------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 template <class T>
 struct gptr {
@@ -189,13 +189,13 @@ struct Smem {  // the layout of the device, so that swizzles and banks agree
   }
 };
 
-// ---- synchronisation ------------------------------------------------------------------------------------------------
+// ---- synchronisation ----------------------------------------------------------------------------
 
 inline void sync_cta(SIMT_LOC) { emulator::barrier(0, nthreads(), line); }
 inline void sync_warp(SIMT_LOC) { emulator::warp_barrier(line); }
 inline void sync_named(int id, int n, SIMT_LOC) { emulator::barrier(id, n, line); }
 
-// ---- warp collectives -----------------------------------------------------------------------------------------------
+// ---- warp collectives ---------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -251,7 +251,7 @@ inline uint32_t vote_ballot(bool x, SIMT_LOC) {
 inline bool vote_any(bool x, SIMT_LOC) { return vote_ballot(x, line) != 0; }
 inline bool vote_all(bool x, SIMT_LOC) { return vote_ballot(x, line) == ~0u; }
 
-// ---- arithmetic -----------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -310,7 +310,7 @@ float2 unpack2(uint32_t u) {
 }
 inline float to_tf32(float x) { return x != x ? x : emulator::bits_as<float>((emulator::bits(x) + 0x1000) & ~0x1fffu); }
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 template <class T, class U>
 void cp_async16(sptr<T> to, int at, gptr<U> from, int64_t i, int valid = 16, SIMT_LOC) {
@@ -322,7 +322,7 @@ void cp_wait() {
   emulator::copy_wait(N);
 }
 
-// ---- matrix unit ----------------------------------------------------------------------------------------------------
+// ---- matrix unit --------------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -373,7 +373,7 @@ struct Mma<float> {
   }
 };
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 // Runs the kernel to its end; what goes wrong is in report(), and is a failed launch as well.
 template <class K>

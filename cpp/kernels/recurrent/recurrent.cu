@@ -14,7 +14,7 @@ namespace {
 
 using namespace cuda;
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 void forward(const Problem& p) {
   const int heads = heads_per_block(p);
@@ -25,7 +25,7 @@ void forward(const Problem& p) {
   });
 }
 
-// ---- decode ---------------------------------------------------------------------------------------------------------
+// ---- decode -------------------------------------------------------------------------------------
 
 constexpr int kBlocksPerProcessor = 4;  // at least, of decode
 constexpr int64_t kLeastColumns = 2;    // of decode: 32 bytes, the least that memory moves
@@ -77,7 +77,7 @@ void decode(const Problem& p) {
   });
 }
 
-// ---- the row --------------------------------------------------------------------------------------------------------
+// ---- the row ------------------------------------------------------------------------------------
 
 void run(const Problem& p) { p.op == LC_DECODE ? decode(p) : forward(p); }
 
