@@ -36,6 +36,7 @@ class Tuning {
     std::string method;
     std::vector<float> factors[3];  // by type_index; empty: nothing measured
   };
+  bool shipped;
   std::vector<double> log2_axis[3];
   std::vector<Row> rows;
 
@@ -143,7 +144,13 @@ const Tuning& tuning() {
   return *current.load(std::memory_order_acquire);
 }
 
-void set_tuning(const char* text) { publish(parse(text ? text : kDefault)); }
+void set_tuning(const char* text) {
+  std::unique_ptr<Tuning> table = parse(text ? text : kDefault);
+  table->shipped = !text;
+  publish(std::move(table));
+}
+
+const char* tuning_source() { return tuning().shipped ? "shipped" : "set"; }
 
 GridPosition locate(const Tuning& t, const Problem& p) {
   GridPosition at = {{}, type_index(p.type), {}};

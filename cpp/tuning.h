@@ -22,4 +22,7 @@ double correction(const Tuning& t, const char* method, const GridPosition& at);
 // if the text is broken.
 void set_tuning(const char* text);
 
+// "shipped", or "set" after set_tuning with a text.
+const char* tuning_source();
+
 }  // namespace lc

@@ -38,11 +38,14 @@ def poisoned_outputs(monkeypatch):
         poison(library)
 
 
+SERVES = {m.name: m.serves.split() for m in leetcore.methods() if m.device == "cpu"}
+
+
 def serves(method, arguments):
-    """Whether a method takes these. The one refusal, fft's of a decay per token, has to say why and who can."""
-    if method != "fft" or np.ndim(arguments["log_decay"]) < 3:
+    """Whether a method declares the decay of these arguments. A refusal says why, and which method serves them."""
+    if np.ndim(arguments["log_decay"]) < 3 or "decay_per_token" in SERVES[method]:
         return True
-    why = r"'fft' does not serve this problem(.|\n)*chunk: serves it(.|\n)*fft: its Toeplitz mask needs one decay"
+    why = rf"'{method}' does not serve this problem(.|\n)*chunk: serves it(.|\n)*{method}: .*per token"
     with pytest.raises(NotImplementedError, match=why):
         leetcore.linear_attention(**arguments, method=method)
     return False

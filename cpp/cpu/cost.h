@@ -22,8 +22,11 @@ LC_INLINE Cost predict(const Problem& p, const Work& work, double efficiency, in
   const double rate = kFlopPerUs * efficiency * (p.type == Type::f64 ? 0.5 : 1);
   const double least = least_bytes(p), bytes = least + work.extra_bytes;
   constexpr double kCallUs = 0.3, kTaskUs = 0.1, kWakeUs = 5;
-  const double work_us = work.tasks * kTaskUs + std::max(work.flop / rate, bytes / kBytesPerUs);
-  return {work.flop, least, bytes, work.depth, kCallUs + (workers > 1 ? kWakeUs : 0) + work_us / workers};
+  const double compute = work.flop / rate, memory = bytes / kBytesPerUs;
+  const double fixed = kCallUs + (workers > 1 ? kWakeUs : 0), each = work.tasks * kTaskUs;
+  const double most = std::max(compute, memory);
+  const char* bound = fixed * workers + each > most ? "overhead" : compute > memory ? "compute" : "memory";
+  return {work.flop, least, bytes, work.depth, fixed + (each + most) / workers, bound};
 }
 
 }  // namespace lc::LC_ISA

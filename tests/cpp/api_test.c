@@ -224,6 +224,37 @@ static void costs(void) {
   CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") != 0);
 }
 
+static void candidates(void) {
+  lc_candidate row;
+  lc_choice choice;
+  lc_cost cost;
+  lc_args a = tiny();
+  int i, count = 0;
+  double best = -1;
+  while (lc_method(count)) ++count;
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_OK);
+  CHECK(!strcmp(choice.decided_by, "prediction") && !strcmp(choice.table, "shipped"));
+  for (i = 0; i < count; ++i) {
+    CHECK(lc_candidate_at(&a, i, &row, sizeof row) == LC_OK);
+    CHECK(!strcmp(row.method, lc_method(i)->name) && !strcmp(row.device, lc_method(i)->device));
+    if (row.refusal) continue;
+    CHECK(row.microseconds == row.model_us * row.correction);
+    if (best < 0 || row.microseconds < best) best = row.microseconds;
+  }
+  CHECK(lc_candidate_at(&a, choice.index, &row, sizeof row) == LC_OK && row.microseconds == best);
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && cost.flop == row.flop && cost.workspace == row.workspace);
+  a.method = row.method;
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_OK && !strcmp(choice.decided_by, "method"));
+  CHECK(lc_candidate_at(&a, count, &row, sizeof row) == LC_INVALID && starts_with(lc_last_error(), "index: "));
+  CHECK(lc_candidate_at(&a, -1, &row, sizeof row) == LC_INVALID && starts_with(lc_last_error(), "index: "));
+  CHECK(lc_candidate_at(&a, 0, NULL, 8) == LC_INVALID && starts_with(lc_last_error(), "candidate: "));
+  CHECK(lc_choose(&a, NULL, 8) == LC_INVALID && starts_with(lc_last_error(), "choice: "));
+  a.method = "fast";
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_INVALID && starts_with(lc_last_error(), "method: "));
+  CHECK(strstr(lc_method_serves(0), "forward") && !lc_method_serves(count) && !lc_method_serves(-1));
+  CHECK(untouched());
+}
+
 static void explain(void) {
   char text[8192], cut[16];
   const lc_method_info* m;
@@ -351,6 +382,7 @@ int main(void) {
   statuses();
   struct_sizes();
   last_error();
+  candidates();
   explain();
   costs();
   methods();

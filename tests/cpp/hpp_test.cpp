@@ -228,6 +228,9 @@ TEST(Hpp, WhatThereIs) {
   EXPECT_NE(nullptr, cost.method);
   const std::string text = leetcore::explain(x.tq, x.tk, x.tv, x.tg);
   EXPECT_GE(leetcore::methods().size(), 3u);
+  const std::vector<lc_candidate> candidates = leetcore::candidates(x.tq, x.tk, x.tv, x.tg);
+  ASSERT_EQ(leetcore::methods().size(), candidates.size());
+  EXPECT_STREQ(leetcore::methods()[0].name, candidates[0].method);
   for (const lc_method_info& method : leetcore::methods()) EXPECT_NE(std::string::npos, text.find(method.name)) << text;
   EXPECT_EQ('\n', text.back());
   EXPECT_EQ(std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +

@@ -34,13 +34,12 @@ class Methods : public WithIsa {
           if (t != &call.final_state || spec.op == LC_FORWARD) t->poison();
         const auto before = call.memory();
         const lc_status status = call.run();
+        EXPECT_EQ(declares(row, spec), status != LC_UNSUPPORTED) << lc_last_error();
         if (status == LC_UNSUPPORTED) {
-          EXPECT_EQ(1, threads) << "served with fewer threads";
           EXPECT_TRUE(before == call.memory());
-          if (std::strcmp(method->name, "fft") || spec.op == LC_DECODE || spec.decay != Decay::token)
-            refusals_.insert(std::string(method->name) + (spec.op == LC_DECODE ? " decode" : " forward"));
           break;
         }
+        ++served_;
         ASSERT_EQ(LC_OK, status) << lc_last_error();
         EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
         if (threads == 1) {
@@ -62,7 +61,15 @@ class Methods : public WithIsa {
     }
   }
 
-  std::set<std::string> refusals_;
+  // Whether the row of a method declares what a call of this kind asks for.
+  static bool declares(int index, const Spec& spec) {
+    const std::string words = " " + std::string(lc_method_serves(index)) + " ";
+    const auto has = [&](const char* word) { return words.find(std::string(" ") + word + " ") != std::string::npos; };
+    if (!has(spec.op == LC_DECODE ? "decode" : "forward")) return false;
+    return spec.decay != Decay::token || has("decay_per_token");
+  }
+
+  int served_ = 0;  // calls
 };
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
@@ -78,7 +85,7 @@ TEST_F(Methods, TokensAndHeadDims) {
         spec.initial = spec.final = true;
         check(spec);
       }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, Decays) {
@@ -92,7 +99,7 @@ TEST_F(Methods, Decays) {
           spec.initial = spec.final = true;
           check(spec);
         }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 // Slopes at which gamma^-t overflows within a few tokens.
@@ -116,7 +123,7 @@ TEST_F(Methods, States) {
         spec.initial = states & 1, spec.final = states & 2, spec.in_place = states == 4;
         check(spec);
       }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, PackedSequences) {
@@ -132,7 +139,7 @@ TEST_F(Methods, PackedSequences) {
             spec.decay = decay, spec.initial = spec.final = true, spec.bnhd = bnhd;
             check(spec);
           }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, GroupedHeads) {
@@ -147,7 +154,7 @@ TEST_F(Methods, GroupedHeads) {
           spec.N = 65, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
           check(spec);
         }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, Layouts) {
@@ -161,7 +168,7 @@ TEST_F(Methods, Layouts) {
             spec.decay = decay, spec.initial = spec.final = true;
             check(spec);
           }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 // Large enough that every thread gets work.
@@ -189,7 +196,7 @@ TEST_F(Methods, Decode) {
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec);
           }
-  EXPECT_EQ(0u, refusals_.count("recurrent decode"));
+  EXPECT_GT(served_, 0);
 }
 
 }  // namespace

@@ -159,8 +159,36 @@ typedef struct lc_cost {
 /* Writes the first size bytes of it: pass sizeof(lc_cost). As lc_workspace, it reads no tensor's values. */
 LC_API lc_status lc_predict(const lc_args* args, lc_cost* cost, size_t size);
 
-/* Writes which method serves the problem, what each one predicts and why others do not, one line a method, as a
- * NUL-terminated string of at most size bytes. */
+/* The answer of one method to a call. */
+typedef struct lc_candidate {
+  const char *method, *device;
+  const char*
+      refusal;       /* why the method does not serve the call; NULL: it does. The members below are 0 with a refusal */
+  const char* bound; /* the largest part of the prediction: "compute", "memory" or "overhead" (launches, wake-ups) */
+  double flop, least_bytes, bytes, depth; /* as in lc_cost */
+  uint64_t workspace;                     /* as in lc_cost */
+  double model_us;                        /* microseconds, predicted by the model of the method */
+  double correction;                      /* measured over predicted time, from the tuning table; 1: not measured */
+  double microseconds;                    /* model_us * correction */
+} lc_candidate;
+
+/* Writes what the method lc_method(index) answers, the first size bytes of it: pass sizeof(lc_candidate). Like
+ * lc_workspace, it reads no tensor's values, and args->method does not matter. */
+LC_API lc_status lc_candidate_at(const lc_args* args, int index, lc_candidate* candidate, size_t size);
+
+/* The method that a call takes, and why. */
+typedef struct lc_choice {
+  int32_t index;          /* of the method, as in lc_method */
+  const char* decided_by; /* "method": lc_args.method names it; "LEETCORE_METHOD": that variable does; "only": no other
+                             method serves the call; "prediction": its predicted time is the shortest */
+  const char* table;      /* the tuning table: "shipped", or "set" by lc_set_tuning */
+} lc_choice;
+
+/* Writes the first size bytes of the choice: pass sizeof(lc_choice). Fails as lc_workspace does. */
+LC_API lc_status lc_choose(const lc_args* args, lc_choice* choice, size_t size);
+
+/* Writes the choice and all candidates as text: a first line, and then one line per method. The text is NUL-terminated
+ * and takes at most size bytes; a longer text is cut. */
 LC_API lc_status lc_explain(const lc_args* args, char* text, size_t size);
 
 /* Replaces, for the whole process, the table of measured times by which "auto" corrects its predictions; NULL restores
@@ -173,8 +201,15 @@ typedef struct lc_method_info {
 } lc_method_info;
 
 LC_API const lc_method_info* lc_method(int index); /* in the order of the table; NULL past its end */
-LC_API const char* lc_last_error(void);            /* of this thread, until its next failing call; "" if none failed */
-LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
+
+/* The features that a method declares, as words with blanks between them; NULL past the end of the table. A call that
+ * asks for another feature is refused. The words: forward, backward, decode; float64, float32, float16, bfloat16;
+ * no_decay, decay_per_head, decay_per_token; packed (cu_seqlens), grouped_heads (Hq, Hk, Hv that differ),
+ * initial_state, final_state; state_indices and short_states (float16 and bfloat16 pools) of LC_DECODE;
+ * decay_gradients (d_log_decay). */
+LC_API const char* lc_method_serves(int index);
+LC_API const char* lc_last_error(void); /* of this thread, until its next failing call; "" if none failed */
+LC_API int lc_version(void);            /* LC_VERSION of the library that was loaded */
 
 /* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda,
  * threads and threads_source (lc_thread_count). The instruction set is the best that both the build and the machine

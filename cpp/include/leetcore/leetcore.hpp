@@ -243,7 +243,7 @@ class Call {
   lc_args args = {};
 
  private:
-  lc_tensor tensors_[15];  // as many as the members of lc_args set here and in run's callers
+  lc_tensor tensors_[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
   std::size_t used_ = 0;
 };
 
@@ -313,7 +313,20 @@ inline lc_cost cost(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   return result;
 }
 
-// Which method serves this linear_attention call, what each one predicts, and why others do not: one line a method.
+// What each method of methods() answers to this linear_attention call, in that order; options.method does not matter.
+inline std::vector<lc_candidate> candidates(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& log_decay = {}, const Options& options = {}) {
+  const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
+  std::vector<lc_candidate> all;
+  while (lc_method(static_cast<int>(all.size()))) {
+    lc_candidate row;
+    detail::Call::require(lc_candidate_at(&call.args, static_cast<int>(all.size()), &row, sizeof row));
+    all.push_back(row);
+  }
+  return all;
+}
+
+// Which method serves this linear_attention call, what decided, and the candidates: one line per method.
 inline std::string explain(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
                            const Options& options = {}) {
   const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);

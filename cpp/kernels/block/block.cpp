@@ -113,7 +113,8 @@ Cost cost(const Problem& p) {
 
 extern const Method block_cpu = {
     {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -62,8 +62,6 @@ size_t workspace(const Problem& p) {
 
 void run(const Problem& p) { p.op == LC_BACKWARD ? backward::run(p) : run_tasks<Worker>(p, workers(p)); }
 
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? forward_only(p) : nullptr; }
-
 Cost cost(const Problem& p) {
   if (p.op == LC_BACKWARD) return backward::cost(p);
   const double tasks = double(p.H) * (double(p.B) + 5 * double(tokens(p)) / C);
@@ -75,7 +73,8 @@ Cost cost(const Problem& p) {
 extern const Method chunk_cpu = {
     {"chunk", "cpu", "chunks of 64 tokens: matrix products inside, one state in cache between",
      "Lightning Attention-2, arXiv:2401.04658"},
-    refuses,
+    {Feature::forward | Feature::backward | Feature::decay_gradients | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run,

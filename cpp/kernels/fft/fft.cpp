@@ -384,11 +384,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) {
-  if (const char* why = forward_only(p)) return why;
-  return p.decay == Decay::per_token ? "its Toeplitz mask needs one decay a head, not one a token" : nullptr;
-}
-
 Cost cost(const Problem& p) {
   const double tasks = double(p.B * p.Hs * column_vectors(p));  // each reads its head's q and k
   const double again = double(tokens(p)) * type_bytes(p.type) * double((p.Hq + p.Hk) * p.K * (column_vectors(p) - 1));
@@ -398,11 +393,14 @@ Cost cost(const Problem& p) {
 
 }  // namespace
 
-extern const Method fft_cpu = {{"fft", "cpu", "a Toeplitz mask times each rank's values, by Fourier transforms",
-                                "Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749"},
-                               refuses,
-                               cost,
-                               workspace,
-                               run};
+extern const Method fft_cpu = {
+    {"fft", "cpu", "a Toeplitz mask times each rank's values, by Fourier transforms",
+     "Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749"},
+    {Feature::forward | kAllTypes | kDecaysPerHead | kSequences,
+     {Feature::decay_per_token, "its Toeplitz mask needs one decay per head, not one per token"}},
+    refuses_nothing,
+    cost,
+    workspace,
+    run};
 
 }  // namespace lc::LC_ISA

@@ -226,7 +226,8 @@ Cost cost(const Problem& p) {
 
 extern const Method fleet_cpu = {
     {"fleet", "cpu", "rank by rank: decayed cumulative sums", "Wang et al. 2025 (LeetDecoding), arXiv:2501.02573"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

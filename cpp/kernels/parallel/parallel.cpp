@@ -172,7 +172,8 @@ Cost cost(const Problem& p) {
 extern const Method parallel_cpu = {
     {"parallel", "cpu", "every pair of tokens: masked scores times values, block by block",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -271,8 +271,6 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) { return p.op == LC_BACKWARD ? forward_only(p) : nullptr; }
-
 Cost cost(const Problem& p) {
   return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*tasks=*/double(p.B * p.H)},
                  /*efficiency=*/0.45, workers(p));
@@ -282,7 +280,9 @@ Cost cost(const Problem& p) {
 
 extern const Method recurrent_cpu = {
     {"recurrent", "cpu", "token by token, as defined; decodes in place", "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    refuses,
+    {Feature::forward | Feature::decode | Feature::state_indices | Feature::short_states | kAllTypes | kAllDecays |
+     kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -137,7 +137,8 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cpu = {
     {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
      "LeetDecoding, arXiv:2501.02573"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -184,7 +184,8 @@ Cost cost(const Problem& p) {
 
 extern const Method scan_cpu = {
     {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

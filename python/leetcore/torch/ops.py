@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core, api
+from ..options import Layout, Precision, allows_tf32, is_bnhd, method_name, real
 
 # Private names of torch, each with what happens in a version of torch that lacks it. leetcore.torch uses no others.
 
@@ -66,9 +67,9 @@ def linear_attention(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    layout: api.Layout = "bhnd",
+    layout: Layout = "bhnd",
     method: str = "auto",
-    precision: api.Precision | None = None,
+    precision: Precision | None = None,
 ) -> Any:
     """`leetcore.linear_attention` as an operator of torch: differentiable, and opaque to torch.compile.
 
@@ -101,14 +102,14 @@ def linear_attention(
         q,
         k,
         v,
-        _decay(log_decay, q, k, v, 2 if api._bnhd(layout) else 1),
+        _decay(log_decay, q, k, v, 2 if is_bnhd(layout) else 1),
         initial_state,
         cu_seqlens,
         _number(scale),
         return_state,
         layout,
-        api._name(method),
-        api._tf32(precision),
+        method_name(method),
+        allows_tf32(precision),
     )
     return (o, final_state) if return_state else o
 
@@ -159,7 +160,7 @@ def _number(scale: Any) -> Any:
         return scale
     if isinstance(scale, Tensor):
         raise TypeError("scale: expected a number, got a torch.Tensor; multiply q by it instead")
-    return api._real("scale", scale)
+    return real("scale", scale)
 
 
 def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) -> Tensor | None:
@@ -187,7 +188,7 @@ def _forward(
     cu_seqlens: Tensor | None = None,
     scale: float = 1.0,
     return_state: bool = False,
-    layout: api.Layout = "bhnd",
+    layout: Layout = "bhnd",
     method: str = "auto",
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def _backward(
     d_o: Tensor | None,
     d_final_state: Tensor | None,
     scale: float,
-    layout: api.Layout,
+    layout: Layout,
     tf32: bool,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
