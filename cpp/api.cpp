@@ -1,4 +1,5 @@
-// api.cpp - the C entry points: check, choose, run; exceptions become status codes here and nowhere else.
+// api.cpp - the C entry points: they check a call, choose a method and run it. Exceptions become
+// status codes here and in no other file.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -35,7 +36,7 @@ lc_status guarded(F&& f) {
   }
 }
 
-// An older caller's struct is shorter: what it does not know reads as absent.
+// The struct of an older caller is shorter: the members that it lacks read as absent.
 lc_args widen(const lc_args* a) {
   if (!a) lc::fail(LC_INVALID, "args: expected a pointer to lc_args, got NULL");
   lc_args full = {};

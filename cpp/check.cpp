@@ -1,5 +1,5 @@
-// check.cpp - lc_args -> Problem. All validation, and all the sentences that refuse an argument, live here. Each begins
-// with the argument's name and says what was given and what is allowed.
+// check.cpp - makes a Problem of lc_args. All validation is here, with all sentences that refuse an
+// argument. A sentence begins with the argument's name and says what was given and what is allowed.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -38,7 +38,8 @@ std::string shape_text(const lc_tensor& t) {
 }
 
 std::string dtype_text(lc_dtype d) {
-  // DLPack's codes in their order. From the eighth on a code alone says how many bits a number has.
+  // The names of DLPack's codes, in order. From the eighth code on, the code alone determines the
+  // number of bits.
   const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
   const char* small[] = {"float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz", "float8_e4m3fn",
                          "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",    "float8_e8m0fnu",
@@ -76,21 +77,21 @@ Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type
 
 // ---- tensors ------------------------------------------------------------------------------------
 
-// One expected dimension: a number, or a letter for any number of at least `least`.
+// One expected dimension: a size, or a letter that stands for any size of at least `least`.
 struct Dim {
   const char* letter = "";
-  int64_t size = -1;  // any
+  int64_t size = -1;  // -1: any size
   int64_t least = 0;
 };
 
-// The expected shape: a rank and that many dimensions.
+// An expected shape.
 struct Dims {
   Dim at[4];
   int rank;
   Dims(std::initializer_list<Dim> list) : at{}, rank(int(list.size())) { std::copy(list.begin(), list.end(), at); }
 };
 
-// The bytes a tensor touches, [low, high), and its layout: dense enough for every question of overlap.
+// A tensor and the range of addresses [low, high) of its elements.
 struct Extent {
   const char* name;
   const lc_tensor* tensor;
@@ -127,7 +128,7 @@ class Checker {
     if (t) fail(LC_INVALID, "%s: only %s takes it; expected NULL", name, who);
   }
 
-  // Rank and sizes; dims are given in the order of the default layout.
+  // Checks rank and sizes; dims are in the order of the default layout.
   void shape(const char* name, const lc_tensor& t, Dims dims, bool swap = false) {
     if (swap && bnhd) std::swap(dims.at[1], dims.at[2]);
     bool good = t.ndim == dims.rank && (t.shape || !t.ndim);
@@ -148,9 +149,9 @@ class Checker {
     fail(LC_INVALID, "%s: expected shape %s], got %s%s", name, want.c_str(), shape_text(t).c_str(), least.c_str());
   }
 
-  // Device, address, strides: what every tensor has to satisfy once its shape is known.
+  // Checks device, address and strides of a tensor whose shape was checked.
   void memory(const char* name, const lc_tensor& t, bool contiguous_last = true) {
-    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // a kernel writes its gradient
+    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // its gradient is on the device
     if (host_scalar ? t.device.type != LC_CPU
                     : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
       fail(LC_INVALID, "%s: expected on %s%s, got %s", name, host_scalar ? "the CPU" : device_text(p.device).c_str(),
@@ -161,7 +162,7 @@ class Checker {
     __int128 low = 0, high = item;
     bool far = false;
     for (int i = 0; i < t.ndim && !far; ++i) {
-      if (t.shape[i] < 2) continue;  // any stride
+      if (t.shape[i] < 2) continue;  // the stride is not used
       const int64_t stride = stride_of(t, i);
       far = stride > kMost || stride < -kMost;
       const __int128 reach = far ? 0 : __int128(t.shape[i] - 1) * stride * item;
@@ -182,10 +183,10 @@ class Checker {
     extents[count++] = {name, &t, __int128(first) + low, __int128(first) + high};
   }
 
-  // In the frame [b, h, n, d] of View, whatever the layout.
+  // The tensor with the axes [b, h, n, d] of View, whatever the layout.
   View view(const lc_tensor& t, bool swap) const {
     View w;
-    const bool none = empty(t);  // neither strides nor offset mean anything then, nor were they checked
+    const bool none = empty(t);  // strides and offset of an empty tensor have no meaning and were not checked
     w.data = none ? t.data : static_cast<char*>(t.data) + t.byte_offset;
     for (int i = 0; i < t.ndim; ++i)
       w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 && !none ? stride_of(t, i) : 0;
@@ -199,7 +200,7 @@ class Checker {
     return view(t, swap);
   }
 
-  // log_decay or its gradient, of a rank up to 3, in the frame [b, h, n, -].
+  // log_decay or its gradient, of rank 0 to 3, with the axes [b, h, n, -].
   View decay_view(const char* name, const lc_tensor& t) {
     memory(name, t, false);
     View w = view(t, t.ndim == 3);
@@ -209,7 +210,7 @@ class Checker {
 
   int64_t heads(const lc_tensor& t) const { return t.shape[bnhd ? 2 : 1]; }
 
-  // No element of a written tensor may share memory with another of its own, ...
+  // Refuses a written tensor two of whose elements share memory.
   void distinct(const char* name, const lc_tensor& t) const {
     std::pair<int64_t, int64_t> steps[4];  // stride, size
     int n = 0;
@@ -227,7 +228,8 @@ class Checker {
     }
   }
 
-  // ... nor with any other argument of the call; the one named `except` may be the very same tensor.
+  // Refuses a written tensor that shares memory with another argument. The argument `except` may be
+  // the same tensor.
   void apart(const char* name, const char* except) const {
     const Extent* mine = extents;
     while (std::strcmp(mine->name, name)) ++mine;
@@ -250,9 +252,9 @@ class Checker {
     return good;
   }
 
-  // Columns of one buffer, like q, k and v of a fused projection. For any length P, a tensor whose strides are
-  // multiples of P or stay within a row lies in one interval modulo P; where two such intervals keep apart, so do the
-  // tensors.
+  // Whether x and y are columns of one buffer, like q, k and v of a fused projection. Modulo a row
+  // length P, the addresses of a tensor whose strides are multiples of P, or stay within a row, are
+  // one interval. Tensors whose intervals are disjoint share no memory.
   static bool interleaved(const Extent& x, const Extent& y) {
     for (const Extent* e : {&x, &y}) {
       const lc_tensor& t = *e->tensor;
@@ -270,7 +272,7 @@ class Checker {
     const int64_t item = t.dtype.bits / 8;
     __int128 bytes = item;
     for (int i = 0; i < t.ndim; ++i) {
-      if (t.shape[i] < 2) continue;  // any stride
+      if (t.shape[i] < 2) continue;  // the stride is not used
       const int64_t step = std::llabs(stride_of(t, i)) * item;
       if (step % period) bytes += __int128(step) * (t.shape[i] - 1);
     }
@@ -278,7 +280,7 @@ class Checker {
   }
 };
 
-// ---- values a host can read ---------------------------------------------------------------------
+// ---- values that the host can read --------------------------------------------------------------
 
 template <class T>
 void check_log_decay_values(const lc_tensor& t) {
@@ -328,7 +330,7 @@ void check_state_indices_values(const Problem& p) {
   }
 }
 
-// ---- the whole call ------------------------------------------------------------------------------
+// ---- the whole call -----------------------------------------------------------------------------
 
 void scalars(const lc_args& a) {
   if (a.op != LC_FORWARD && a.op != LC_BACKWARD && a.op != LC_DECODE)
@@ -588,7 +590,7 @@ Problem check(const lc_args& args) {
         p.decay_type == Type::f64 ? *static_cast<const double*>(value) : *static_cast<const float*>(value);
     c.p.log_decay = {};
   }
-  if (p.device.type == LC_CUDA) return p;  // values there cannot be read without waiting for the device
+  if (p.device.type == LC_CUDA) return p;  // reading values there would wait for the device
   if (p.cu_bits) check_cu_seqlens_values(p);
   if (p.index_bits) check_state_indices_values(p);
   return p;

@@ -31,7 +31,8 @@ inline constexpr Features kAllDecays = kDecaysPerHead | Feature::decay_per_token
 inline constexpr Features kSequences =
     Feature::packed | Feature::grouped_heads | Feature::initial_state | Feature::final_state;
 
-// What a row declares. `words` replaces the refusal of features.def for one feature that the row does not declare.
+// What a row declares. `words` replaces the refusal of features.def for one feature that the row
+// does not declare.
 struct Serves {
   Features features;
   struct Words {

@@ -1,7 +1,8 @@
 // python.cpp - the extension module leetcore._core. It uses the C ABI and nothing else of leetcore.
 //
-// What is particular to an array library comes as `lib`, an object of python/leetcore/arrays.py: how to export an
-// array, to copy one whose last dimension is not contiguous, to make an empty one, to hand back a result.
+// `lib`, an object of python/leetcore/arrays.py, knows the array library of a call. It exports
+// arrays, copies those whose last dimension is not contiguous, makes empty ones, and turns results
+// into arrays of the library.
 #include <leetcore/leetcore.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -30,8 +31,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, of at least `bytes`. Each calling thread keeps its scratch for the next call, as fresh
-// pages cost as much as the work on them.
+// At least `bytes` of scratch for the CPU methods. Each calling thread keeps its scratch for the
+// next call, since fresh pages cost as much as the work on them.
 struct Scratch {
   void* memory;
   size_t bytes;
@@ -57,7 +58,7 @@ Scratch host_scratch(size_t bytes) {
   throw nb::python_error();
 }
 
-// The text of lc_last_error with the argument's Python name.
+// The text of lc_last_error, in which an argument has its Python name.
 std::string last_error(bool decode) {
   const std::string text = lc_last_error();
   if (!text.rfind("o: ", 0)) return "out" + text.substr(1);
@@ -67,7 +68,7 @@ std::string last_error(bool decode) {
 
 void check(lc_status status, bool decode = false) {
   if (status == LC_OK) return;
-  if (status == LC_INTERRUPTED) throw nb::python_error();  // what the signal's handler raised
+  if (status == LC_INTERRUPTED) throw nb::python_error();  // the exception of the signal's handler
   PyObject* kinds[] = {nullptr,
                        PyExc_ValueError,
                        PyExc_NotImplementedError,
@@ -78,9 +79,10 @@ void check(lc_status status, bool decode = false) {
   raise(kinds[status], last_error(decode));
 }
 
-// Calls f, which may run Python or wait for the interpreter's lock. CPython before 3.14 ends a daemon thread that does
-// so after the interpreter is gone, by unwinding its stack, which would release our Python objects without the lock.
-// Such a thread waits for the end of the process instead, as CPython 3.14 lets it.
+// Calls f, which may run Python or wait for the interpreter's lock. After the interpreter's end,
+// CPython before 3.14 unwinds the stack of a daemon thread that does this, and the unwinding would
+// release Python objects without the lock. Here such a thread waits for the end of the process
+// instead, as in CPython 3.14.
 template <class F>
 decltype(auto) in_python(F&& f) {
 #if defined(__GLIBC__)
@@ -94,10 +96,12 @@ decltype(auto) in_python(F&& f) {
 #endif
 }
 
-// The thread whose signal handlers run in Python: of others lc_run asks nothing.
+// The thread in which Python runs signal handlers. Calls of other threads have no interrupt
+// function.
 unsigned long main_thread = 0;
 
-// Ctrl-C during a call that takes long: whether its handler raised something. Asked without the interpreter's lock.
+// Whether the handler of a signal, such as Ctrl-C, raised an exception. The caller does not hold
+// the interpreter's lock.
 int interrupted(void*) {
   const PyGILState_STATE state = PyGILState_Ensure();
   const int raised = PyErr_CheckSignals();
@@ -108,7 +112,7 @@ int interrupted(void*) {
 // An array library of arrays.py.
 struct Library {
   nb::object object;
-  bool plain;  // arrays export themselves and results are as made
+  bool plain;  // arrays export themselves, and results need no conversion
   explicit Library(nb::object library) : object(std::move(library)), plain(nb::cast<bool>(object.attr("plain"))) {}
 
   nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const {
@@ -124,8 +128,8 @@ struct Library {
 
 bool is_number(nb::handle x) { return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()); }
 
-// One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run
-// and is refused there.
+// One array argument as an lc_tensor. It keeps the array alive and converts nothing: lc_run refuses
+// wrong dtypes.
 class Argument {
  public:
   const lc_tensor* tensor() const { return present_ ? &tensor_ : nullptr; }
@@ -149,7 +153,7 @@ class Argument {
     tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
   }
 
-  // [B, H, K] as [B, H, 1, K]
+  // Makes [B, H, 1, K] of [B, H, K].
   void insert_token() {
     if (!present_ || tensor_.ndim != 3) return;
     int64_t dense = tensor_.shape[2];
@@ -197,7 +201,8 @@ class Argument {
 
 bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bits == 64; }
 
-// The options of a call, one field for each of lc_args that is no tensor: the NamedTuple Options of api.py.
+// The options of a call, one field for each of lc_args that is no tensor: the NamedTuple Options of
+// api.py.
 struct Options {
   double scale;
   std::string method;
@@ -253,13 +258,14 @@ struct Call {
     args.d_log_decay = d_log_decay.tensor(), args.d_initial_state = d_initial_state.tensor();
   }
 
-  // Checks everything but values: the shapes may be relied upon afterwards.
+  // Checks everything except values. After it the shapes are known to fit.
   void check_structure() {
     fill();
     check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
   }
 
-  // Scratch on a device is an array like the results: the library frees it in the order of the stream.
+  // Scratch on a device is an array like the results, which the array library frees in the order of
+  // the stream.
   void run() {
     fill();
     Argument scratch;
@@ -271,8 +277,9 @@ struct Call {
     check(run_unlocked(), args.op == LC_DECODE);
   }
 
-  // A call may need more scratch than it was asked for, where another thread has changed the number of threads or the
-  // tuning table since: it is asked again, and runs in all the scratch that the calling thread has, which only grows.
+  // If another thread changes the number of threads or the tuning table after lc_workspace, lc_run
+  // may need more scratch. lc_workspace is then asked again, and the scratch of the calling thread
+  // grows.
   void run_on_host() {
     if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
     for (int tries = 1;; ++tries) {
@@ -326,21 +333,21 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   if (return_state) {
     state = c.lib.empty(c.state_shape(), v, c.state_bits());
     c.final_state.write(c.lib, "final_state", state);
-    c.check_structure();  // a state to write may change the scratch needed, or the choice of method
+    c.check_structure();  // the final state may change the scratch that is needed, or the choice of method
   }
   c.run();
   out = c.lib.result(out);
   return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
 }
 
-// wants: d_q, d_k, d_v, d_log_decay, d_initial_state; None comes back for those not wanted.
+// wants: d_q, d_k, d_v, d_log_decay, d_initial_state. An unwanted gradient is None in the result.
 nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                    nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_o, nb::handle d_final_state,
                    std::array<bool, 5> wants, const nb::tuple& options) {
   Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, options);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-  c.check_structure();  // of the forward pass: gradients have its shapes
+  c.check_structure();  // as a forward pass, whose shapes the gradients have
 
   c.args.op = LC_BACKWARD;
   c.d_o.read(c.lib, "d_o", d_o);
@@ -391,8 +398,8 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
   return c.lib.result(out);
 }
 
-// Tensors of which a call reads the shapes alone. Their addresses are far apart, since written tensors must not
-// overlap.
+// Tensors of which a call reads the shapes alone. Their addresses are far apart, since written
+// tensors must not overlap.
 class Shapes {
  public:
   explicit Shapes(lc_device device) : device_(device) {}
@@ -419,8 +426,8 @@ class Shapes {
   Tensor all_[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
 };
 
-// A call of linear_attention, linear_attention_backward or decode_step as candidates() describes it: what the
-// call would write, and the gradients that it would read, are shapes without memory.
+// A call of linear_attention, linear_attention_backward or decode_step as candidates() describes
+// it: what the call would write, and the gradients that it would read, are shapes without memory.
 struct Question {
   Call c;
   Shapes made;
@@ -434,7 +441,7 @@ struct Question {
     }
     c.initial_state.read(c.lib, "initial_state", initial_state);
     c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-    c.check_structure();  // the shapes may be relied upon afterwards
+    c.check_structure();
     const lc_dtype exact = {LC_FLOAT, uint8_t(c.state_bits()), 1};
     const auto state = [&] {
       const auto [S, Hs, K, V] = c.state_dims();
@@ -523,14 +530,14 @@ nb::tuple cost(std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, boo
 
 void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
 
-// The memory of an array as one of another dtype, which holds `owner`.
+// An array of another dtype on the memory of `array`. It keeps `owner` alive.
 template <class Array>
 nb::object view(const Array& array, nb::dlpack::dtype dtype, nb::handle owner) {
   return nb::cast(Array(array.data(), array.ndim(), reinterpret_cast<const size_t*>(array.shape_ptr()), owner,
                         array.stride_ptr(), dtype, array.device_type(), array.device_id()));
 }
 
-// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
+// A bfloat16 view of a uint16 array, for libraries that have bfloat16 but cannot export it.
 nb::object as_bfloat16(nb::handle array) {
   const nb::dlpack::dtype bfloat16 = {uint8_t(LC_BFLOAT), 16, 1};
   nb::ndarray<> writable;
@@ -538,7 +545,7 @@ nb::object as_bfloat16(nb::handle array) {
   return view(nb::cast<nb::ndarray<nb::ro>>(array, false), bfloat16, array);
 }
 
-// The same array, freed together with `owner`; as a capsule.
+// The same array as a capsule that keeps `owner` alive.
 nb::object owned(const nb::ndarray<>& array, nb::handle owner) { return view(array, array.dtype(), owner); }
 
 nb::list methods() {

@@ -15,7 +15,7 @@ import rich.table
 import leetcore
 
 from . import files
-from .api import Layout
+from .options import Layout
 from .bench import machine
 from .bench.check import check
 from .bench.plot import plot

@@ -22,7 +22,7 @@ import rich.table
 import leetcore
 
 from .. import arrays, reference
-from ..api import Layout
+from ..options import Layout
 from . import machine, options
 from .problems import DECAYS, DTYPES, TOLERANCE, Case, refusal, wrong_kind
 
