@@ -18,7 +18,8 @@ FOLDER = ROOT / "docs" / "api"
 WIDTH = 100
 NOTE = "<!-- Written by docs/api.py from the docstrings. -->\n"
 
-# Page: the module, and the names on the page. None: __all__ of the module, or else its own public functions and classes.
+# Page: the module, and the names on the page.
+# None means __all__ of the module, or else its own public functions and classes.
 PAGES = {
     "leetcore": ("leetcore", None),
     "decay": ("leetcore.decay", None),
@@ -66,6 +67,15 @@ def module_of(package, path):
     return package if path == "leetcore" else package[path.removeprefix("leetcore.")]
 
 
+def member(module, name):
+    """A public name of a module, as a reader of the package sees it."""
+    thing = module[name]
+    thing = thing.final_target if thing.is_alias else thing
+    if thing.is_module and name in thing.members and thing.path not in {path for path, _ in PAGES.values()}:
+        return thing[name]  # leetcore.methods is the function, and hides the module of that name
+    return thing
+
+
 def public_names(module, names=None):
     if names is None:
         names = module.exports
@@ -104,7 +114,6 @@ def tidy(text):
 
 
 def render(thing, level):
-    thing = thing.final_target if thing.is_alias else thing
     text = render_object_docs(thing, SHOWN | {"heading_level": level})
     if thing.is_class and "NamedTuple" in map(str, thing.bases):  # griffe has no signature of these
         fields = ", ".join(f"{name}: {x.annotation}" for name, x in thing.attributes.items())
@@ -123,9 +132,7 @@ def page_of(package, page):
     module = module_of(package, path)
     parts = [NOTE, f"# `{path}`\n", module.docstring.value if module.docstring else ""]
     for name in public_names(module, names):
-        thing = module[name]
-        if thing.is_alias and thing.target_path.startswith("leetcore") and thing.final_target.is_module:
-            thing = thing.final_target
+        thing = member(module, name)
         if thing.is_module:
             other = next((p for p, (target, _) in PAGES.items() if target == thing.path), None)
             parts.append(f"## `{path}.{name}`\n\n{first_sentence(thing)} See [{thing.path}]({other}.md).\n")
@@ -152,7 +159,7 @@ def index_of(package):
             anchor = re.sub(r"[^\w-]", "", f"{path}.{name}".lower())
             seen.append(anchor)
             number = f"-{seen.count(anchor) - 1}" if seen.count(anchor) > 1 else ""  # as in Cost and cost
-            lines.append(f"- [`{name}`]({page}.md#{anchor}{number}): {first_sentence(module[name])}")
+            lines.append(f"- [`{name}`]({page}.md#{anchor}{number}): {first_sentence(member(module, name))}")
     return mdformat.text("\n".join(lines), options={"wrap": WIDTH})
 
 
