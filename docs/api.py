@@ -137,8 +137,7 @@ def page_of(package, page):
             other = next((p for p, (target, _) in PAGES.items() if target == thing.path), None)
             parts.append(f"## `{path}.{name}`\n\n{first_sentence(thing)} See [{thing.path}]({other}.md).\n")
             continue
-        text = render(thing, 2)
-        parts.append(re.sub(r"^(#+) `[\w.]+?\.(" + name + r"(?:\.\w+)?)`$", rf"\1 `{path}.\2`", text, flags=re.M))
+        parts.append(render(thing, 2).replace(f"`{thing.path}", f"`{path}.{name}"))
     if page in INHERITED:
         title, owner, methods = INHERITED[page]
         parts.append(f"## {title}\n")
