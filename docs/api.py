@@ -178,7 +178,7 @@ def differences():
 def main(arguments):
     if arguments == ["--check"]:
         stale = differences()
-        sys.exit(f"docs/api: not current: {', '.join(stale)}; `python docs/api.py` writes them" if stale else 0)
+        sys.exit(f"docs/api: not current: {', '.join(stale)}; `make docs` writes them" if stale else 0)
     FOLDER.mkdir(exist_ok=True)
     wanted = pages()
     for path in FOLDER.glob("*.md"):

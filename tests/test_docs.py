@@ -217,7 +217,7 @@ def test_public_names_are_documented(module, page, name):
     thing = getattr(importlib.import_module(module), name)
     assert (thing.__doc__ or "").strip(), "no docstring"
     text = (ROOT / f"docs/api/{page}.md").read_text()
-    assert re.search(rf"^## `{re.escape(module)}\.{name}`$", text, re.M), "no entry; `python docs/api.py` writes it"
+    assert re.search(rf"^## `{re.escape(module)}\.{name}`$", text, re.M), "no entry; `make docs` writes it"
     index = (ROOT / "docs/api/README.md").read_text()
     assert f"[`{name}`]({page}.md#" in index
 
@@ -227,4 +227,4 @@ def test_api_pages_are_current():
     spec = importlib.util.spec_from_file_location("docs_api", ROOT / "docs" / "api.py")
     api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(api)
-    assert not api.differences(), "`python docs/api.py` writes docs/api again"
+    assert not api.differences(), "`make docs` writes docs/api again"
