@@ -1,4 +1,4 @@
-"""Writes docs/api/ from the docstrings of the package: `python docs/api.py`. With --check it only compares.
+"""Writes docs/api/ from the docstrings of the package. With --check it only compares.
 
 griffe reads the sources, so neither the compiled module nor torch has to be installed.
 tests/test_docs.py keeps the pages complete and current.

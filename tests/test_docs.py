@@ -1,4 +1,4 @@
-"""The documentation: links and pictures resolve, blocks run, commands exist, public names are documented.
+"""The documentation: links resolve, blocks run, commands exist, public names are documented.
 
 tests/test_api.py runs the Python blocks of README.md and of docs/*.md.
 """
