@@ -107,6 +107,7 @@ def tidy(text):
     """Markdown of griffe2md without links to anchors that no page has."""
     text = re.sub(r"\[([^\]\[]*)\]\(#[\w.]+\)", r"\1", text)
     text = re.sub(r"<code>(.*?)</code>", lambda m: f"`{html.unescape(m[1]).replace(chr(92), '')}`", text)
+    text = re.sub(r"^- `\((.*)\)`", r"- `\1`", text, flags=re.M)
     text = re.sub(r"::$", ":", text, flags=re.M)
     text = re.sub(r"```python\n([^\n]*)\n```", split_signature, text)
     text = re.sub(r" – ", ": ", text)
