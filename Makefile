@@ -118,6 +118,11 @@ format: .venv/test
 	ruff format .
 	clang-format -i $(c_files)
 
+# Writes docs/api/ from the docstrings.
+.PHONY: docs
+docs: .venv/test
+	python docs/api.py
+
 clean:
 	rm -rf .venv build
 
