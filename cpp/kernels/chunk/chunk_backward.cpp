@@ -14,6 +14,7 @@
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../cpu/threads.h"
 #include "../../gradient.h"
 
 namespace lc::LC_ISA::backward {
@@ -282,7 +283,7 @@ struct Worker {
         const Matrix<T> to{dk + i0 * padded<T>(p.K) + c * kLanes<T>, padded<T>(p.K)}, G = dS.panel(panel);
         zero(acc);
         if (dS.live) {
-          mma_tn(acc, {past.keys + i0, C}, {G.data, G.ld}, int(p.V));
+          mma(acc, operand_t(past.keys + i0, C), {G.data, G.ld}, int(p.V));
           map(acc, [&](int i, int, Vec<T> x) { return x * out[i0 + i]; });
           if (p.d_log_decay) add_products(writes, acc, past.v(dS.panels, panel, c), i0);
         }
@@ -298,7 +299,7 @@ struct Worker {
         const Matrix<T> to{dk + i0 * padded<T>(p.K) + c * kLanes<T>, padded<T>(p.K)};
         const Matrix<const T> Q = future.v(dS.panels, panel, c);
         load(acc, {to.data, to.ld});
-        mma_tn(acc, {past.scores + i0 * C + i0, C}, {Q.row(i0), Q.ld}, past.n - i0);
+        mma(acc, operand_t(past.scores + i0 * C + i0, C), {Q.row(i0), Q.ld}, past.n - i0);
         store(to, acc);
       });
   }
@@ -315,7 +316,7 @@ struct Worker {
         if (dS.live) {
           for (int i = 0; i < dS.panels.count; ++i) {
             const Matrix<T> G = dS.panel(i);
-            mma(acc, {G.row(r), G.ld}, {present.keys + dS.column(i) * C + j0, C}, dS.columns(i));
+            mma(acc, operand(G.row(r), G.ld), {present.keys + dS.column(i) * C + j0, C}, dS.columns(i));
           }
           map(acc, [&](int, int j, Vec<T> x) { return x * load<T>(out + j0 + j); });
         }
@@ -333,7 +334,7 @@ struct Worker {
           const int j0 = band + c * kLanes<T>;
           const Matrix<T> to{dv + r * C + j0, C};
           load(acc, {to.data, to.ld});
-          mma(acc, {future.keys + r * C + band, C}, {present.scores + band * C + j0, C}, past.n - band);
+          mma(acc, operand(future.keys + r * C + band, C), {present.scores + band * C + j0, C}, past.n - band);
           store(to, acc);
         });
     }
@@ -348,12 +349,12 @@ struct Worker {
         const Matrix<T> to{dq + i0 * padded<T>(p.K) + c * kLanes<T>, padded<T>(p.K)}, before = S.panel(panel);
         zero(acc);
         if (S.live) {
-          mma(acc, {past.q.row(i0), past.q.ld}, {before.data, before.ld}, int(p.V));
+          mma(acc, operand(past.q.row(i0), past.q.ld), {before.data, before.ld}, int(p.V));
           map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
           if (p.d_log_decay) add_products(reads, acc, future.v(S.panels, panel, c), i0);
         }
         if (!p.d_q) return;
-        mma(acc, {past.scores + i0 * C, C}, past.v(S.panels, panel, c), std::min(past.n, i0 + acc.M));
+        mma(acc, operand(past.scores + i0 * C, C), past.v(S.panels, panel, c), std::min(past.n, i0 + acc.M));
         if (add) map(acc, [&](int i, int j, Vec<T> x) { return x + load<T>(to.row(i) + j); });
         store(to, acc);
       });

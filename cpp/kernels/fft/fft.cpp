@@ -13,6 +13,7 @@
 
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 
@@ -265,7 +266,7 @@ struct Worker {
                 int(p.K));
         for_tiles<T>(0, n, 0, 1, [&](auto& o, int i0, int) {
           zero(o);
-          mma(o, {q_rows + i0 * Kp, Kp}, {state, P}, int(p.K));
+          mma(o, operand(q_rows + i0 * Kp, Kp), {state, P}, int(p.K));
           map(o, [&](int i, int, Vec<T> y) { return y * taps[t + i0 + i + 1]; });
           store(Matrix<T>{sums + (g * half + t + i0) * P, P}, o);
         });
@@ -283,7 +284,7 @@ struct Worker {
       for (int64_t t = 0; t <= last; t += kChunk) {  // in parts: errors grow with the length of a sum
         std::remove_reference_t<decltype(sum)> part;
         zero(part);
-        mma(part, {k + i0 * half + t, half}, {x + t * P, P}, int(std::min<int64_t>(kChunk, s.length - t)));
+        mma(part, operand(k + i0 * half + t, half), {x + t * P, P}, int(std::min<int64_t>(kChunk, s.length - t)));
         map(sum, [&](int i, int j, Vec<T> y) { return y + part.x[i][j / P]; });
       }
       for (int i = 0; i < sum.M; ++i)

@@ -12,6 +12,7 @@
 
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 

@@ -11,6 +11,7 @@
 
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 
