@@ -89,7 +89,9 @@ struct BlockStates {
   BlockStates(const Problem& p, Arena& arena) : states(arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p))) {}
 };
 
-size_t workspace(const Problem& p) { return scratch_bytes<BlockStates>(p, 1) + scratch_bytes<BlockWorker>(p, workers(p)); }
+size_t workspace(const Problem& p) {
+  return scratch_bytes<BlockStates>(p, 1) + scratch_bytes<BlockWorker>(p, workers(p));
+}
 
 void run(const Problem& p) {
   Tasks shares(p);

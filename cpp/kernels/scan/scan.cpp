@@ -148,7 +148,9 @@ struct ScanWorker {
 
 int workers(const Problem& p) { return workers_for(p, base(p, p.B) * p.Hs, flop(p)); }
 
-size_t workspace(const Problem& p) { return scratch_bytes<SegmentStates>(p, 1) + scratch_bytes<ScanWorker>(p, workers(p)); }
+size_t workspace(const Problem& p) {
+  return scratch_bytes<SegmentStates>(p, 1) + scratch_bytes<ScanWorker>(p, workers(p));
+}
 
 void run(const Problem& p) {
   Tasks segment_states(p), prefixes(p), segment_outputs(p);
