@@ -1,13 +1,14 @@
 // fft.cpp - CPU: with a constant decay the mask is Toeplitz, and fast Fourier transforms apply it.
 //
-//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n)                       L: log2 decay
-//   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
+//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n)
+//   L: log2 decay S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
 //
-//   A vector holds kLanes columns of V. A complex number has rank r as real and rank r + 1 as imaginary part; h is real
-//   and keeps them apart. Radix 4, decimation in frequency forward and in time back: the spectrum is never reordered,
-//   and each quarter goes forward, is multiplied by that of h, and goes back while it is in the cache (depth first).
-//   about B Hs V K/2 M (17/2 log2 M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs, and 2KV per token for each state
-//   scratch per worker (G + 3) P M + 5M numbers, P = kLanes; tasks: (sequence, state, vector of columns)
+//   A vector holds kLanes columns of V. A complex number has rank r as real and rank r + 1 as
+//   imaginary part; h is real and keeps them apart. Radix 4, decimation in frequency forward and in
+//   time back: the spectrum is never reordered, and each quarter goes forward, is multiplied by
+//   that of h, and goes back while it is in the cache (depth first). about B Hs V K/2 M (17/2 log2
+//   M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs, and 2KV per token for each state scratch
+//   per worker (G + 3) P M + 5M numbers, P = kLanes; tasks: (sequence, state, vector of columns)
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include <cmath>
 
@@ -74,7 +75,8 @@ LC_INLINE void put(T* x, Complex<T> a) {
   store<T>(x + kLanes<T>, a.im);
 }
 
-// The transform of four numbers (sums over powers of -i) and its inverse up to a factor (powers of i).
+// The transform of four numbers (sums over powers of -i) and its inverse up to a factor (powers of
+// i).
 template <class T>
 LC_INLINE void forward4(Complex<T> (&x)[4]) {
   const auto a = x[0] + x[2], b = x[0] - x[2], c = x[1] + x[3], d = times_i(x[1] - x[3]);
@@ -92,7 +94,8 @@ LC_INLINE void back4(Complex<T> (&x)[4]) {
   x[3] = b - d;
 }
 
-// The twiddles of n points: w^j, w^2j, w^3j for j < n / 4, w = exp(-2 pi i / n). They follow those of n / 2 points.
+// The twiddles of n points: w^j, w^2j, w^3j for j < n / 4, w = exp(-2 pi i / n). They follow those
+// of n / 2 points.
 template <class T>
 LC_INLINE T* twiddles(T* table, int64_t n) {
   return table + 3 * n / 2;
@@ -112,7 +115,8 @@ void make_twiddles(T* table, int64_t longest) {
       std::memcpy(twiddles(table, n) + 6 * j, twiddles(table, 2 * n) + 12 * j, 6 * sizeof(T));
 }
 
-// The use of a spectrum: it is multiplied by the spectrum of h, or it is the spectrum of h and is kept.
+// The use of a spectrum: it is multiplied by the spectrum of h, or it is the spectrum of h and is
+// kept.
 enum class Spectrum { multiply, keep };
 
 template <Spectrum kSpectrum, class T>
@@ -201,8 +205,8 @@ __attribute__((noinline)) void convolve(T* x, int64_t n, T* h, T* table) {
   }
 }
 
-// The same for the sequence source(j), j < n / 2, followed by n / 2 zeros. The first half of the result goes to
-// sink(j, y).
+// The same for the sequence source(j), j < n / 2, followed by n / 2 zeros. The first half of the
+// result goes to sink(j, y).
 template <Spectrum kSpectrum, class T, class Source, class Sink>
 LC_INLINE void convolve_half(T* x, int64_t n, T* h, T* table, Source&& source, Sink&& sink) {
   const int64_t m = n / 4;
@@ -257,7 +261,8 @@ struct FftWorker {
         state(p.initial_state ? arena.take<T>(p.K * P) : nullptr),
         q_rows(p.initial_state ? arena.take<T>(kChunk * Kp) : nullptr) {}
 
-  // Computes h and its spectrum, divided by M. This transform has P equal lanes. Only the K / 2 others need all lanes.
+  // Computes h and its spectrum, divided by M. This transform has P equal lanes. Only the K / 2
+  // others need all lanes.
   void make_filter(double step, int64_t n) {
     for (int64_t i = 0; i <= half; ++i) taps[i] = i <= n ? T(std::exp2(step * double(i))) : T(0);
     const T inverse = T(1) / T(M);
@@ -266,7 +271,8 @@ struct FftWorker {
         [](int64_t, Complex<T>) {});
   }
 
-  // Loads ranks [r, r + P) of n tokens, one rank after the other. If K is odd, the missing rank of the last pair is zero.
+  // Loads ranks [r, r + P) of n tokens, one rank after the other. If K is odd, the missing rank of
+  // the last pair is zero.
   void load_ranks(T* to, Matrix<const E> from, int64_t r, int64_t n) const {
     const int count = int(std::min<int64_t>(P, p.K - r));
     load_transposed<T>(Matrix<T>{to, half}, Matrix<const E>{from.data + r, from.ld}, int(n), count);

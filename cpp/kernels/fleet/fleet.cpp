@@ -1,13 +1,15 @@
-// fleet.cpp - CPU: FleetAttention, rank by rank: o is a sum over ranks r of decayed cumulative sums y_r.
+// fleet.cpp - CPU: FleetAttention, rank by rank: o is a sum over ranks r of decayed cumulative sums
+// y_r.
 //
-//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr          L: log2 decays; y_0r: rows of S_0
+//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr          L: log2 decays; y_0r:
+//   rows of S_0
 //
-//   The mask is applied as a recurrence, never by powers or logarithms of sums. y of a block of ranks and a few vectors
-//   of columns stays in registers for a tile of tokens. o is summed in scratch, block by block.
-//   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (G+1) (K+P) numbers, T <= 128 tokens, P columns of a
-//   pass, G = H / Hs
-//   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
-//   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
+//   The mask is applied as a recurrence, never by powers or logarithms of sums. y of a block of
+//   ranks and a few vectors of columns stays in registers for a tile of tokens. o is summed in
+//   scratch, block by block. B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (G+1)
+//   (K+P) numbers, T <= 128 tokens, P columns of a pass, G = H / Hs tasks: (sequence, state) pairs;
+//   if those are few, pieces of their columns of V Wang et al. 2025 (LeetDecoding),
+//   arXiv:2501.02573
 #include <cmath>
 
 #include "../../cpu/cost.h"
@@ -26,9 +28,10 @@ constexpr double kSlow = -0.0145;           // log2 0.99: if a token forgets mor
 
 double flop(const Problem& p) { return double(tokens(p)) * double(p.K * p.V) * (2. * double(p.H) + 3. * double(p.Hs)); }
 
-// The update of y by the tokens of a tile. With `times` it is 2^L y + k v. With `plus`, for decays close to 1, it is
-// y + ((2^L - 1) y + k v): the rounding error of 2^L would be raised to the power of the number of tokens. A tile with
-// tokens of both kinds is `mixed`: it adds 1 or 0 times y, with the same bits as a result.
+// The update of y by the tokens of a tile. With `times` it is 2^L y + k v. With `plus`, for decays
+// close to 1, it is y + ((2^L - 1) y + k v): the rounding error of 2^L would be raised to the power
+// of the number of tokens. A tile with tokens of both kinds is `mixed`: it adds 1 or 0 times y,
+// with the same bits as a result.
 enum class Update { times, plus, mixed };
 
 // The operands of one pass of a tile of n tokens, for a block of ranks and a block of columns.

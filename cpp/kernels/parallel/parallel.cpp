@@ -1,13 +1,13 @@
 // parallel.cpp - CPU: the quadratic form in blocks of C x C scores, so that no N x N array exists.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2 decays
-//   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2
+//   decays S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
 //
-//   The weight of token j of an earlier block at token i is in_i (product of the totals between) out_j. All factors are
-//   <= 1 and restart at each block, whatever N is (cpu/decay.h)
-//   B H N (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers
-//   tasks: row blocks of every head, the longest ones first; then the final states
-//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
+//   The weight of token j of an earlier block at token i is in_i (product of the totals between)
+//   out_j. All factors are <= 1 and restart at each block, whatever N is (cpu/decay.h) B H N
+//   (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers tasks: row blocks of every
+//   head, the longest ones first; then the final states Katharopoulos et al. 2020, arXiv:2006.16236
+//   (eq. 8); retention's parallel form, arXiv:2307.08621
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/threads.h"
@@ -42,8 +42,9 @@ struct ParallelWorker {
         result(arena.take<T>(std::max<int64_t>(C, p.K) * padded<T>(p.V))),
         state(arena.take<T>(p.K * padded<T>(p.V))) {}
 
-  // Adds weight(row) a b to the result. b(panel, c) gives the columns of b from vector c on. With `first` the result is
-  // overwritten, and a is square and lower triangular, with zeros to the right of its diagonal as far as tiles reach.
+  // Adds weight(row) a b to the result. b(panel, c) gives the columns of b from vector c on. With
+  // `first` the result is overwritten, and a is square and lower triangular, with zeros to the
+  // right of its diagonal as far as tiles reach.
   template <class B, class Weight>
   void accumulate(Matrix<const T> a, B&& b, int m, int depth, bool first, Weight weight) const {
     const Matrix<T> to{result, padded<T>(p.V)};
@@ -143,8 +144,8 @@ int workers(const Problem& p) { return workers_for(p, p.H * (tokens(p) / C + p.B
 
 size_t workspace(const Problem& p) { return scratch_bytes<ParallelWorker>(p, workers(p)); }
 
-// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final states come last: they
-// may overwrite the initial ones.
+// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final
+// states come last: they may overwrite the initial ones.
 void run(const Problem& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, blocks(sequence(p, b)));

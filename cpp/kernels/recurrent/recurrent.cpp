@@ -1,13 +1,14 @@
-// recurrent.cpp - CPU: token by token, as the operator is defined. The only method that decodes, in a pool of states.
+// recurrent.cpp - CPU: token by token, as the operator is defined. The only method that decodes, in
+// a pool of states.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t          L: log2 decays
 //
-//   Rows of S do not depend on one another. A block of rows that fits the L1 cache goes through a tile of tokens, four
-//   tokens at a time while a piece of a row is in registers. Each state is thus read from memory once per tile, and once
-//   per decode call.
-//   B (H 2KV + Hs 3KV) flop per token; scratch per worker (KV + T (K+V) (G+1)) numbers, T <= 64 tokens, G = H / Hs
-//   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
-//   Katharopoulos et al. 2020, arXiv:2006.16236
+//   Rows of S do not depend on one another. A block of rows that fits the L1 cache goes through a
+//   tile of tokens, four tokens at a time while a piece of a row is in registers. Each state is
+//   thus read from memory once per tile, and once per decode call. B (H 2KV + Hs 3KV) flop per
+//   token; scratch per worker (KV + T (K+V) (G+1)) numbers, T <= 64 tokens, G = H / Hs tasks:
+//   (sequence, state) pairs; if those are few, pieces of their columns of V Katharopoulos et al.
+//   2020, arXiv:2006.16236
 #include <cmath>
 
 #include "../../cpu/cost.h"
@@ -34,12 +35,13 @@ struct RowPass {
   Matrix<T> o;        // [tokens or heads, V]
 };
 
-// The update of S before it is read. With `times` it is 2^L S + k v. With `plus`, for decays close to 1, it is
-// S + ((2^L - 1) S + k v): the rounding error of 2^L would be raised to the power of the number of tokens, and the
-// rounding error of 2^L S is biased.
+// The update of S before it is read. With `times` it is 2^L S + k v. With `plus`, for decays close
+// to 1, it is S + ((2^L - 1) S + k v): the rounding error of 2^L would be raised to the power of
+// the number of tokens, and the rounding error of 2^L S is biased.
 enum class Update { none, times, plus };
 
-// Updates `rows` rows x N vectors of S from (r0, c) on, by kTokens tokens of one q head or one token of kHeads q heads.
+// Updates `rows` rows x N vectors of S from (r0, c) on, by kTokens tokens of one q head or one
+// token of kHeads q heads.
 template <class T, int kTokens, int kHeads, int N, Update kUpdate>
 __attribute__((noinline)) void update_rows(Matrix<T> S, const RowPass<T>& a, int64_t r0, int64_t rows, int c) {
   constexpr int kSums = kTokens * kHeads;
@@ -143,7 +145,8 @@ struct RecurrentWorker {
     return {c0, c1, begin, std::min(int(p.V), c1 * kLanes<T>) - begin};
   }
 
-  // Whether token i of the tile forgets at most 1 %. If more is forgotten every few tokens, old errors do not last.
+  // Whether token i of the tile forgets at most 1 %. If more is forgotten every few tokens, old
+  // errors do not last.
   bool slow(int i) const { return decay[i] > T(0.99); }
 
   bool four_alike(int i, int n) const {
@@ -181,7 +184,8 @@ struct RecurrentWorker {
             {sums + (i * G + g) * Vp, Vp}};
   }
 
-  // Updates by kTokens tokens from i on, as fast or slow as token i, and reads by their first q head.
+  // Updates by kTokens tokens from i on, as fast or slow as token i, and reads by their first q
+  // head.
   template <int kTokens>
   void update(Matrix<T> S, int i, int64_t r0, int64_t rows, const Span& at) const {
     if (slow(i))
@@ -217,7 +221,8 @@ struct RecurrentWorker {
       }
   }
 
-  // Computes tokens [t, t + n) of (s, hs). block(r0, rows, f) calls f with rows [r0, r0 + rows) of the state.
+  // Computes tokens [t, t + n) of (s, hs). block(r0, rows, f) calls f with rows [r0, r0 + rows) of
+  // the state.
   template <class Block>
   void tokens_through(const Sequence& s, int64_t hs, int64_t t, int n, const Span& at, Block&& block) {
     load_tile(s, hs, t, n, at);
@@ -246,8 +251,8 @@ struct RecurrentWorker {
         store_row<T>(p.final_state.at<T>(b, hs, r) + at.begin, state + r * Vp + at.begin, at.columns);
   }
 
-  // A decode call, with the state in its slot of the pool, stored as type P. The state is updated in place, or a block of
-  // rows at a time through scratch.
+  // A decode call, with the state in its slot of the pool, stored as type P. The state is updated
+  // in place, or a block of rows at a time through scratch.
   template <class P>
   void decode(int64_t b, int64_t hs, const Span& at) {
     const int64_t state_slot = slot(p, b);

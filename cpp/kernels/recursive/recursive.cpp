@@ -1,13 +1,15 @@
-// recursive.cpp - CPU: divide and conquer. The right half of a sequence sees the left half through the left's state:
+// recursive.cpp - CPU: divide and conquer. The right half of a sequence sees the left half through
+// the left's state:
 //
 //   O(right)_i += scale 2^(cum_i) q_i S(left),   S(whole) = 2^(sum L over right) S(left) + S(right)
 //
-//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). They are visited in order. A stack
-//   holds the states of all finished left halves, like the bits of a binary counter. Each output is written once, as
-//   O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)  in Horner's form: no factor exceeds 1
-//   about B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop; scratch per worker: a chunk and K V log2(N/C) numbers
-//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then pieces of the columns of V
-//   recursive method of LeetDecoding, arXiv:2501.02573
+//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). They are
+//   visited in order. A stack holds the states of all finished left halves, like the bits of a
+//   binary counter. Each output is written once, as O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) +
+//   S_2) ...) + A V)  in Horner's form: no factor exceeds 1 about B N (H ((C+1)(K+V) + KV
+//   log2(N/C)) + Hs 4KV) flop; scratch per worker: a chunk and K V log2(N/C) numbers tasks:
+//   (sequence, state) pairs; if those are few, parts of their q heads, then pieces of the columns
+//   of V recursive method of LeetDecoding, arXiv:2501.02573
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
@@ -19,15 +21,16 @@ namespace {
 
 constexpr int kMostLevels = 64;
 
-// The most states on the stack: one for each bit of the number of finished leaves, and the initial state.
+// The most states on the stack: one for each bit of the number of finished leaves, and the initial
+// state.
 int levels(const Problem& p) {
   int n = 1;
   for (int64_t leaves = p.N / C; leaves; leaves /= 2) ++n;
   return n + 1;
 }
 
-// The number of (token, state) pairs in which the token reads the state. A leaf reads one state for each set bit of its
-// number.
+// The number of (token, state) pairs in which the token reads the state. A leaf reads one state for
+// each set bit of its number.
 double reads(double n) {
   double sum = 0;
   const int64_t leaves = int64_t(n / C);
@@ -95,7 +98,8 @@ struct RecursiveWorker {
     if (task.writes_state) store_final(task, columns);
   }
 
-  // Adds q times the sum of all states on the stack to a tile: Horner's form, from the oldest state on.
+  // Adds q times the sum of all states on the stack to a tile: Horner's form, from the oldest state
+  // on.
   template <class Acc, class Q>
   LC_INLINE void mma_stack(Acc& acc, Q q, const State<E>& columns, int panel) const {
     for (int i = 0; i < top; ++i) {

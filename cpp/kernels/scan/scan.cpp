@@ -1,13 +1,17 @@
 // scan.cpp - CPU: segments of a sequence in parallel, in three passes with barriers between them:
 //
-//   1. every segment i except the last, from zero, by chunks:  S_i+1 <- total S_i+1 + (diag(out) K)^T V
-//   2. a scan over the segments, for panels of columns:         S_i+1 <- 2^(sum L over segment i) S_i + S_i+1
-//   3. every segment from S_i, as method chunk does:            O = scale (diag(in) Q S + A V), and S as in 1
+//   1. every segment i except the last, from zero, by chunks:  S_i+1 <- total S_i+1 + (diag(out)
+//      K)^T V
+//   2. a scan over the segments, for panels of columns:         S_i+1 <- 2^(sum L over segment i)
+//      S_i + S_i+1
+//   3. every segment from S_i, as method chunk does:            O = scale (diag(in) Q S + A V), and
+//      S as in 1
 //
-//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, which is Hs 2KV more than chunk. It is for few heads and long N, where
-//   chunk has too few tasks. There are at most 16 segments of at least 4 chunks. Their number does not depend on the
-//   number of workers, so answers do not either. Workspace: K V numbers per segment, and a chunk per worker
-//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, which is Hs 2KV more than chunk. It is for few heads
+//   and long N, where chunk has too few tasks. There are at most 16 segments of at least 4 chunks.
+//   Their number does not depend on the number of workers, so answers do not either. Workspace: K V
+//   numbers per segment, and a chunk per worker state passing of Mamba-2, arXiv:2405.21060;
+//   parallel scans, Martin and Cundy 2018, arXiv:1709.04057
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
@@ -31,8 +35,8 @@ Segment segment(int64_t length, int64_t i) {
   return {chunks * i / n * C, std::min(length, chunks * (i + 1) / n * C)};
 }
 
-// The index of the first segment of sequence b among all segments; for b = B an upper bound of their number. The upper
-// bound does not depend on the lengths of packed sequences.
+// The index of the first segment of sequence b among all segments; for b = B an upper bound of
+// their number. The upper bound does not depend on the lengths of packed sequences.
 int64_t base(const Problem& p, int64_t b) {
   if (!p.cu_bits) return b * segments(p.N);
   if (kMostSegments * p.B <= p.B + p.N / kLeastTokens) return b * kMostSegments;
@@ -52,7 +56,8 @@ double flop(const Problem& p) {
   return double(p.B) * sum;
 }
 
-// The state before each segment and the log2 of each segment's decay, in memory that all workers share.
+// The state before each segment and the log2 of each segment's decay, in memory that all workers
+// share.
 template <class E>
 struct SegmentStates {
   using T = Accumulator<E>;
@@ -103,7 +108,8 @@ struct ScanWorker {
     shared.log2[shared.at(b, hs, i)] = log2;
   }
 
-  // Pass 2: turns the states of single segments into the states before segments, in one panel of columns.
+  // Pass 2: turns the states of single segments into the states before segments, in one panel of
+  // columns.
   void accumulate(const SegmentStates<E>& shared, int64_t b, int64_t hs, int panel) {
     const int64_t n = segments(sequence(p, b).length);
     if (n == 1) return;
