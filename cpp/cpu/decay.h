@@ -1,10 +1,10 @@
-// decay.h - the decay weights of one chunk of tokens, from log-decays L in base 2. With cum_i = L_1
-// + ... + L_i within the chunk,
+// decay.h - the decay weights of one chunk of tokens, from log-decays L in base 2. With
+// cum_i = L_1 + ... + L_i within the chunk,
 //
-//   mask(i, j) = 2^(cum_i - cum_j), j <= i      the weight of token j at token i in[i]      =
-//   2^cum_i                        the weight of the state before the chunk at token i out[j]     =
-//   2^(cum_last - cum_j)           the weight of token j in the state after the chunk total      =
-//   2^cum_last                     the weight of the state before in the state after the chunk
+//   mask(i, j) = 2^(cum_i - cum_j), j <= i      the weight of token j at token i
+//   in[i]      = 2^cum_i                        the weight of the state before the chunk at token i
+//   out[j]     = 2^(cum_last - cum_j)           the weight of token j in the state after the chunk
+//   total      = 2^cum_last                     the weight of the state before in the state after
 //
 // total is the sum total + total_rest of two numbers, since the rounding error of a single one
 // would be raised to the power of the number of chunks. Every exponent is <= 0. It is a difference

@@ -1,16 +1,13 @@
-// block.cpp - CPU: block after block of C tokens, all heads in each block, their states in memory
-// between blocks.
+// block.cpp - CPU: block after block of C tokens, all heads in each; states wait in memory.
 //
-//   for each block:  for each head:  O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij
-//   q_i.k_j
-//                                    S = total S + (diag(out) K)^T V         weights in, mask, out, total: cpu/decay.h
+//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j    for each head of a block
+//   S = total S + (diag(out) K)^T V                       weights in, mask, out, total: cpu/decay.h
 //
-//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V], one for each (sequence, head), in the
-//   workspace B H N ((C+1)(K+V) + 4KV) flop, as chunk, but every state goes to memory and back in
-//   every block. Tokens are read once for all heads, in the order of their memory in a [B, N, H, D]
-//   tensor tasks: (sequence, state) pairs or pieces of their columns; each worker keeps its share
-//   of them and never waits block-based method of LeetDecoding, arXiv:2501.02573; TransNormerLLM's
-//   inference, arXiv:2307.14995
+//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V], one per (sequence, head), in the workspace
+//   B H N ((C+1)(K+V) + 4KV) flop, as chunk. Every state goes to memory and back in every block.
+//   Tokens are read once for all heads, in the order of their memory in a [B, N, H, D] tensor.
+//   tasks: the (sequence, state) pairs of one worker, or pieces of their columns; they never wait
+//   LeetDecoding (block-based), arXiv:2501.02573; TransNormerLLM (inference), arXiv:2307.14995
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"

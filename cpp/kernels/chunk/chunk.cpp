@@ -1,13 +1,12 @@
-// chunk.cpp - CPU: the sequence in chunks of C tokens, matrix products inside a chunk, one state
-// between chunks.
+// chunk.cpp - CPU: chunks of C tokens, matrix products inside a chunk, one state between chunks.
 //
 //   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
 //   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cpu/decay.h
 //
-//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] kept as column panels, one register tile wide B
-//   H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers for every N
-//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then pieces of the
-//   columns of V Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
+//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] in column panels, one register tile wide
+//   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers for every N
+//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then of V's columns
+//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"

@@ -1,17 +1,14 @@
-// chunk_backward.cpp - CPU: gradients chunk by chunk, from the last to the first, with S before and
-// dS after each.
+// chunk_backward.cpp - CPU: gradients from the last chunk to the first, with S before, dS after it.
 //
-//   dQ = scale diag(in) dO S^T + D K     A_ij = scale [j <= i] mask_ij q_i.k_j dK = diag(out) V
-//   dS^T + D^T Q        D_ij = scale [j <= i] mask_ij dO_i.v_j       weights: cpu/decay.h dV =
-//   diag(out) K dS + A^T dO         dS <- total dS + scale (diag(in) Q)^T dO
-//   chunk_decay_gradients.h
+//   dQ = scale diag(in) dO S^T + D K     A_ij = scale [j <= i] mask_ij q_i.k_j
+//   dK = diag(out) V dS^T + D^T Q        D_ij = scale [j <= i] mask_ij dO_i.v_j
+//   dV = diag(out) K dS + A^T dO         dS <- total dS + scale (diag(in) Q)^T dO
 //
-//   Q, K [C, K]   V, dO [C, V]   A, D [C, C]   S^T, dS^T [V, K] kept as column panels, one register
-//   tile wide B H N ((C+1)(3K+2V) + 10KV) flop; 2KV more, except in the last segment, since only
-//   one state of each segment is kept at first; 2KV more if segments are tasks. Scratch: K V
-//   numbers per segment, a segment's states per worker two phases: states at the ends of segments,
-//   by pieces of columns; then families of states, or their segments Lightning Attention-2,
-//   arXiv:2401.04658; GLA, arXiv:2312.06635
+//   Q, K [C, K]   V, dO [C, V]   A, D [C, C]   S^T, dS^T [V, K]   weights: cpu/decay.h
+//   B H N ((C+1)(3K+2V) + 10KV) flop; 2KV more in all segments except the last one;
+//   2KV more if segments are tasks. Scratch: K V per segment, and a segment's states per worker.
+//   phases: states at ends of segments, by pieces of columns; families of states, or their segments
+//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "chunk_backward.h"
 
 #include "../../cpu/cost.h"

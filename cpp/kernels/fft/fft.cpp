@@ -1,14 +1,13 @@
 // fft.cpp - CPU: with a constant decay the mask is Toeplitz, and fast Fourier transforms apply it.
 //
-//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n)
-//   L: log2 decay S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
+//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n)    L: log2 decay
+//   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
 //
-//   A vector holds kLanes columns of V. A complex number has rank r as real and rank r + 1 as
-//   imaginary part; h is real and keeps them apart. Radix 4, decimation in frequency forward and in
-//   time back: the spectrum is never reordered, and each quarter goes forward, is multiplied by
-//   that of h, and goes back while it is in the cache (depth first). about B Hs V K/2 M (17/2 log2
-//   M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs, and 2KV per token for each state scratch
-//   per worker (G + 3) P M + 5M numbers, P = kLanes; tasks: (sequence, state, vector of columns)
+//   A vector holds P = kLanes columns of V. A complex number is rank r and, imaginary, rank r + 1: h is
+//   real and keeps them apart. Radix 4, decimation in frequency forward and in time back, so that no
+//   spectrum is reordered; each quarter goes there and back while it is in the cache.
+//   about B Hs V K/2 M (17/2 log2 M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs; 2KV per token
+//   and state; scratch per worker (G + 3) P M + 5M numbers; tasks: (sequence, state, vector of columns)
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include <cmath>
 

@@ -1,15 +1,13 @@
-// fleet.cpp - CPU: FleetAttention, rank by rank: o is a sum over ranks r of decayed cumulative sums
-// y_r.
+// fleet.cpp - CPU: FleetAttention: o is a sum over ranks r of decayed cumulative sums y_r.
 //
-//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr          L: log2 decays; y_0r:
-//   rows of S_0
+//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr     L: log2 decays, y_0: S_0
 //
 //   The mask is applied as a recurrence, never by powers or logarithms of sums. y of a block of
-//   ranks and a few vectors of columns stays in registers for a tile of tokens. o is summed in
-//   scratch, block by block. B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (G+1)
-//   (K+P) numbers, T <= 128 tokens, P columns of a pass, G = H / Hs tasks: (sequence, state) pairs;
-//   if those are few, pieces of their columns of V Wang et al. 2025 (LeetDecoding),
-//   arXiv:2501.02573
+//   ranks and a few vectors of columns stays in registers for a tile of tokens; o is in scratch.
+//   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (G+1) (K+P) numbers, T <= 128
+//   tokens, P columns of a pass, G = H / Hs
+//   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
+//   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
 #include <cmath>
 
 #include "../../cpu/cost.h"

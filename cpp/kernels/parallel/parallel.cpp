@@ -1,13 +1,13 @@
 // parallel.cpp - CPU: the quadratic form in blocks of C x C scores, so that no N x N array exists.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2
-//   decays S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)
+//   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0                     G: sums of log2 decays
 //
 //   The weight of token j of an earlier block at token i is in_i (product of the totals between)
-//   out_j. All factors are <= 1 and restart at each block, whatever N is (cpu/decay.h) B H N
-//   (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers tasks: row blocks of every
-//   head, the longest ones first; then the final states Katharopoulos et al. 2020, arXiv:2006.16236
-//   (eq. 8); retention's parallel form, arXiv:2307.08621
+//   out_j. All factors are <= 1 and restart at each block, whatever N is (cpu/decay.h).
+//   B H N (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers
+//   tasks: row blocks of every head, the longest ones first; then the final states
+//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention, arXiv:2307.08621
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/threads.h"

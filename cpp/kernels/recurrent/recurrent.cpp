@@ -1,14 +1,14 @@
-// recurrent.cpp - CPU: token by token, as the operator is defined. The only method that decodes, in
-// a pool of states.
+// recurrent.cpp - CPU: token by token, as the operator is defined. Only this method decodes.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t          L: log2 decays
 //
 //   Rows of S do not depend on one another. A block of rows that fits the L1 cache goes through a
-//   tile of tokens, four tokens at a time while a piece of a row is in registers. Each state is
-//   thus read from memory once per tile, and once per decode call. B (H 2KV + Hs 3KV) flop per
-//   token; scratch per worker (KV + T (K+V) (G+1)) numbers, T <= 64 tokens, G = H / Hs tasks:
-//   (sequence, state) pairs; if those are few, pieces of their columns of V Katharopoulos et al.
-//   2020, arXiv:2006.16236
+//   tile of tokens, four at a time while a piece of a row is in registers. Each state is thus read
+//   from memory once per tile, and once per decode call.
+//   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (K+V) (G+1) numbers, T <= 64
+//   tokens, G = H / Hs
+//   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
+//   Katharopoulos et al. 2020, arXiv:2006.16236
 #include <cmath>
 
 #include "../../cpu/cost.h"

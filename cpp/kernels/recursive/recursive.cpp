@@ -1,15 +1,14 @@
-// recursive.cpp - CPU: divide and conquer. The right half of a sequence sees the left half through
-// the left's state:
+// recursive.cpp - CPU: divide and conquer: right halves see left halves through their states.
 //
 //   O(right)_i += scale 2^(cum_i) q_i S(left),   S(whole) = 2^(sum L over right) S(left) + S(right)
 //
-//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). They are
-//   visited in order. A stack holds the states of all finished left halves, like the bits of a
-//   binary counter. Each output is written once, as O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) +
-//   S_2) ...) + A V)  in Horner's form: no factor exceeds 1 about B N (H ((C+1)(K+V) + KV
-//   log2(N/C)) + Hs 4KV) flop; scratch per worker: a chunk and K V log2(N/C) numbers tasks:
-//   (sequence, state) pairs; if those are few, parts of their q heads, then pieces of the columns
-//   of V recursive method of LeetDecoding, arXiv:2501.02573
+//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). A stack has
+//   the states of all finished left halves, like bits of a binary counter. Outputs are written once:
+//   O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)   (Horner: no factor exceeds 1)
+//   about B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop
+//   scratch per worker: a chunk and K V log2(N/C) numbers
+//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then of V's columns
+//   recursive method of LeetDecoding, arXiv:2501.02573
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"

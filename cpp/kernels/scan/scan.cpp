@@ -1,17 +1,13 @@
 // scan.cpp - CPU: segments of a sequence in parallel, in three passes with barriers between them:
 //
-//   1. every segment i except the last, from zero, by chunks:  S_i+1 <- total S_i+1 + (diag(out)
-//      K)^T V
-//   2. a scan over the segments, for panels of columns:         S_i+1 <- 2^(sum L over segment i)
-//      S_i + S_i+1
-//   3. every segment from S_i, as method chunk does:            O = scale (diag(in) Q S + A V), and
-//      S as in 1
+//   1. segments i but the last, from zero, by chunks:  S_i+1 <- total S_i+1 + (diag(out) K)^T V
+//   2. a scan over segments, by panels of columns:     S_i+1 <- 2^(sum L of segment i) S_i + S_i+1
+//   3. every segment from S_i, as method chunk does:   O = scale (diag(in) Q S + A V), S as in 1
 //
-//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, which is Hs 2KV more than chunk. It is for few heads
-//   and long N, where chunk has too few tasks. There are at most 16 segments of at least 4 chunks.
-//   Their number does not depend on the number of workers, so answers do not either. Workspace: K V
-//   numbers per segment, and a chunk per worker state passing of Mamba-2, arXiv:2405.21060;
-//   parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, Hs 2KV more than chunk: for few heads and long N,
+//   where chunk has too few tasks. There are at most 16 segments of at least 4 chunks for any number
+//   of workers, so answers do not depend on it. Workspace: K V per segment, a chunk per worker.
+//   Mamba-2 (state passing), arXiv:2405.21060; Martin and Cundy 2018 (scans), arXiv:1709.04057
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
