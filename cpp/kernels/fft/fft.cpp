@@ -3,11 +3,11 @@
 //   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n)    L: log2 decay
 //   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
 //
-//   A vector holds P = kLanes columns of V. A complex number is rank r and, imaginary, rank r + 1: h is
-//   real and keeps them apart. Radix 4, decimation in frequency forward and in time back, so that no
-//   spectrum is reordered; each quarter goes there and back while it is in the cache.
+//   A vector holds P = kLanes columns of V. A complex number is rank r and, imaginary, rank r + 1;
+//   h is real and keeps them apart. Radix 4, decimation in frequency forward and in time back: no
+//   spectrum is reordered. Each quarter goes there and back while it is in the cache.
 //   about B Hs V K/2 M (17/2 log2 M + 2G - 5) flop, M >= 2N a power of 2, G = H / Hs; 2KV per token
-//   and state; scratch per worker (G + 3) P M + 5M numbers; tasks: (sequence, state, vector of columns)
+//   and state; scratch per worker (G + 3) P M + 5M; tasks: (sequence, state, vector of columns)
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include <cmath>
 
