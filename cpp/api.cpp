@@ -211,11 +211,13 @@ const char* lc_build_info(void) {
   static thread_local std::string text;
   const lc_status status = guarded([&] {
     text = "version=" + std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
-           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::kIsaNames[int(lc::isa())] +
+           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::isa().name +
            "\nisas=";
     const char* separator = "";
-    for (lc::Isa isa : {lc::Isa::generic, lc::Isa::avx2, lc::Isa::avx512})
-      if (lc::compiled(isa)) text += separator + std::string(lc::kIsaNames[int(isa)]), separator = " ";
+    for (const lc::Isa& isa : lc::isas()) {
+      text += separator + std::string(isa.name);
+      separator = " ";
+    }
 #ifdef LC_WITH_CUDA
     text += "\ncuda=" + lc::cuda::versions();
 #else

@@ -11,18 +11,6 @@
 
 namespace lc {
 
-namespace generic {
-extern const Methods table;
-}
-#ifdef LC_X86_ISAS
-namespace avx2 {
-extern const Methods table;
-}
-namespace avx512 {
-extern const Methods table;
-}
-#endif
-
 #define CPU(name)
 #ifdef LC_WITH_CUDA
 #define CUDA(name) extern const Method name##_cuda;
@@ -36,18 +24,7 @@ static constexpr const Method* kCudaRows[] = {
 #endif
 #undef CPU
 
-static Methods cpu_methods() {
-  switch (isa()) {
-#ifdef LC_X86_ISAS
-    case Isa::avx512:
-      return avx512::table;
-    case Isa::avx2:
-      return avx2::table;
-#endif
-    default:
-      return generic::table;
-  }
-}
+static Methods cpu_methods() { return *isa().table; }
 
 Methods methods() {
 #ifdef LC_WITH_CUDA

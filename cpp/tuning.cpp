@@ -92,7 +92,7 @@ std::unique_ptr<Tuning> parse(const char* text) {
     const std::string kind = word;
     if (!(words >> word)) broken(number_of_line, "expected more after '" + kind + "'");
     if (kind == "isa") {
-      mine = word == kIsaNames[int(isa())];
+      mine = word == isa().name;
     } else if (kind == "axis") {
       int axis = 0;
       while (axis < 3 && word != kAxes[axis]) ++axis;
