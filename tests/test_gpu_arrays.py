@@ -223,7 +223,8 @@ def test_gradients_that_a_gpu_does_not_have():
     with pytest.raises(NotImplementedError, match="chunk: does not compute in float64 on a GPU; on the CPU it does"):
         gradients.backward(arguments, options, d_results)
     with pytest.raises(NotImplementedError, match=r"^linear_attention has gradients of float64 .* expected float32"):
-        leetcore.torch.ops._backward(*arguments.values(), None, *d_results, 1.0, "bhnd", False, 5 * [True])
+        inputs = *arguments.values(), None, *d_results, 1.0, "bhnd", False, 5 * [True]
+        leetcore.torch.ops._backward(BackwardInputs(*inputs))
     assert emulator.launches == 0
 
 
