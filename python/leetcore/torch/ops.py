@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _core
+from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, is_bnhd, method_name, real
 from . import autograd, rules
 from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, schema
