@@ -49,7 +49,7 @@ static lc_args tiny(void) {
 
 static char memory[1 << 22];
 
-/* lc_workspace, then lc_run with the scratch it asked for. */
+/* Calls lc_workspace, and lc_run with that scratch. */
 static lc_status run(lc_args* a) {
   size_t bytes = 0;
   const lc_status status = lc_workspace(a, &bytes);
@@ -68,7 +68,7 @@ static void values(void) {
   CHECK(run(&a) == LC_OK);
   CHECK(near(o[0], 48) && near(o[1], 141) && near(state[0], 47));
 
-  a = tiny(); /* scale is no more than a factor of o */
+  a = tiny(); /* scale multiplies o and nothing else */
   a.scale = -2;
   CHECK(run(&a) == LC_OK);
   CHECK(near(o[0], -96) && near(o[1], -282) && near(state[0], 47));
@@ -105,7 +105,7 @@ static void statuses(void) {
   CHECK(starts_with(lc_last_error(), "v: "));
 
   a = tiny();
-  a.op = LC_BACKWARD; /* which has no outputs of LC_FORWARD */
+  a.op = LC_BACKWARD; /* LC_BACKWARD takes no outputs of LC_FORWARD */
   CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && untouched());
   CHECK(starts_with(lc_last_error(), "final_state: "));
 
@@ -155,7 +155,7 @@ static void struct_sizes(void) {
   a.struct_size = 0;
   CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && *lc_last_error() && untouched());
 
-  a = tiny(); /* an older caller: what lies behind its struct is not read */
+  a = tiny(); /* an older caller: memory after its struct is not read */
   CHECK(run(&a) == LC_OK);
   a.struct_size = offsetof(lc_args, stream);
   a.stream = &a;
@@ -323,7 +323,7 @@ static int ask(void* context) {
   return answer;
 }
 
-/* Some tenths of a second of work, which ends early when its caller wants that. */
+/* Work of some tenths of a second ends early when its caller asks for it. */
 static void interrupts(void) {
   enum { H = 16, N = 4096, D = 64 };
   float *x = calloc((size_t)H * N * D, sizeof *x), *y = calloc((size_t)H * N * D, sizeof *y);

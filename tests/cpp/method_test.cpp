@@ -1,8 +1,9 @@
-// method_test.cpp - every CPU row of lc_method() against the definition, with the instruction set that LEETCORE_ISA
-// names.
+// method_test.cpp - every CPU row of lc_method() against the definition, with the instruction set
+// that LEETCORE_ISA names.
 //
-// Scratch and outputs are full of NaN before each call and have guard bytes around them. What a method refuses must be
-// refused for every number of threads; what it computes must be the same, bit for bit, for every number of threads.
+// Before each call, scratch and outputs are full of NaN and have guard bytes around them. A row
+// serves exactly the calls whose features it declares. Its results are the same, bit for bit, for
+// every number of threads.
 #include <gtest/gtest.h>
 
 #include <set>
@@ -102,7 +103,7 @@ TEST_F(Methods, Decays) {
   EXPECT_GT(served_, 0);
 }
 
-// Slopes at which gamma^-t overflows within a few tokens.
+// With these slopes gamma^-t overflows within a few tokens.
 TEST_F(Methods, SteepDecays) {
   for (lc_dtype dtype : kInputs)
     for (double slope : {2.9, 20.0, 87.0, 1000.0})
@@ -171,7 +172,7 @@ TEST_F(Methods, Layouts) {
   EXPECT_GT(served_, 0);
 }
 
-// Large enough that every thread gets work.
+// Calls that are large enough to give every thread work.
 TEST_F(Methods, ManyThreads) {
   for (lc_dtype dtype : kInputs)
     for (const auto& [B, H, N] : {std::tuple{2, 4, 130}, std::tuple{1, 1, 600}, std::tuple{1, 3, 200}}) {
