@@ -3,7 +3,7 @@
 //   O(right)_i += scale 2^(cum_i) q_i S(left),   S(whole) = 2^(sum L over right) S(left) + S(right)
 //
 //   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). A stack has
-//   the states of all finished left halves, like bits of a binary counter. Outputs are written once,
+//   the states of finished left halves, like bits of a binary counter. Outputs are written once,
 //   as O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)   (Horner: all factors <= 1)
 //   about B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop
 //   scratch per worker: a chunk and K V log2(N/C) numbers

@@ -5,8 +5,8 @@
 //   3. every segment from S_i, as method chunk does:   O = scale (diag(in) Q S + A V), S as in 1
 //
 //   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, Hs 2KV more than chunk: for few heads and long N,
-//   where chunk has too few tasks. There are at most 16 segments, of 4 or more chunks, for any number
-//   of workers, so answers do not depend on it. Workspace: K V per segment, a chunk per worker.
+//   where chunk has too few tasks. There are at most 16 segments, each of 4 or more chunks. Their
+//   number does not depend on the workers, nor do answers. Workspace: K V numbers per segment
 //   Mamba-2 (state passing), arXiv:2405.21060; Martin and Cundy 2018 (scans), arXiv:1709.04057
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
