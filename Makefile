@@ -1,32 +1,40 @@
-# make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
-# make test              every check; each stage has a target of its own: install lint pytest cuda versions ctest sanitize
-# make quick             two minutes after a change: the checks most likely to fail; it says which ones it leaves out
-# make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
-# make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
-# make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network, in at most
-#                        nine minutes; single stages: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
-# make cbench [ARGS=...] every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
-# make format            format all code
-# make clean             remove .venv and build
+# make run [TEXT=file]   install leetcore into .venv, run examples/text.py; needs g++ and Python >=
+# 3.10 make test              all checks; each stage is a target: install lint pytest cuda versions
+# ctest
+#                        sanitize
+# make quick             two minutes after a change: the checks most likely to fail; it lists the
+# others make train [ARGS=...]  train a language model of bytes in minutes: examples/train_lm.py
+# make generate          let the trained model write: examples/generate.py make bench [ARGS=...]
+# measure how fast leetcore is on this machine; ARGS=--help make gpu               build, test and
+# measure the CUDA methods on this machine's NVIDIA GPU, without
+#                        network, in at most nine minutes; single stages: make gpu-build gpu-contract
+#                        gpu-methods gpu-test gpu-sanitizer gpu-bench
+# make cbench [ARGS=...] run every method under Google Benchmark;
+# ARGS=--benchmark_filter=forward/chunk make format            format all code make clean
+# remove .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 STAGES := install lint pytest cuda versions ctest sanitize
-# AUTO builds the CUDA methods into the package if there is a CUDA compiler. ON requires them, OFF leaves them out.
+# AUTO builds the CUDA methods into the package if there is a CUDA compiler. ON requires them, OFF
+# leaves them out.
 CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 
 system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
-# All builds compile the CPU methods with the same flags, so ccache compiles each source once. Builds work without ccache too.
+# All builds compile the CPU methods with the same flags, so ccache compiles each source once.
+# Builds work without ccache too.
 export CCACHE_DIR ?= $(CURDIR)/build/ccache
 launcher = $(shell command -v ccache)
 export CMAKE_C_COMPILER_LAUNCHER ?= $(launcher)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(launcher)
 export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(launcher)
-# Python compiles a module when a program imports it; pip would compile all modules of torch and jax.
+# Python compiles a module when a program imports it; pip would compile all modules of torch and
+# jax.
 pip := python -m pip install --quiet --no-compile
-# The build tools are in .venv, because pip would otherwise put them into a new folder for every build and compile nanobind again.
+# The build tools are in .venv, because pip would otherwise put them into a new folder for every
+# build and compile nanobind again.
 build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4'
 install = $(pip) $(if $(LEETCORE_CUDA_FROM_PYPI),,--no-build-isolation)
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
@@ -36,8 +44,8 @@ COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
 run: .venv/package
 	python examples/text.py $(TEXT)
 
-# Runs every stage, even after one has failed, and ends with the result and the time of each and the slowest tests. The virtual
-# environments of `versions` are downloaded while `cuda` compiles.
+# Runs every stage, even after one has failed, and ends with the result and the time of each and the
+# slowest tests. The virtual environments of `versions` are downloaded while `cuda` compiles.
 test: system
 	@rm -rf build/logs; mkdir -p build/logs; passed=0; failed=0; summary=; begin=$$(date +%s); \
 	for stage in $(STAGES); do \
@@ -57,8 +65,9 @@ test: system
 
 install: .venv/test
 
-# The checks of a change since the commit BASE: format of the changed files, types, an incremental build of the package, the
-# essential Python tests with the machine's own instruction set, and the C and C++ tests of the C interface.
+# The checks of a change since the commit BASE: format of the changed files, types, an incremental
+# build of the package, the essential Python tests with the machine's own instruction set, and the C
+# and C++ tests of the C interface.
 BASE ?= HEAD
 changed = $(shell { git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard; } | sort -u)
 quick_tests := rules api errors methods decode backward decay cli
@@ -92,9 +101,9 @@ lint: .venv/test
 pytest: .venv/test
 	python -m pytest -q --junitxml=build/logs/pytest.xml
 
-# Runs the tests of array libraries with the oldest and with the newest versions that leetcore supports; .venv has versions in
-# between. Each set of versions has a virtual environment of 6 GB and uses the leetcore of .venv. In CI the environment is removed
-# after its tests.
+# Runs the tests of array libraries with the oldest and with the newest versions that leetcore
+# supports; .venv has versions in between. Each set of versions has a virtual environment of 6 GB
+# and uses the leetcore of .venv. In CI the environment is removed after its tests.
 oldest := torch==2.6.0 numpy==1.24.4 ml_dtypes==0.4.0 jax==0.4.30 jaxlib==0.4.30
 newest := torch==2.14.1 numpy ml_dtypes jax
 version_sets := build/versions/oldest/installed build/versions/newest/installed
@@ -112,7 +121,8 @@ build/versions/%/installed: Makefile | .venv/bin/python
 	build/versions/$*/bin/$(pip) pytest $($*)
 	@touch $@
 
-# Builds the library with the CUDA methods for two architectures and runs the tests of it that need no GPU.
+# Builds the library with the CUDA methods for two architectures and runs the tests of it that need
+# no GPU.
 ctest = ctest --test-dir build/$(1) -j $(JOBS) --output-on-failure --output-junit $(CURDIR)/build/logs/$@.xml
 cuda: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS) --target cuda_tests
@@ -182,8 +192,9 @@ clean:
 	$(install) .
 	@touch $@
 
-# Dependencies are resolved again only when pyproject.toml has changed. The C and C++ tests are configured in the build of the
-# package, so that `make quick` links them with its objects, and warnings are errors, as in the other builds.
+# Dependencies are resolved again only when pyproject.toml has changed. The C and C++ tests are
+# configured in the build of the package, so that `make quick` links them with its objects, and
+# warnings are errors, as in the other builds.
 package_build = $(firstword $(dir $(wildcard build/cp*/build.ninja)))
 .venv/test: export CMAKE_ARGS := $(CMAKE_ARGS) -DLEETCORE_TESTS=ON -DLEETCORE_WERROR=ON
 .venv/test: | system
@@ -191,8 +202,8 @@ package_build = $(firstword $(dir $(wildcard build/cp*/build.ninja)))
 	$(install) $(if $(filter pyproject.toml .venv/build,$?),'.[$*]',--no-deps .)
 	@touch .venv/package $@
 
-# Tools that PyPI does not have come from Debian. Root installs the missing packages; other users read their names. ccache is
-# optional.
+# Tools that PyPI does not have come from Debian. Root installs the missing packages; other users
+# read their names. ccache is optional.
 system:
 	@missing=; have() { command -v $$1 >/dev/null; }; \
 	have g++ || missing="$$missing g++"; \

@@ -1,4 +1,4 @@
-"""Inputs of unit variance, tolerances, and outputs that are NaN until they are written."""
+"""Shared by the tests: inputs of unit variance, tolerances, and outputs filled with NaN."""
 
 import leetcore
 import numpy as np
@@ -9,6 +9,18 @@ from leetcore.bench.problems import GAMMAS, LOG_DECAYS  # noqa: F401
 from leetcore.bench.problems import mixture as log_decays  # noqa: F401
 
 METHODS = [m.name for m in leetcore.methods() if m.device == "cpu"]
+
+
+def _refuses_token_decays(name):
+    try:
+        leetcore.cost(name, N=64, K=16, per_token=True)
+    except NotImplementedError:
+        return True
+    return False
+
+
+# The methods that need one decay for all tokens.
+WITHOUT_TOKEN_DECAYS = [name for name in METHODS if _refuses_token_decays(name)]
 # Short names of dtypes, for the names of tests.
 _NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 DTYPES = {short: problems.DTYPES[name] for short, name in _NAMES.items()}
@@ -22,7 +34,7 @@ def method(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Fills every array that leetcore allocates for a result with NaN, so that an element nobody wrote shows."""
+    """Fills every array that leetcore allocates for a result with NaN: a missing result shows."""
 
     def poison(library):
         empty = library.empty
@@ -39,10 +51,11 @@ def poisoned_outputs(monkeypatch):
 
 
 def serves(method, arguments):
-    """Whether a method takes these. The one refusal, fft's of a decay per token, has to say why and who can."""
-    if method != "fft" or np.ndim(arguments["log_decay"]) < 3:
+    """Whether a method serves the arguments. It may refuse nothing except a decay per token. The
+    message then gives the reason and a method that serves the problem."""
+    if np.ndim(arguments["log_decay"]) < 3 or method not in WITHOUT_TOKEN_DECAYS:
         return True
-    why = r"'fft' does not serve this problem(.|\n)*chunk: serves it(.|\n)*fft: its Toeplitz mask needs one decay"
+    why = rf"'{method}' does not serve this problem(.|\n)*chunk: serves it(.|\n)*{method}: .*needs one decay"
     with pytest.raises(NotImplementedError, match=why):
         leetcore.linear_attention(**arguments, method=method)
     return False
