@@ -51,7 +51,7 @@ test: system
 	for stage in $(STAGES); do \
 	  echo "== $$stage"; start=$$(date +%s); \
 	  case "$$stage: $(STAGES)" in \
-	    cuda:*versions*) $(MAKE) --no-print-directory $(version_sets) >build/logs/versions.log 2>&1 & ;; \
+	    cuda:*cuda*versions*) $(MAKE) --no-print-directory $(version_sets) >build/logs/versions.log 2>&1 & ;; \
 	    versions:*) wait ;; \
 	  esac; \
 	  if $(MAKE) --no-print-directory $$stage; then result=passed; passed=$$((passed + 1)); \
@@ -71,7 +71,7 @@ install: .venv/test
 BASE ?= HEAD
 changed = $(shell { git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard; } | sort -u)
 quick_tests := rules api errors methods decode backward decay cli
-quick: system .venv/test
+quick: system
 	@begin=$$(date +%s); \
 	step() { start=$$(date +%s); name=$$1; shift; "$$@" || { echo "== $$name: FAILED"; exit 1; }; \
 	  echo "== $$name: passed in $$(($$(date +%s) - start)) s"; }; \
@@ -79,9 +79,10 @@ quick: system .venv/test
 	[ -z "$$python_files" ] || step "ruff check" ruff check $$python_files; \
 	[ -z "$$python_files" ] || step "ruff format" ruff format --check $$python_files; \
 	[ -z "$$c_files" ] || step clang-format clang-format --dry-run -Werror $$c_files; \
-	step mypy mypy; \
-	step "C and C++ tests: build" cmake --build $(package_build) -j $(JOBS) --target api_test check_test hpp_test; \
-	step "C and C++ tests" ctest --test-dir $(package_build) -j $(JOBS) --output-on-failure -R '^(api|check|hpp)$$'; \
+	step "package" $(MAKE) --no-print-directory .venv/test; \
+	step mypy mypy; build=$$(ls -d build/cp* | head -n 1); \
+	step "C and C++ tests: build" cmake --build "$$build" -j $(JOBS) --target api_test check_test hpp_test; \
+	step "C and C++ tests" ctest --test-dir "$$build" -j $(JOBS) --output-on-failure -R '^(api|check|hpp)$$'; \
 	step pytest python -m pytest -q -x $(quick_tests:%=tests/test_%.py); \
 	step "accuracy" python -m pytest -q -x tests/test_accuracy.py -k 'not 8192 and (lengths or dims or decays_mixed)'; \
 	echo "quick: passed in $$(($$(date +%s) - begin)) s. Left out:"; \
@@ -123,7 +124,7 @@ build/versions/%/installed: Makefile | .venv/bin/python
 
 # Builds the library with the CUDA methods for two architectures and runs the tests of it that need
 # no GPU.
-ctest = ctest --test-dir build/$(1) -j $(JOBS) --output-on-failure --output-junit $(CURDIR)/build/logs/$@.xml
+ctest = mkdir -p build/logs && ctest --test-dir build/$(1) -j $(JOBS) --output-on-failure --output-junit $(CURDIR)/build/logs/$@.xml
 cuda: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS) --target cuda_tests
 	$(call ctest,ctest) -L cuda
@@ -195,7 +196,6 @@ clean:
 # Dependencies are resolved again only when pyproject.toml has changed. The C and C++ tests are
 # configured in the build of the package, so that `make quick` links them with its objects, and
 # warnings are errors, as in the other builds.
-package_build = $(firstword $(dir $(wildcard build/cp*/build.ninja)))
 .venv/test: export CMAKE_ARGS := $(CMAKE_ARGS) -DLEETCORE_TESTS=ON -DLEETCORE_WERROR=ON
 .venv/test: | system
 .venv/test .venv/bench: .venv/%: .venv/build $(sources)

@@ -1,5 +1,5 @@
-# `cmake --install` installs the library, the headers, the CMake package and the pkg-config file. All
-# of them are relocatable. Destinations follow GNUInstallDirs.
+# `cmake --install` installs the library, the headers, the CMake package and the pkg-config file.
+# All of them are relocatable. Destinations follow GNUInstallDirs.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
