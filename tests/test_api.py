@@ -1,4 +1,4 @@
-"""The surface of the package: names, signatures, build information, documentation that runs."""
+"""The public interface: names, signatures, build information, examples of the documentation."""
 
 import inspect
 import os
@@ -88,7 +88,7 @@ def test_environment_method():
     assert ran.stdout.startswith("LEETCORE_METHOD names parallel\n") and "* parallel" in ran.stdout
     ran = child(USE, LEETCORE_METHOD="wrong")
     assert ran.returncode and "ValueError: LEETCORE_METHOD: unknown method 'wrong'; known are auto" in ran.stderr
-    assert child(DECODE, LEETCORE_METHOD="chunk").returncode == 0  # the wish is for forward passes
+    assert child(DECODE, LEETCORE_METHOD="chunk").returncode == 0  # LEETCORE_METHOD applies to forward passes only
 
 
 def test_environment_isa_and_threads():
