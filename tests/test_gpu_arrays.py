@@ -21,6 +21,7 @@ from conftest import TOLERANCE
 from fake_gpu import CuPyArray, CuPyStream, JaxArray, JaxDevice, OldArray, OtherArray, TorchArray, TorchStream, emulator
 from leetcore import reference
 from leetcore.compat.leetdecoding import causal_linear_decoder
+from leetcore.torch.inputs import BackwardInputs
 
 CORE = os.environ.get("LEETCORE_EMULATED_CORE")
 pytestmark = pytest.mark.skipif(not CORE, reason="needs the emulated extension module: ctest runs this")

@@ -7,6 +7,7 @@ torch.library.register_autograd makes such kernels too. Its kernels fail in torc
 from __future__ import annotations
 
 import functools
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import api
-from .inputs import BackwardInputs, DecodeInputs, ForwardInputs
+from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, tensor_fields
 
 # leetcore.torch uses the private names of torch below and no others. Each says what happens without the name.
 
@@ -44,10 +45,16 @@ def _forward_mode_is_on() -> bool:
 
 
 _operators: Any = torch.ops.leetcore
-# The inputs of the operator that have gradients, in the order of the gradients.
+# Inputs that have gradients, in the order of the gradients.
 _DIFFERENTIABLE = tuple(name.removeprefix("d_") for name in api.Gradients._fields)
-_SHARED = tuple(name for name in BackwardInputs._fields if name in ForwardInputs._fields)
-_NO_GRADIENTS: Any = ForwardInputs(*[None for _ in ForwardInputs._fields])  # type: ignore[arg-type]
+_TENSORS = tensor_fields(ForwardInputs)
+_OPTIONS = tuple(name for name in ForwardInputs._fields if name not in _TENSORS)
+# The values of these inputs. A getter is several times as fast as a comprehension.
+_differentiable, _tensors, _options = attrgetter(*_DIFFERENTIABLE), attrgetter(*_TENSORS), attrgetter(*_OPTIONS)
+# BackwardInputs of what the forward pass saved and of what the backward pass adds.
+_KNOWN = (*_TENSORS, *_OPTIONS, "d_o", "d_final_state", "wants")
+_backward_inputs = itemgetter(*map(_KNOWN.index, BackwardInputs._fields))
+_STATE = DecodeInputs._fields.index("state")
 
 
 def forward_kernel(*inputs: Any) -> Any:
@@ -68,7 +75,7 @@ def decode_kernel(*inputs: Any) -> Any:
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
             "or torch.no_grad(); linear_attention with initial_state computes gradients"
         )
-    state = DecodeInputs(*inputs).state
+    state = inputs[_STATE]
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return _run(_operators.decode_step.default, inputs)
@@ -98,27 +105,24 @@ def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
 class _Forward:
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        args = ForwardInputs(*inputs)
+        ctx.save_for_backward(*_tensors(args))
+        ctx.options = _options(args)
+        ctx.return_state = args.return_state
         ctx.set_materialize_grads(False)
         return _run_in_function(_operators.linear_attention.default, inputs)
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> Any:
+    def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs, None for inputs that have none."""
-        saved = zip(ctx.saved_tensors, ctx.options, strict=True)
-        inputs = ForwardInputs(*(option if tensor is None else tensor for tensor, option in saved))
-        d_final_state = d_final_state if inputs.return_state else None
-        if d_o is None and d_final_state is None:
-            return _NO_GRADIENTS
-        needed = ForwardInputs(*ctx.needs_input_grad)
-        wants = [getattr(needed, name) for name in _DIFFERENTIABLE]
-        shared = {name: getattr(inputs, name) for name in _SHARED}
-        gradients = _operators.linear_attention_backward.default(
-            *BackwardInputs(**shared, d_o=d_o, d_final_state=d_final_state, wants=wants)
-        )
-        found = zip(_DIFFERENTIABLE, gradients, wants, strict=True)
-        return _NO_GRADIENTS._replace(**{name: d for name, d, wanted in found if wanted})
+        d_final_state = d_final_state if ctx.return_state else None
+        found: dict[str, Tensor] = {}
+        if d_o is not None or d_final_state is not None:
+            wants = _differentiable(ForwardInputs(*ctx.needs_input_grad))
+            known = (*ctx.saved_tensors, *ctx.options, d_o, d_final_state, wants)
+            gradients = _operators.linear_attention_backward.default(*_backward_inputs(known))
+            found = {name: d for name, d, wanted in zip(_DIFFERENTIABLE, gradients, wants, strict=True) if wanted}
+        return tuple(map(found.get, ForwardInputs._fields))
 
 
 class _Backward:

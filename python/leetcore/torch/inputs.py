@@ -10,6 +10,8 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from .. import api
+
 Updated = Annotated[Tensor, "updated in place"]
 
 _TYPES_OF_SCHEMAS: dict[Any, str] = {
@@ -19,6 +21,7 @@ _TYPES_OF_SCHEMAS: dict[Any, str] = {
     float: "float",
     bool: "bool",
     str: "str",
+    api.Layout: "str",
     list[bool]: "bool[]",
 }
 
@@ -34,7 +37,7 @@ class ForwardInputs(NamedTuple):
     cu_seqlens: Tensor | None = None
     scale: float = 1.0
     return_state: bool = False
-    layout: str = "bhnd"
+    layout: api.Layout = "bhnd"
     method: str = "auto"
     tf32: bool = False  # whether precision is "tf32"
 
@@ -51,7 +54,7 @@ class BackwardInputs(NamedTuple):
     d_o: Tensor | None
     d_final_state: Tensor | None
     scale: float
-    layout: str
+    layout: api.Layout
     tf32: bool
     wants: list[bool]  # which fields of `leetcore.Gradients` to compute
 
@@ -76,6 +79,12 @@ def schema(name: str, inputs: Any, results: str) -> str:
         for field, kind in get_type_hints(inputs, include_extras=True).items()
     )
     return f"{name}({', '.join(arguments)}) -> {results}"
+
+
+def tensor_fields(inputs: Any) -> tuple[str, ...]:
+    """The names of the inputs that are tensors or None."""
+    kinds = get_type_hints(inputs, include_extras=True).items()
+    return tuple(name for name, kind in kinds if _TYPES_OF_SCHEMAS[kind].startswith("Tensor"))
 
 
 def head_axis(layout: str) -> int:

@@ -87,6 +87,7 @@ def linear_attention(
             method=method,
             precision=precision,
         )
+    # In the order of ForwardInputs: names would cost 1 us per call.
     o, final_state = _FORWARD(
         q,
         k,
@@ -94,11 +95,11 @@ def linear_attention(
         _decay(log_decay, q, k, v, 2 if is_bnhd(layout) else 1),
         initial_state,
         cu_seqlens,
-        scale=_number(scale),
-        return_state=return_state,
-        layout=layout,
-        method=method_name(method),
-        tf32=allows_tf32(precision),
+        _number(scale),
+        return_state,
+        layout,
+        method_name(method),
+        allows_tf32(precision),
     )
     return (o, final_state) if return_state else o
 
@@ -144,7 +145,7 @@ def decode_step(
         return handle_torch_function(
             decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
         )
-    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, scale=_number(scale))
+    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
@@ -193,7 +194,19 @@ def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) 
 
 
 def _forward(args: ForwardInputs) -> tuple[Tensor, Tensor]:
-    result = api.linear_attention(**_arguments(args))
+    result = api.linear_attention(
+        args.q,
+        args.k,
+        args.v,
+        args.log_decay,
+        initial_state=args.initial_state,
+        cu_seqlens=args.cu_seqlens,
+        scale=args.scale,
+        return_state=args.return_state,
+        layout=args.layout,
+        method=args.method,
+        precision="tf32" if args.tf32 else None,
+    )
     return result if args.return_state else (result, rules.absent(args.v))
 
 
@@ -204,20 +217,28 @@ def _backward(args: BackwardInputs) -> tuple[Tensor, ...]:
             "(x.float()), or tensors on the CPU (x.cpu())"
         )
     wants = [name for name, wanted in zip(api.Gradients._fields, args.wants, strict=True) if wanted]
-    gradients = api.linear_attention_backward(**_arguments(args) | {"wants": wants})
+    gradients = api.linear_attention_backward(
+        args.q,
+        args.k,
+        args.v,
+        args.log_decay,
+        d_o=args.d_o,
+        d_final_state=args.d_final_state,
+        initial_state=args.initial_state,
+        cu_seqlens=args.cu_seqlens,
+        scale=args.scale,
+        layout=args.layout,
+        precision="tf32" if args.tf32 else None,
+        wants=wants,
+    )
     return tuple(rules.absent(args.v) if d is None else d for d in gradients)
 
 
 def _decode(args: DecodeInputs) -> Tensor:
-    o: Tensor = api.decode_step(**args._asdict())
+    o: Tensor = api.decode_step(
+        args.q, args.k, args.v, args.state, args.log_decay, scale=args.scale, state_indices=args.state_indices
+    )
     return o
-
-
-def _arguments(args: ForwardInputs | BackwardInputs) -> dict[str, Any]:
-    """The inputs of an operator as arguments of `leetcore.linear_attention` or of its backward."""
-    arguments = args._asdict()
-    arguments["precision"] = "tf32" if arguments.pop("tf32") else None
-    return arguments
 
 
 # ---- the definition of the operators
@@ -288,7 +309,7 @@ def _define() -> torch.library.Library:
 
 def _with_tuple(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
     """A function of single inputs, as torch calls it, from a function of their NamedTuple."""
-    return lambda *single, **named: function(inputs(*single, **named))
+    return lambda *single: function(inputs(*single))
 
 
 # A second import in the same process uses the operators of the first, which live as long as their library.
