@@ -219,7 +219,7 @@ def test_bench_writes_files_that_parse(tmp_path):
         "bench", "chunk", "fft", "auto", *SMALL, "--decays", "alibi,token", "--dtypes", "float32,bfloat16", *options
     )
     assert "fastest" in ran.output and "fft: refused: " in ran.output
-    results = json.loads(out["json"].read_text())
+    results = results_file.read(out["json"])
     assert results["schema"] == "leetcore results" and results["version"] == 2 and results["kind"] == "bench"
     assert not results["interrupted"] and (results["commit"], results["dirty"]) == machine.commit()
     assert {"device", "versions", "isa", "threads", "ceilings"} <= results.keys()
@@ -249,7 +249,7 @@ def test_the_gate_refuses_what_is_broken_and_goes_on(register, tmp_path, name):
     options = ("--shapes", "1,2,80,8,8", "--rounds", 2, "--json", tmp_path / "b.json")
     ran = leet("bench", name, "chunk", *options, status=1)
     assert text in ran.output and f"Error: {name}: wrong or failed" in ran.output
-    broken, fine = json.loads((tmp_path / "b.json").read_text())["rows"]
+    broken, fine = results_file.read(tmp_path / "b.json")["rows"]
     assert broken["status"].startswith(("wrong", "failed")) and broken["seconds"] is None
     assert fine["method"] == "chunk" and fine["seconds"]["n"] == 2
 
@@ -265,7 +265,7 @@ def test_a_method_that_fails_later_ends_its_row_only(register, tmp_path):
 
     register("mine", tired)
     leet("bench", "mine", "chunk", *SMALL, "--json", tmp_path / "b.json", status=1)
-    mine, chunk = json.loads((tmp_path / "b.json").read_text())["rows"]
+    mine, chunk = results_file.read(tmp_path / "b.json")["rows"]
     assert "enough" in mine["status"] and chunk["status"] == "ok" and chunk["seconds"]
 
 
@@ -278,7 +278,7 @@ def test_an_interrupt_keeps_what_was_measured(register, tmp_path):
     register("mine", interrupted)
     options = ("--shapes", "1,2,40,8,8 1,2,50,8,8", "--rounds", 2, "--json", tmp_path / "b.json")
     ran = leet("bench", "chunk", "mine", *options, "--markdown", tmp_path / "b.md", status=130)
-    results = json.loads((tmp_path / "b.json").read_text())
+    results = results_file.read(tmp_path / "b.json")
     assert "Interrupted" in ran.output and results["interrupted"] and "INTERRUPTED" in (tmp_path / "b.md").read_text()
     assert [row["seconds"] and row["seconds"]["n"] for row in results["rows"]] == [2, 2, None, None]
     assert [row["status"] for row in results["rows"]] == ["ok", "ok", *["skipped: not reached"] * 2]
@@ -293,7 +293,7 @@ def test_slow_methods_are_skipped_and_said_so(register, tmp_path):
     options = ("--slow", 0.01, "--shapes", "1,1,40,8,8", "--rounds", 2, "--json", tmp_path / "b.json")
     ran = leet("bench", "chunk", "mine", *options)
     assert "mine: skipped: took" in ran.output and "(--slow 0.01)" in ran.output
-    chunk, mine = json.loads((tmp_path / "b.json").read_text())["rows"]
+    chunk, mine = results_file.read(tmp_path / "b.json")["rows"]
     assert chunk["seconds"] and not mine["seconds"]
     ran = leet("bench", "parallel", "--slow", 1e-5, "--shapes", "1,1,4000,8,8")
     assert "parallel: skipped: predicted" in ran.output
@@ -307,7 +307,7 @@ def test_the_time_limit_skips_the_rest(register, tmp_path):
     register("mine", slow)
     options = ("--time-limit", 0.2, "--shapes", "1,1,40,8,8 1,1,50,8,8", "--rounds", 3)
     leet("bench", "mine", *options, "--json", tmp_path / "b.json")
-    first, second = json.loads((tmp_path / "b.json").read_text())["rows"]
+    first, second = results_file.read(tmp_path / "b.json")["rows"]
     assert 1 <= first["seconds"]["n"] < 3 and second["status"] == "skipped: --time-limit is over"
 
 
@@ -333,7 +333,7 @@ def test_rivals_are_right(N, decay, dtype):
 
 def test_bench_with_rivals(tmp_path):
     leet("bench", "chunk", *SMALL, "--rivals", "--json", tmp_path / "b.json")
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    rows = results_file.read(tmp_path / "b.json")["rows"]
     assert [row["method"] for row in rows] == ["chunk", "torch chunk", "torch quadratic"]
     assert all(row["status"] == "ok" and row["peak_bytes"] is not None for row in rows)
     assert rows[1]["note"].startswith("C=") and rows[1]["flop"] is None and rows[1]["least_bytes"] > 0

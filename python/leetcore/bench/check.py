@@ -301,7 +301,7 @@ def check(
         found = run(chosen, cases, lambda: bar.advance(task))
     show(found, chosen, kinds)
     if json:
-        options.write_json(json, to_json(found, chosen, level))
+        results_file.write(json, to_json(found, chosen, level))
     if found.interrupted:
         click.echo("Interrupted: the findings so far are shown.", err=True)
         sys.exit(130)

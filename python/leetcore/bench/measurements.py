@@ -86,7 +86,7 @@ def read(files: list[Path]) -> Measurements:
 
 def add(results: of.Results, found: Measurements) -> None:
     """Adds a file of results."""
-    for row in results["rows"]:
+    for row in map(of.complete, results["rows"]):
         if t := row["seconds"]:
             names = ("method", "kind", "dtype", "decay", "flop", "least_bytes", "section")
             given = {name: row[name] for name in names}

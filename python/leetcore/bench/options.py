@@ -119,10 +119,6 @@ def write(file: Path, text: str) -> None:
         out.write(text.encode())
 
 
-def write_json(file: Path, results: dict[str, Any]) -> None:
-    write(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
-
-
 def read_json(file: Path) -> Any:
     """Raises ClickException where there is no such file, or where it holds no JSON."""
     try:

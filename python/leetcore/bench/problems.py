@@ -69,6 +69,11 @@ class Shape:
         """flop of the chunkwise form with whole diagonal blocks, as a chain of matrix products computes it."""
         return float(self.B * self.H * self.N * (2 * chunk * (self.K + self.V) + 4 * self.K * self.V))
 
+    def backward_flop(self, chunk: int) -> float:
+        """flop of a backward pass in chunks, for the gradients of q, k and v."""
+        token = (chunk + 1) * (3 * self.K + 2 * self.V) + 10 * self.K * self.V
+        return float(self.B * self.H * self.N * token)
+
     def state_bytes(self) -> int:
         return 4 * self.B * self.H * self.K * self.V
 

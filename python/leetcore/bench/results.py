@@ -4,7 +4,7 @@ A file has the keys of `machine.conditions`, and
 
 - schema, version, kind: "leetcore results", the version of this format, and what was measured (KINDS);
 - interrupted, and ceilings as `Ceilings.to_json` gives them (None where nothing was timed);
-- rows: timings, as `session.Row.to_json` gives them;
+- rows: timings, with the keys of `session.Row.to_json`; keys with the values of _OMITTED are left out;
 - errors: worst relative errors against float64, as {method, dtype, N, decay, output, state}; N may be None;
 - facts: numbers of no method; left_out: variants of rivals that failed.
 
@@ -13,6 +13,7 @@ Times are seconds, rates flop/s or bytes/s, sizes bytes. A statistic is {median,
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,51 @@ def new(kind: str, folder: Path | None = None, **content: Any) -> Results:
     """A file's content; folder: the checkout whose commit is named."""
     empty: Results = {"interrupted": False, "ceilings": None, "rows": [], "errors": [], "facts": {}, "left_out": []}
     head = {"schema": SCHEMA, "version": VERSION, "kind": kind, "warnings": []}
-    results = head | machine.conditions(folder) | empty | content
+    results: Results = head | machine.conditions(folder) | empty | content
+    results["rows"] = [complete(row) for row in results["rows"]]
     results["warnings"] = warnings(results)
     return results
+
+
+# Values of a row's keys that a file leaves out.
+_NUMBERS = ("error", "flop", "work", "dense_work", "least_bytes", "bytes", "workspace", "microseconds", "peak_bytes")
+_STATISTICS = ("wrong_seconds", "seconds", "fraction", "ceiling", "copy", "host_seconds")
+_OMITTED: Row = dict.fromkeys((*_NUMBERS, *_STATISTICS)) | {
+    "section": "",
+    "note": "",
+    "decay": "",
+    "status": "ok",
+    "unit": "flop",
+    "peers": [],
+}
+_DERIVED = ("rate", "dense_fraction")
+
+
+def complete(row: Row) -> Row:
+    """A row with all keys, and with what follows from others: its rate, and its fraction by dense work."""
+    row = _OMITTED | row
+    t, work, dense = row["seconds"], row["work"], row["dense_work"]
+    swapped = {"median": "median", "p10": "p90", "p90": "p10"}
+    row["rate"] = {a: work / t[b] for a, b in swapped.items()} | {"n": t["n"]} if t and work else None
+    known = row["fraction"] if work and dense else None
+    row["dense_fraction"] = known and {a: x if a == "n" else x * dense / work for a, x in known.items()}
+    return row
+
+
+def write(file: Path, results: Results) -> None:
+    """Writes a file with one row per line; raises ClickException where it cannot."""
+
+    def short(row: Any) -> Any:
+        if not isinstance(row, dict) or "seconds" not in row:
+            return row
+        return {k: x for k, x in row.items() if k not in _DERIVED and (k not in _OMITTED or x != _OMITTED[k])}
+
+    def text(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return json.dumps(value, allow_nan=False)
+        return "[\n  " + ",\n  ".join(json.dumps(short(row), allow_nan=False) for row in value) + "\n ]"
+
+    options.write(file, "{\n " + ",\n ".join(f'"{name}": {text(x)}' for name, x in results.items()) + "\n}\n")
 
 
 def matmul(results: Results) -> dict[str, float] | None:
@@ -102,7 +145,7 @@ def read(file: Path) -> Results:
     """Reads a file of results; raises ClickException where it is something else."""
     results = options.read_json(file)
     require(file, results)
-    return dict(results)
+    return {**results, "rows": [complete(row) for row in results["rows"]]}
 
 
 def require(file: Path, results: Any) -> None:

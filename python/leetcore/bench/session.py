@@ -42,6 +42,7 @@ class Row:
     work: float | None = None  # of one call, in `unit`: what its rate is computed from
     unit: str = "flop"  # or bytes
     dense_work: float | None = None  # flop of the same problem in whole blocks
+    flop: float | None = None  # of a method without a model
     least_bytes: float | None = None  # operands once
     peers: list[str] = field(default_factory=list)  # shapes whose rate this row is compared with
     took: float = math.inf  # seconds of one call at the gate
@@ -52,23 +53,33 @@ class Row:
     peak_bytes: int | None = None  # memory that a call needs besides its inputs, results included
 
     def to_json(self) -> dict[str, Any]:
-        names = ("section", "method", "kind", "dtype", "decay", "note", "peak_bytes", "unit", "work", "peers")
+        """The row of a file; `results.complete` adds what follows from it."""
+        names = (
+            "section",
+            "method",
+            "kind",
+            "dtype",
+            "decay",
+            "note",
+            "unit",
+            "work",
+            "dense_work",
+            "peak_bytes",
+            "peers",
+        )
         model = {} if self.cost is None else self.cost._asdict()
-        least_bytes = self.least_bytes or model.get("least_bytes")
         fractions = [self.work / t / c for t, c in zip(self.seconds, self.beside, strict=True)] if self.work else []
-        dense = (self.dense_work or 0.0) / (self.work or 1.0)
         return {
             **{name: getattr(self, name) for name in names},
             **vars(self.shape),
             "status": "skipped: not reached" if self.status == "ok" and not self.seconds else self.status,
-            "error": self.error if self.error is not None and math.isfinite(self.error) else None,
-            **{name: model.get(name) for name in ("flop", "bytes", "workspace", "microseconds")},
-            "least_bytes": least_bytes,
+            "error": float(f"{self.error:.4g}") if self.error is not None and math.isfinite(self.error) else None,
+            "flop": model.get("flop", self.flop),
+            "least_bytes": self.least_bytes or model.get("least_bytes"),
+            **{name: model.get(name) for name in ("bytes", "workspace", "microseconds")},
             "wrong_seconds": self.took if self.status == "wrong" else None,
             "seconds": stats(self.seconds),
-            "rate": stats(self.work / t for t in self.seconds) if self.work else None,
             "fraction": stats(fractions),
-            "dense_fraction": stats(dense * x for x in fractions) if dense else None,
             "ceiling": stats(self.beside),
             "copy": stats(self.copy),
             "host_seconds": stats(self.host),

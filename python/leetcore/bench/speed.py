@@ -244,7 +244,7 @@ def bench(
     out = options.console()
     tables.show(results, out)
     if json:
-        options.write_json(json, results)
+        results_file.write(json, results)
     if csv:
         options.write(csv, tables.csv_text(results))
     if markdown:
