@@ -79,12 +79,24 @@ class Findings:
         """errors: of output and state; None where there is no state."""
         key = (method, case.dtype, case.decay)
         old = self.worst.setdefault(key, [None, None])
-        self.worst[key] = [a if b is None else b if a is None else max(a, b) for a, b in zip(old, errors, strict=True)]
+        pairs = zip(old, errors, strict=True)
+        self.worst[key] = [max((x for x in pair if x is not None), default=None) for pair in pairs]
         self.counts[key] += 1
         for what, error, tolerance in zip(WHAT, errors, TOLERANCE[case.dtype], strict=True):
             if error is not None and error > tolerance:
                 found = "values that are not finite" if math.isinf(error) else f"error {error:.2e}"
                 self.misses.append(Miss(method, case, f"{what}: {found}, allowed {tolerance:.0e}"))
+
+    def merge(self, other: Findings) -> None:
+        """Adds the findings on other cases."""
+        for key, errors in other.worst.items():
+            old = self.worst.setdefault(key, [None, None])
+            pairs = zip(old, errors, strict=True)
+            self.worst[key] = [max((x for x in pair if x is not None), default=None) for pair in pairs]
+        self.counts += other.counts
+        self.refused += other.refused
+        self.misses += other.misses
+        self.interrupted |= other.interrupted
 
     @property
     def exact(self) -> bool:
