@@ -1,7 +1,8 @@
-"""Measures the errors in docs/accuracy.md: `python bench/accuracy.py`, some ten minutes; then `python bench/pages.py`.
+"""Measures the errors in docs/accuracy.md: `python bench/accuracy.py`, some ten minutes; then
+`python bench/pages.py`.
 
-Every method is compared with the float64 reference on the same rounded inputs, by decay, dtype and length, with one
-head for each decay. Decoding is measured with states in float32 and in 16 bits.
+Every method is compared with the float64 reference on the same rounded inputs, by decay, dtype and
+length, with one head for each decay. Decoding is measured with states in float32 and in 16 bits.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def prefill(N: int, dtype: str, tick: Callable[[], Any]) -> Errors:
 
 
 def decoding(states: str) -> Errors:
-    """Errors of the last 16 outputs after each number of steps, with float32 inputs and states of a dtype."""
+    """Errors of the last 16 outputs after each number of steps, with float32 inputs and states of a
+    dtype."""
     q, k, v = inputs(max(STEPS), "float32", seed=1)
     want, _ = reference.linear_attention(q, k, v, LOG_DECAYS, fast=True)
     state = np.zeros((1, len(DECAYS), D, D), DTYPES[states])

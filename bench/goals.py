@@ -38,7 +38,8 @@ def fraction(row: Row) -> float:
 
 
 def work_seconds(results: Results, row: Row) -> float:
-    """Seconds of a row at the run's median rate of the matrix product, as if the machine had always been so fast."""
+    """Seconds of a row at the run's median rate of the matrix product, as if the machine had always
+    been so fast."""
     rate = matmul(results)
     assert rate
     return float(row["work"]) / fraction(row) / rate["median"]
@@ -62,7 +63,8 @@ def ratio_to(results: Results, row: Row, rival: str) -> float | None:
 
 
 def slope_and_deviation(rows: list[Row], results: Results) -> tuple[float, float]:
-    """Log-log slope of time against N, and the largest relative distance from the best linear law t = a N."""
+    """Log-log slope of time against N, and the largest relative distance from the best linear law t
+    = a N."""
     x = [math.log(row["N"]) for row in rows]
     y = [math.log(work_seconds(results, row)) for row in rows]
     mx, my = sum(x) / len(x), sum(y) / len(y)
@@ -71,7 +73,8 @@ def slope_and_deviation(rows: list[Row], results: Results) -> tuple[float, float
 
 
 def expected_rate(row: Row, by_shape: dict[str, Row]) -> float | None:
-    """Fraction of the matrix product's rate that the row's neighbours have, linear in K + V between two of them."""
+    """Fraction of the matrix product's rate that the row's neighbours have, linear in K + V between
+    two of them."""
 
     def width(shape: str) -> int:
         return sum(map(int, shape.split(",")[3:]))

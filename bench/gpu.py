@@ -1,4 +1,5 @@
-"""The GPU benchmark of leetcore: `python bench/gpu.py --help`; bench/README.md says how to read it."""
+"""The GPU benchmark of leetcore: `python bench/gpu.py --help`; bench/README.md says how to read
+it."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ class Lost(Exception):
 
 @dataclass(eq=False)
 class GpuSession(Session):
-    """A session on a device, in which every method is credited with the bytes of the memory floor."""
+    """A session on a device, in which every method is credited with the bytes of the memory
+    floor."""
 
     device: Any = None
     broken: list[str] = field(default_factory=list)  # methods, or "rivals", that are not to be called any more
@@ -190,13 +192,17 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def restart(left_s: float) -> None:
-    """Restarts this program, as a broken context stays broken in its process; it resumes from the written file."""
+    """Restarts this program, as a broken context stays broken in its process; it resumes from the
+    written file."""
     again = ["--resume", f"--time-limit={left_s}"]  # the last one of repeated options counts
     os.execv(sys.executable, [sys.executable, *sys.argv, *again])
 
 
 def run(session: GpuSession, todo: list[Group], save: Callable[[], None], say: Callable[[str], Any]) -> None:
-    """Measures group by group. Where it raises Lost, a row that says why replaces those of the unfinished group."""
+    """Measures group by group.
+
+    Where it raises Lost, a row that says why replaces those of the unfinished group.
+    """
     for i, group in enumerate(todo):
         if session.late():
             session.facts["not reached"] = [str(group) for group in todo[i:]]
@@ -243,9 +249,11 @@ def main(
     resume: bool,
     output: Path,
 ) -> None:
-    """Time every method of leetcore and its rivals on this GPU, sample by sample in turn, after a correctness gate.
+    """Time every method of leetcore and its rivals on this GPU, sample by sample in turn, after a
+    correctness gate.
 
-    The JSON and its tables (.md) are written after every problem. The exit status is 1 if a method was wrong or failed.
+    The JSON and its tables (.md) are written after every problem. The exit status is 1 if a method
+    was wrong or failed.
     """
     deadline = time.monotonic() + time_limit
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,7 @@
-"""The GPU of the benchmark: its clock, its ceilings, its name. `Cpu` runs the same benchmark without a GPU."""
+"""The GPU of the benchmark: its clock, its ceilings, its name.
+
+`Cpu` runs the same benchmark without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ class Gpu:
         torch.sum(self.cold, 0, out=self.sink)
 
     def between(self, call: Call, reps: int = 1, reads: int = 0) -> list[float]:
-        """Seconds of GPU time of each of `reps` calls; `reads` reads of the cold buffer precede each of them."""
+        """Seconds of GPU time of each of `reps` calls; `reads` reads of the cold buffer precede
+        each of them."""
         events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(reps)]
         call()
         for start, stop in events:
@@ -62,7 +66,10 @@ class Gpu:
         return [1e-3 * start.elapsed_time(stop) for start, stop in events]
 
     def clock(self, call: Call, reps: int = 1) -> float:
-        """Seconds of GPU time per call. Its data are not in the cache; the GPU is busy until the call is queued."""
+        """Seconds of GPU time per call.
+
+        Its data are not in the cache; the GPU is busy until the call is queued.
+        """
         reads = 1 + math.ceil(self.host(call)[0] / self.read_s)
         return statistics.fmean(self.between(call, reps, min(reads, MOST_READS)))
 
@@ -103,7 +110,8 @@ class Gpu:
         return size < torch.cuda.mem_get_info()[0]
 
     def lost(self) -> bool:
-        """Whether a kernel has broken the context of this process, so that no other kernel can run in it."""
+        """Whether a kernel has broken the context of this process, so that no other kernel can run
+        in it."""
         try:
             torch.cuda.synchronize()
         except RuntimeError:
@@ -127,7 +135,8 @@ class Gpu:
 
 
 class Cpu:
-    """Runs the same benchmark on the CPU methods, as a test of the benchmark; its figures mean nothing."""
+    """Runs the same benchmark on the CPU methods, as a test of the benchmark; its figures mean
+    nothing."""
 
     name = "cpu"
     timer = CPU

@@ -1,4 +1,7 @@
-"""The Markdown of the GPU benchmark. `python bench/gpu_report.py FILE.json` writes FILE.md again."""
+"""The Markdown of the GPU benchmark.
+
+`python bench/gpu_report.py FILE.json` writes FILE.md again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from leetcore.bench.results import Results, Row
 from leetcore.bench.tables import Column, duration, markdown_table, median, name, number, report
 from report import FLOORS, TIME, goals_table, section_rows
 
-# Microseconds in bfloat16 on a device that copies 4.3e12 bytes/s, scaled by the bandwidth of other devices.
+# Microseconds in bfloat16 on a device that copies 4.3e12 bytes/s, scaled by the bandwidth of other
+# devices.
 GOAL_COPY = 4.3e12
 GOAL_US = {
     ("forward", "1,32,8192,128,128"): 85.0,
@@ -104,7 +108,8 @@ def growth_tables(results: Results) -> Iterator[str]:
 
 
 def regrets(results: Results) -> list[tuple[float, Row, Row]]:
-    """(regret, row of "auto", row of the best method) of every problem that was measured with both; largest first."""
+    """(regret, row of "auto", row of the best method) of every problem that was measured with both;
+    largest first."""
     found = []
     for rows in problems(results, "forward", "growth", "choice"):
         auto = best(r for r in rows if r["method"] == "auto")

@@ -1,4 +1,5 @@
-"""What the laboratory adds to `leetcore.bench`: problems of torch tensors, leetcore's calls on them, a session."""
+"""What the laboratory adds to `leetcore.bench`: problems of torch tensors, leetcore's calls on
+them, a session."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def normals(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int, device:
 
 
 def log_decay(decay: str, shape: Shape) -> Tensor:
-    """float32 [H], or for "gates" [B, H, N] as gated layers compute it: log(sigmoid(x)) / 16 of normal x."""
+    """float32 [H], or for "gates" [B, H, N] as gated layers compute it: log(sigmoid(x)) / 16 of
+    normal x."""
     if decay == "gates":
         x = torch.randn(shape.B, shape.H, shape.N, generator=torch.Generator().manual_seed(2))
         return torch.nn.functional.logsigmoid(x) / 16
@@ -90,7 +92,8 @@ class Problem(TensorProblem):
 
 
 class TrainingProblem(Problem):
-    """A forward and a backward pass; log_decay [H] is constant, and log_decay [B, H, N] has a gradient."""
+    """A forward and a backward pass; log_decay [H] is constant, and log_decay [B, H, N] has a
+    gradient."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, decay: str = "alibi", device: str = "cpu") -> None:
         super().__init__(shape, dtype, decay, device)
@@ -119,7 +122,8 @@ class TrainingProblem(Problem):
         return max(errors.values()), all(error <= self.tolerance(name) for name, error in errors.items())
 
     def operands(self) -> float:
-        """A backward pass: q, k, v and d_o read once, their gradients written once; decays of tokens likewise."""
+        """A backward pass: q, k, v and d_o read once, their gradients written once; decays of
+        tokens likewise."""
         s = self.shape
         written = s.B * s.H * s.N * (2 * s.K + s.V) * self.dtype.itemsize
         return super().operands() + written + (2 * self.log_decay.nbytes if self.per_token else 0)
@@ -135,7 +139,8 @@ class TrainingProblem(Problem):
         return rival.training(self, quick)
 
     def call(self, method: str, out: Tensor | None = None) -> Call:
-        """ "training": a step by torch's autograd; "backward": the backward pass alone, without autograd."""
+        """ "training": a step by torch's autograd; "backward": the backward pass alone, without
+        autograd."""
         if method == "backward":
             return self._backward
         leaves = self.leaves()
@@ -159,7 +164,8 @@ class DecodeProblem(Problem):
 
     @cached_property
     def wanted(self) -> list[Tensor]:
-        """Outputs of the first two steps, float64: the second step reads the state that the first one wrote."""
+        """Outputs of the first two steps, float64: the second step reads the state that the first
+        one wrote."""
         q, k, v = (x.unsqueeze(2).expand(-1, -1, 2, -1) for x in (self.q, self.k, self.v))
         return list(reference.in_chunks(q, k, v, self.log_decay, self.initial_state.double(), torch)[0].unbind(2))
 
@@ -187,7 +193,8 @@ def chunk_size() -> int:
 
 
 def predicted(p: Problem, method: str) -> leetcore.Cost:
-    """The cost model of a method on the problem's device; "auto" gives the method that is chosen."""
+    """The cost model of a method on the problem's device; "auto" gives the method that is
+    chosen."""
     dtype, where = p.dtype_name, "cuda" if p.device == "cuda" else "cpu"
     return leetcore.cost(method, **vars(p.shape), dtype=dtype, per_token=p.per_token, device=where)  # type: ignore
 

@@ -1,7 +1,8 @@
 """Fills the measured parts of README.md and docs/*.md from bench/results: `python bench/pages.py`.
 
-A part stands between `<!-- figures:NAME -->` and `<!-- end -->`. Its text comes from the newest record of its kind, so
-the pages say what the files say; a test compares them. `bench/records.py` and `bench/accuracy.py` write the records.
+A part stands between `<!-- figures:NAME -->` and `<!-- end -->`. Its text comes from the newest
+record of its kind, so the pages say what the files say; a test compares them. `bench/records.py`
+and `bench/accuracy.py` write the records.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def percent(values: list[float]) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-# ---------------------------------------------------------------------------------------------------- speed
+# ---- speed ---------------------------------------------------------------------------------------
 
 
 def over(results: Results, section: str, method: str, rival: str, **equal: Any) -> list[float]:
@@ -113,7 +114,7 @@ def speed() -> str:
     return f"{origin(results)}\n\n{markdown_table(head, body)}"
 
 
-# ---------------------------------------------------------------------------------------------------- methods
+# ---- methods -------------------------------------------------------------------------------------
 
 
 def timings(results: Results) -> Measurements:
@@ -128,23 +129,20 @@ def pictured(found: Measurements) -> list[Timing]:
 
 def growth() -> str:
     """Exponents of time and of flop over the same lengths, and the longest call with its floors."""
-    found, rows = pictured(timings(newest("growth"))), []
+    results, rows = newest("growth"), []
+    found = pictured(timings(results))
     for method in dict.fromkeys(t.method for t in found):
         points = [t for t in found if t.method == method]
         lengths, last = [t.shape.N for t in points], max(points, key=lambda t: t.shape.N)
         powers = [fitted_power(lengths, x) for x in ([t.flop or 0 for t in points], [t.seconds for t in points])]
         longest = f"{duration(last.seconds)} at N = {last.shape.N}"
         floors = [duration(x) or "-" for x in (last.memory, last.compute)]
-        rows.append(
-            [f"`{method}`", ORDER.get(method, "N"), *(f"{p:.2f}" if p else "-" for p in powers), longest, *floors]
-        )
-    return markdown_table(["method", "order", "exponent of flop", "exponent of time", "time of a call", *FLOORS], rows)
-
-
-def growth_conditions() -> str:
-    results = newest("growth")
+        cells = [ORDER.get(method, "N"), *(f"{p:.2f}" if p else "-" for p in powers), longest, *floors]
+        rows.append([f"`{method}`", *cells])
     shape = ", ".join(f"{name} = {n}" for name, n in PICTURED.items())
-    return f"{origin(results)} {shape}, float32, one decay per head (ALiBi), medians of {results['rounds']} samples."
+    problem = f"{shape}, float32, one decay per head (ALiBi), medians of {results['rounds']} samples."
+    head = ["method", "order", "exponent of flop", "exponent of time", "time of a call", *FLOORS]
+    return f"{origin(results)}\n\n{problem}\n\n{markdown_table(head, rows)}"
 
 
 def wins() -> str:
@@ -174,16 +172,19 @@ def regret() -> str:
 
 def costs() -> str:
     """The cost model of every method on one problem."""
-    shape = PICTURED | {"N": 4096}
-    body = []
-    for method in leetcore.methods():
-        if method.device == "cpu":
-            c = leetcore.cost(method.name, **shape)
-            amounts = [f"{c.flop / 1e6:.0f}", f"{c.bytes / 1e6:.1f}", size(c.workspace), f"{c.depth:.0f}"]
-            body.append([f"`{method.name}`", *amounts])
+    shape, threads, body = PICTURED | {"N": 4096}, leetcore.num_threads(), []
+    leetcore.set_num_threads(2)  # workspace and the segments of scan depend on it
+    try:
+        for method in leetcore.methods():
+            if method.device == "cpu":
+                c = leetcore.cost(method.name, **shape)
+                amounts = [f"{c.flop / 1e6:.0f}", f"{c.bytes / 1e6:.1f}", size(c.workspace), f"{c.depth:.0f}"]
+                body.append([f"`{method.name}`", *amounts])
+    finally:
+        leetcore.set_num_threads(threads)
     text = ",".join(str(shape[name]) for name in "BHNKV")
     table = markdown_table(["method", "Mflop", "MB moved", "workspace", "depth"], body)
-    return f"B,H,N,K,V = {text}, float32; the operands are {c.least_bytes / 1e6:.1f} MB:\n\n{table}"
+    return f"B,H,N,K,V = {text}, float32, 2 threads; the operands are {c.least_bytes / 1e6:.1f} MB:\n\n{table}"
 
 
 def serves() -> str:
@@ -215,7 +216,7 @@ def serves() -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- accuracy
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def shown(x: float | None) -> str:
@@ -265,7 +266,6 @@ def conditions() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "speed": speed,
-    "growth conditions": growth_conditions,
     "growth": growth,
     "wins": wins,
     "regret": regret,
@@ -281,7 +281,8 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """The text of a page with its parts filled; raises ClickException for a part of another name."""
+    """The text of a page with its parts filled; raises ClickException for a part of another
+    name."""
 
     def part(match: re.Match[str]) -> str:
         if match[2] not in PARTS:
@@ -298,7 +299,8 @@ def pages() -> list[Path]:
 
 
 def draw() -> None:
-    """Draws growth.svg (time of every method), throughput.svg (quadratic and linear), error-float32.svg."""
+    """Draws growth.svg (time of every method), throughput.svg (quadratic and linear),
+    error-float32.svg."""
     found = timings(newest("growth"))
     shown = Measurements(pictured(found), warning=found.warning)
     two = Measurements([t for t in shown.timings if t.method in ("chunk", "parallel")], warning=found.warning)
@@ -319,7 +321,8 @@ def draw() -> None:
     "--draw/--no-draw", "drawn", default=True, show_default=True, help="Also draw the pictures of docs/images."
 )
 def main(drawn: bool) -> None:
-    """Fill the measured parts of README.md and docs/*.md, and draw the pictures, from bench/results."""
+    """Fill the measured parts of README.md and docs/*.md, and draw the pictures, from
+    bench/results."""
     for page in pages():
         text = page.read_text()
         if (new := filled(text)) != text:

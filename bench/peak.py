@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 class FmaPeak:
-    """The best float32 flop/s of fused multiply-adds on `threads` threads; None without a compiler."""
+    """The best float32 flop/s of fused multiply-adds on `threads` threads; None without a
+    compiler."""
 
     def __init__(self, threads: int) -> None:
         self.best: float | None = None

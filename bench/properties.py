@@ -1,4 +1,5 @@
-"""The smaller sections of the CPU benchmark: functions that measure one property of leetcore each."""
+"""The smaller sections of the CPU benchmark: functions that measure one property of leetcore
+each."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def gamma(session: Session) -> None:
 
 
 def odd(session: Session) -> None:
-    """Odd N, K, V and their even neighbours; the report compares rates, interpolated in K + V between two of these."""
+    """Odd N, K, V and their even neighbours; the report compares rates, interpolated in K + V
+    between two of these."""
     peers: dict[str, list[str]] = {BASE: [], WIDE: [], "1,8,1024,64,64": [], "1,8,1000,64,64": ["1,8,1024,64,64"]}
     peers |= {f"1,8,{n},64,64": [BASE] for n in (2047, 2049)}
     peers |= {f"1,8,2048,{d},{d}": [BASE, WIDE] for d in (65, 80, 96, 100, 127)}
@@ -65,7 +67,8 @@ def one_head(session: Session) -> None:
 
 
 def threads(session: Session) -> None:
-    """One thread and all threads, each with the matrix product's rate at the same number of threads."""
+    """One thread and all threads, each with the matrix product's rate at the same number of
+    threads."""
     if not session.begin("threads"):
         return
     groups: dict[int, list[Row]] = {n: [] for n in sorted({1, cores()})}
@@ -116,7 +119,8 @@ def overhead(session: Session) -> None:
     session.facts["overhead_seconds"] = {name: timing.stats(values) for name, values in samples.items()}
 
 
-# Prints, for each N, by how many bytes one call with out= raises the peak of resident memory; inputs and output exist.
+# Prints, for each N, by how many bytes one call with out= raises the peak of resident memory;
+# inputs and output exist.
 _PROBE = """
 import leetcore, sys, numpy as np
 from leetcore.bench.machine import extra_memory
@@ -127,7 +131,8 @@ for n in (256, *map(int, sys.argv[1:])):  # threads, code and tables come with t
 
 
 def workspace(session: Session) -> None:
-    """Scratch against N: the model's, and the growth of the peak of memory in a new process with the usual malloc."""
+    """Scratch against N: the model's, and the growth of the peak of memory in a new process with
+    the usual malloc."""
     if not session.begin("workspace"):
         return
     lengths = (1024, 8192) if session.quick else (1024, 8192, 65536)

@@ -1,7 +1,7 @@
 """Measures all records that the pages of docs/ quote: `python bench/records.py --minutes 15`.
 
-The records are bench/results/KIND-PROCESSOR.json, in the format of `leetcore.bench.results`. Each is written as soon as
-it is measured. `python bench/pages.py` then fills the pages.
+The records are bench/results/KIND-PROCESSOR.json, in the format of `leetcore.bench.results`. Each
+is written as soon as it is measured. `python bench/pages.py` then fills the pages.
 """
 
 from __future__ import annotations

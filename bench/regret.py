@@ -1,8 +1,9 @@
 """How far "auto" is from the best method: `python bench/regret.py -o FILE.json`.
 
-On shapes that the tuning grid does not contain, every method that may be the best is timed in turn with the others. The
-regret is the time of the method that "auto" takes over that of the fastest method, less 1. Times of the same round are
-compared, and the median over the rounds counts, so that a slow moment of the machine slows all methods alike.
+On shapes that the tuning grid does not contain, every method that may be the best is timed in turn
+with the others. The regret is the time of the method that "auto" takes over that of the fastest
+method, less 1. Times of the same round are compared, and the median over the rounds counts, so that
+a slow moment of the machine slows all methods alike.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def measure(session: Session, shape: Shape, dtype: str, decay: str) -> None:
     for name, row in rows.items():
         row.call = lambda name=name: leetcore.linear_attention(**given, method=name, out=out)
         clock(row.call)
-    # No ceiling beside each sample, as there is a session-wide one: the rows of a round are compared with each other.
+    # No ceiling beside each sample, as there is a session-wide one: the rows of a round are
+    # compared with each other.
     matmul, copy = session.ceilings.matmul(), session.ceilings.copy()
     timer = type(CPU)(clock, SAMPLE_S, 0.0)
     interleave(list(rows.values()), session.rounds, lambda: matmul, lambda: copy, timer=timer)

@@ -1,4 +1,7 @@
-"""The Markdown of the CPU benchmark: tables and goals. `python bench/report.py FILE.json` writes FILE.md again."""
+"""The Markdown of the CPU benchmark: tables and goals.
+
+`python bench/report.py FILE.json` writes FILE.md again.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def fma_fraction(results: Results, row: Row) -> str:
 
 
 def per_token(results: Results, row: Row) -> str:
-    """At the median rate of the matrix product over the run, so that the machine's ups and downs do not show."""
+    """At the median rate of the matrix product over the run, so that the machine's ups and downs do
+    not show."""
     return number(1e9 * work_seconds(results, row) / row["H"] / row["N"]) if row["seconds"] else "-"
 
 
@@ -90,7 +94,8 @@ def facts(results: Results) -> Iterator[str]:
 
 
 def left_out(results: Results) -> Iterator[str]:
-    """Variants of rivals that failed the gate or raised an exception: one line for each rival and problem."""
+    """Variants of rivals that failed the gate or raised an exception: one line for each rival and
+    problem."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in results["left_out"]:
         key = tuple(row[k] for k in ("section", "shape", "dtype", "rival"))

@@ -1,4 +1,5 @@
-"""The CPU benchmark of leetcore: `python bench/run.py --help`; bench/README.md says how to read it."""
+"""The CPU benchmark of leetcore: `python bench/run.py --help`; bench/README.md says how to read
+it."""
 
 from __future__ import annotations
 

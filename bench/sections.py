@@ -1,4 +1,5 @@
-"""The tables of the CPU benchmark: leetcore against its rivals, and leetcore on each instruction set."""
+"""The tables of the CPU benchmark: leetcore against its rivals, and leetcore on each instruction
+set."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ MAX_PREDICTED_S = 4.0
 
 
 def leetcore_rows(session: Session, p: Problem) -> list[Row]:
-    """Rows of chunk, with a fresh and with a reused output, and of every other method that is fast enough."""
+    """Rows of chunk, with a fresh and with a reused output, and of every other method that is fast
+    enough."""
     limit = MAX_PREDICTED_S / (10 if session.quick else 1)
     rows = []
     for method in lab.methods():
@@ -84,7 +86,10 @@ def decode(session: Session) -> None:
 
 
 def training(session: Session) -> None:
-    """A forward and a backward pass by autograd; the backward pass alone. Memory includes results."""
+    """A forward and a backward pass by autograd; the backward pass alone.
+
+    Memory includes results.
+    """
     for text in TRAINING[:1] if session.quick else TRAINING:
         if not session.begin(f"training {text}"):
             continue
@@ -97,7 +102,8 @@ def training(session: Session) -> None:
 
 
 def isa(session: Session) -> None:
-    """chunk on the other instruction sets: a child process each, as the set is chosen when leetcore is loaded."""
+    """chunk on the other instruction sets: a child process each, as the set is chosen when leetcore
+    is loaded."""
     info = leetcore.build_info()
     for name in info["isas"].split():
         if name == info["isa"] or not session.begin(f"instruction set {name}"):

@@ -1,4 +1,5 @@
-"""Tests of the CPU benchmark: oracle, gate, every rival in every configuration, and the arithmetic of the goals."""
+"""Tests of the CPU benchmark: oracle, gate, every rival in every configuration, and the arithmetic
+of the goals."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ class OpenGate(torch.nn.Module):
 
 
 def test_minimax_is_the_module_of_transformers() -> None:
-    """With identity projections, its norm and gate switched off, the module computes the core alone."""
+    """With identity projections, its norm and gate switched off, the module computes the core
+    alone."""
     pytest.importorskip("transformers")
     from transformers.models.minimax.configuration_minimax import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention

@@ -1,4 +1,5 @@
-"""The GPU benchmark without a GPU: a whole run with the CPU methods, a device that breaks, its clock, its report."""
+"""The GPU benchmark without a GPU: a whole run with the CPU methods, a device that breaks, its
+clock, its report."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_the_clock_hides_the_host_behind_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events stand right around the call; the GPU reads for as long as the host takes to queue it, within bounds."""
+    """Events stand right around the call; the GPU reads for as long as the host takes to queue it,
+    within bounds."""
     done: list[str] = []
 
     class Event:

@@ -1,4 +1,5 @@
-"""`leetcore check`, `bench` and `plot`: they find wrong results, keep what was measured, and read their own files."""
+"""`leetcore check`, `bench` and `plot`: they find wrong results, keep what was measured, and read
+their own files."""
 
 import csv
 import importlib.util
@@ -70,7 +71,8 @@ def right(q, k, v, log_decay, scale):
 
 
 def wrong(q, k, v, log_decay, scale):
-    """A power of gamma too many for all but the first 50 tokens: a mistake that published kernels have made."""
+    """A power of gamma too many for all but the first 50 tokens: a mistake that published kernels
+    have made."""
     o = right(q, k, v, log_decay, scale)
     o[:, :, 50:] *= np.exp(log_decay)[:, :, None, None].astype(o.dtype)
     return o
@@ -89,7 +91,7 @@ BROKEN = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- problems
+# ---- problems ------------------------------------------------------------------------------------
 
 
 def test_a_case_is_made_again_from_its_text():
@@ -119,7 +121,7 @@ def test_wrong_shapes(text):
         Shape.parse(text)
 
 
-# ---------------------------------------------------------------------------------------------------- check
+# ---- check ---------------------------------------------------------------------------------------
 
 
 def test_check_passes_what_is_right(register, tmp_path):
@@ -209,7 +211,7 @@ def test_import_registers_methods(tmp_path):
     registered.pop("mine")
 
 
-# ---------------------------------------------------------------------------------------------------- bench
+# ---- bench ---------------------------------------------------------------------------------------
 
 
 def test_bench_writes_files_that_parse(tmp_path):
@@ -392,7 +394,7 @@ def test_interleaving_is_round_robin_and_rotates():
     assert runs == "abc" + "abc" + "bca" + "cab"  # how long they take; then three rounds
 
 
-# ---------------------------------------------------------------------------------------------------- plot
+# ---- plot ----------------------------------------------------------------------------------------
 
 
 def google(seconds):
@@ -492,7 +494,7 @@ def test_baseline_is_the_fastest_rival_else_recurrent():
     assert baseline(timings(chunk=2.0)) is None
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ---- errors --------------------------------------------------------------------------------------
 
 REFUSED = {
     "check method": (["check", "fast"], 2, "unknown method 'fast'; known are chunk,"),

@@ -1,8 +1,10 @@
-"""The competitors of the laboratory: those of `leetcore.bench.rivals`, and one module for each other one.
+"""The competitors of the laboratory: those of `leetcore.bench.rivals`, and one module for each
+other one.
 
-A rival's functions take a problem and return factories by label, nothing where it cannot serve. A factory prepares
-tables and buffers and returns the call that is timed; a factory that raises is left out, with its reason. A call
-returns o, freshly allocated, in the dtype of the inputs; a call of `training` returns o and the gradients by name.
+A rival's functions take a problem and return factories by label, nothing where it cannot serve. A
+factory prepares tables and buffers and returns the call that is timed; a factory that raises is
+left out, with its reason. A call returns o, freshly allocated, in the dtype of the inputs; a call
+of `training` returns o and the gradients by name.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def nothing(p: Any, quick: bool = False) -> dict[str, Factory]:
 
 @dataclass(frozen=True)
 class Rival:
-    """name: begins with "torch" if it counts as the best torch. each: its variants are methods of their own."""
+    """name: begins with "torch" if it counts as the best torch.
+
+    each: its variants are methods of their own.
+    """
 
     name: str
     forward: Serve = nothing
@@ -46,7 +51,8 @@ def training_step(forward: Callable[..., Tensor], leaves: dict[str, Tensor], d_o
 
 
 def half(p: Any, quick: bool = False) -> dict[str, Factory]:
-    """torch chunk with its big products in the 16-bit dtype of the inputs; the carried state stays float32."""
+    """torch chunk with its big products in the 16-bit dtype of the inputs; the carried state stays
+    float32."""
     return {} if p.dtype == torch.float32 else rivals.configurations(p, p.dtype, quick)
 
 

@@ -1,6 +1,8 @@
-"""flash-linear-attention's Triton kernels of the same operator (simple_gla), where it is installed and there is a GPU.
+"""flash-linear-attention's Triton kernels of the same operator (simple_gla), where it is installed
+and there is a GPU.
 
-Its layout is [B, N, H, D]. The inputs are copied to this layout outside the timing; the output keeps it.
+Its layout is [B, N, H, D]. The inputs are copied to this layout outside the timing; the output
+keeps it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The core of MiniMaxLightningAttention as in transformers 5.23 (models/minimax/modeling_minimax.py), restated.
+"""The core of MiniMaxLightningAttention as in transformers 5.23
+(models/minimax/modeling_minimax.py), restated.
 
-Per block of 256 tokens: (q * query_decay) @ state + (q k^T * diagonal_decay) @ v, then the state takes the block in.
-Everything is in the dtype of the inputs, as in the module. Its tables are buffers, so they are made outside the timing.
-test_bench.py compares this code with the real module.
+Per block of 256 tokens: (q * query_decay) @ state + (q k^T * diagonal_decay) @ v, then the state
+takes the block in. Everything is in the dtype of the inputs, as in the module. Its tables are
+buffers, so they are made outside the timing. test_bench.py compares this code with the real module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Training in plain torch: the chunkwise products of `leetcore.bench.rivals` out of place, differentiated by autograd.
+"""Training in plain torch: the chunkwise products of `leetcore.bench.rivals` out of place,
+differentiated by autograd.
 
-It computes the gradients of q, k and v, and of log_decay where tokens have their own. Weights of a constant decay are
-made once, outside the timing. A variant is a chunk length, heads at a time, and the scan over chunk states as a loop or
-as one small matrix product. States are float32 in the loop; what a product reads is in the dtype of the inputs.
+It computes the gradients of q, k and v, and of log_decay where tokens have their own. Weights of a
+constant decay are made once, outside the timing. A variant is a chunk length, heads at a time, and
+the scan over chunk states as a loop or as one small matrix product. States are float32 in the loop;
+what a product reads is in the dtype of the inputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One decode step in plain torch, float32 state in place: mul_, addition of an outer product, matrix-vector product.
+"""One decode step in plain torch, float32 state in place: mul_, addition of an outer product,
+matrix-vector product.
 
-The variants are eager code, over all states or a sequence at a time (so that the three passes over a state find it in
-cache), and torch.compile.
+The variants are eager code, over all states or a sequence at a time (so that the three passes over
+a state find it in cache), and torch.compile.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def eager(p: Any, outer: str, sequences: int) -> Call:
 
 
 def compiled(p: Any) -> Call:
-    """torch.compile of the plain expression; raises TimeoutError if compiling takes over MAX_COMPILE_S."""
+    """torch.compile of the plain expression; raises TimeoutError if compiling takes over
+    MAX_COMPILE_S."""
     gamma, state = p.log_decay.exp()[:, None, None], p.initial_state.clone()
 
     def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, gamma: Tensor) -> Tensor:

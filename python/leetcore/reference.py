@@ -25,9 +25,11 @@ def linear_attention(
     layout: str = "bhnd",
     fast: bool = False,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in float64.
+    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in
+    float64.
 
-    fast: in chunks instead of token by token, still in float64: for sequences too long for the definition.
+    fast: in chunks instead of token by token, still in float64: for sequences too long for the
+    definition.
     """
     one_pass = chunks if fast else recurrence
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
@@ -61,7 +63,8 @@ def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, sta
 
 
 def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """The same in chunks of 128 tokens: two products inside each chunk, one state between chunks."""
+    """The same in chunks of 128 tokens: two products inside each chunk, one state between
+    chunks."""
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
     o = np.empty((*q.shape[:-1], v.shape[-1]))
     S = _chunks(q, k, v, g, S, o, np)
@@ -69,9 +72,11 @@ def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: 
 
 
 def in_chunks(q: Array, k: Array, v: Array, log_decay: Array, state: Array = None, xp: Any = np) -> tuple[Array, Array]:
-    """Output and final state in float64, computed where the arrays are by the functions of their library `xp`.
+    """Output and final state in float64, computed where the arrays are by the functions of their
+    library `xp`.
 
-    q, k [B, H, N, K], v [B, H, N, V], log_decay [H] or [B, H, N], state [B, H, K, V] or None, N >= 1; the scale is 1.
+    q, k [B, H, N, K], v [B, H, N, V], log_decay [H] or [B, H, N], state [B, H, K, V] or None, N >=
+    1; the scale is 1.
     """
     if state is None:
         state = xp.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :], dtype=xp.float64)
@@ -84,9 +89,10 @@ def in_chunks(q: Array, k: Array, v: Array, log_decay: Array, state: Array = Non
 def gradients(q: Array, k: Array, v: Array, log_decay: Array, d_o: Array, xp: Any = np) -> dict[str, Array]:
     """Gradients in float64 of sum(o * d_o), by name, of the arguments of `in_chunks`.
 
-    Each gradient is the operator on other operands. d_k and d_v are sums over later tokens: the operator runs backward
-    in time, where a token decays what the token after it has added. The sum of log_decay up to a token multiplies
-    what this token reads and divides what it writes. d_log_decay is given for decays [B, H, N] only.
+    Each gradient is the operator on other operands. d_k and d_v are sums over later tokens: the
+    operator runs backward in time, where a token decays what the token after it has added. The sum
+    of log_decay up to a token multiplies what this token reads and divides what it writes.
+    d_log_decay is given for decays [B, H, N] only.
     """
 
     def reverse(x: Array) -> Array:
@@ -104,7 +110,8 @@ def gradients(q: Array, k: Array, v: Array, log_decay: Array, d_o: Array, xp: An
 
 
 def _chunks(q: Array, k: Array, v: Array, g: Array, S: Array, o: Array, xp: Any) -> Array:
-    """Writes o [B, Hs, H / Hs, N, V] and returns the final state; shapes as `_ungrouped` gives them."""
+    """Writes o [B, Hs, H / Hs, N, V] and returns the final state; shapes as `_ungrouped` gives
+    them."""
     g = xp.clip(xp.asarray(g, dtype=xp.float64), -1e4, None)  # exp(g) is still 0, and sums of it have differences
     for t in range(0, q.shape[3], 128):
         part = slice(t, t + 128)
@@ -145,7 +152,8 @@ def decode_step(
     scale: float = 1.0,
     state_indices: Array = None,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in float64."""
+    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in
+    float64."""
     state = np.asarray(state).astype(np.float64)
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     if one_token := q.ndim == 3:
@@ -159,7 +167,8 @@ def decode_step(
 
 
 def error(got: Array, want: Array) -> float:
-    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes differ."""
+    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes
+    differ."""
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf

@@ -1,1 +1,2 @@
-"""The commands `leetcore check`, `bench`, `plot` and `tune`, and the parts that all measurements share."""
+"""The commands `leetcore check`, `bench`, `plot` and `tune`, and the parts that all measurements
+share."""

@@ -14,10 +14,11 @@ COPY_FLOATS = 1 << 25  # 128 MiB each way: more than caches hold
 
 
 class Ceilings:
-    """Rates of float32 matrix products of 1024^3 (flop/s) by numpy and torch, and of a copy (bytes/s).
+    """Rates of float32 matrix products of 1024^3 (flop/s) by numpy and torch, and of a copy
+    (bytes/s).
 
-    libraries: those to ask, as far as they are installed. The copy is torch's where torch is asked, by all threads,
-    and else numpy's, by one thread. Sets torch's number of threads.
+    libraries: those to ask, as far as they are installed. The copy is torch's where torch is asked,
+    by all threads, and else numpy's, by one thread. Sets torch's number of threads.
     """
 
     def __init__(self, threads: int, libraries: Iterable[str] = ("numpy", "torch")) -> None:
@@ -57,7 +58,8 @@ class Ceilings:
         return self.copies[-1]
 
     def round(self) -> float:
-        """Measures what is measured once a round: slower libraries' products, and the copy, which it returns."""
+        """Measures what is measured once a round: slower libraries' products, and the copy, which
+        it returns."""
         for name in self.products:
             if name != self.best:
                 self.matmul(name)

@@ -1,4 +1,5 @@
-"""`leetcore check`: every method against the definition in float64, on problems made to break it."""
+"""`leetcore check`: every method against the definition in float64, on problems made to break
+it."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Miss:
 
 @dataclass(eq=False)
 class Findings:
-    """Worst errors [output, state] by (method, dtype, decay), refusals by (method, reason), and misses."""
+    """Worst errors [output, state] by (method, dtype, decay), refusals by (method, reason), and
+    misses."""
 
     worst: dict[tuple[str, str, str], list[float | None]] = field(default_factory=dict)
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -115,7 +117,8 @@ class Findings:
 
 @contextlib.contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """Fills arrays that leetcore allocates for results with NaN, so that an element that is never written shows."""
+    """Fills arrays that leetcore allocates for results with NaN, so that an element that is never
+    written shows."""
     empty = arrays.NumPy.empty
 
     def poisoned(self: Any, shape: Any, like: Any, float_bits: int) -> Any:
@@ -180,7 +183,7 @@ def run(methods: list[str], cases: list[Case], tick: Callable[[], Any] = lambda:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- output
+# ---- output --------------------------------------------------------------------------------------
 
 
 def _cell(text: str, missed: bool) -> str:
@@ -290,16 +293,19 @@ def to_json(found: Findings, methods: list[str], level: str, folder: Path | None
 def check(
     methods: tuple[str, ...], dtypes: str, level: str | None, json: Path | None, imported: tuple[str, ...]
 ) -> None:
-    """Compare METHODS (default: all) with the definition in float64, on problems made to break them.
+    """Compare METHODS (default: all) with the definition in float64, on problems made to break
+    them.
 
-    The problems have lengths around the sizes of chunks, odd and unequal dims, decays from 0 to 1 and slopes up to 20,
-    one decay for all heads, for each head and for each token, initial states, packed sequences, grouped heads and both
-    layouts. The tables show the worst relative errors. A method may refuse a problem; refusals are counted and
-    explained. The exit status is 1 if an error exceeds its tolerance, a value is not finite, a shape or dtype is
-    wrong, or a method raises an exception.
+    The problems have lengths around the sizes of chunks, odd and unequal dims, decays from 0 to 1
+    and slopes up to 20, one decay for all heads, for each head and for each token, initial states,
+    packed sequences, grouped heads and both layouts. The tables show the worst relative errors. A
+    method may refuse a problem; refusals are counted and explained. The exit status is 1 if an
+    error exceeds its tolerance, a value is not finite, a shape or dtype is wrong, or a method
+    raises an exception.
 
     A problem with a wrong result is printed as a Python expression, Case(...). To repeat it: `from
-    leetcore.bench.problems import Case`, then leetcore.linear_attention(**Case(...).arguments(), method=...).
+    leetcore.bench.problems import Case`, then leetcore.linear_attention(**Case(...).arguments(),
+    method=...).
     """
     options.import_first(imported)
     chosen = options.choose_methods(methods)

@@ -1,4 +1,7 @@
-"""The figures of `leetcore plot`. Every method has one colour, marker and line style in all of them."""
+"""The figures of `leetcore plot`.
+
+Every method has one colour, marker and line style in all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from matplotlib.figure import Figure
 
 from .measurements import Error, Measurements, Timing, fitted_power
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, with olive for their yellow, which is pale on paper.
-# The last two are for registered functions.
+# Okabe and Ito's colours, which the colour-blind can tell apart, with olive for their yellow, which
+# is pale on paper. The last two are for registered functions.
 _COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -61,7 +64,8 @@ Figures = Iterator[tuple[str, Figure]]  # file names without ending
 
 
 class Styles:
-    """Styles of methods: built-in methods always look the same, others get theirs in the order of their names."""
+    """Styles of methods: built-in methods always look the same, others get theirs in the order of
+    their names."""
 
     def __init__(self, timings: Iterable[Timing], errors: Iterable[Error]) -> None:
         kinds = {e.method: "leetcore" for e in errors} | {t.method: t.kind for t in timings}
@@ -147,7 +151,8 @@ def _points(group: list[Timing], method: str) -> list[Timing]:
 
 
 def _floors(axes: Any, group: list[Timing], lengths: list[int], value: Callable[[int, float], float]) -> None:
-    """Draws the floors of a problem: that of its bytes, and the lowest one by flop of the methods shown."""
+    """Draws the floors of a problem: that of its bytes, and the lowest one by flop of the methods
+    shown."""
     for name, style in (("memory", (0, (1, 1))), ("compute", (0, (4, 2)))):
         least: dict[int, float] = {}
         for t in group:
@@ -181,7 +186,8 @@ def time(found: Measurements, styles: Styles) -> Figures:
 
 
 def throughput(found: Measurements, styles: Styles) -> Figures:
-    """Tokens of a sequence per second against N: constant where time grows like N, falling where it grows faster."""
+    """Tokens of a sequence per second against N: constant where time grows like N, falling where it
+    grows faster."""
     for name, title, lengths, group in _by_length(found):
         figure = Figure((WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
@@ -205,7 +211,8 @@ def _lengths_axis(axes: Any, lengths: list[int]) -> None:
 
 
 def baseline(group: list[Timing]) -> Timing | None:
-    """The timing that others of the same problem are compared with: the fastest rival, else recurrent."""
+    """The timing that others of the same problem are compared with: the fastest rival, else
+    recurrent."""
     rivals = [t for t in group if t.kind == "rival"] or [t for t in group if t.method == "recurrent"]
     return min(rivals, key=lambda t: t.seconds, default=None)
 
@@ -224,7 +231,8 @@ def _pages(problems: list[Problem]) -> list[list[Problem]]:
 
 
 def speedup(found: Measurements, styles: Styles) -> Figures:
-    """Bars of the time of the baseline over the time of each method; a tick where a floor allows no more."""
+    """Bars of the time of the baseline over the time of each method; a tick where a floor allows no
+    more."""
 
     def key(t: Timing) -> Any:
         return t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.shape.N
@@ -277,7 +285,8 @@ def _bars(problems: list[Problem], styles: Styles, title: str) -> Figure:
 
 
 def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
-    """Draws a bar from 1 to the speed-up, its spread, the number, and a grey tick at the highest floor."""
+    """Draws a bar from 1 to the speed-up, its spread, the number, and a grey tick at the highest
+    floor."""
     ratio, low, high = (base.seconds / seconds for seconds in (t.seconds, t.high, t.low))
     right = ratio >= 1
     axes.barh(place, ratio - 1, left=1, height=0.85, color=colour)
@@ -296,7 +305,8 @@ def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
 
 
 def roofline(found: Measurements, styles: Styles) -> Figures:
-    """flop/s against flop per byte of the operands, under the measured rates of a matrix product and of a copy."""
+    """flop/s against flop per byte of the operands, under the measured rates of a matrix product
+    and of a copy."""
     known = [t for t in found.timings if t.flop and t.least_bytes]
     for (dtype, decay), group in _groups(known, lambda t: (t.dtype, t.decay)):
         figure = Figure((WIDTH, HEIGHT), layout="constrained")

@@ -1,4 +1,5 @@
-"""Conditions of a run (processor, versions, threads, commit); an environment without disturbance."""
+"""Conditions of a run (processor, versions, threads, commit); an environment without
+disturbance."""
 
 from __future__ import annotations
 
@@ -21,18 +22,21 @@ import leetcore
 from .. import tuning
 
 ENVIRONMENT = {
-    # glibc's malloc keeps freed memory. If it gave the memory back, every call would fault in large temporaries again.
+    # glibc's malloc keeps freed memory. If it gave the memory back, every call would fault in large
+    # temporaries again.
     "MALLOC_TOP_PAD_": str(256 << 20),
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
-    # Idle threads of numpy's OpenBLAS sleep at once. By default they keep a core busy for some 30 ms after a product.
+    # Idle threads of numpy's OpenBLAS sleep at once. By default they keep a core busy for some 30
+    # ms after a product.
     "OPENBLAS_THREAD_TIMEOUT": "4",
 }
 _PACKAGES = ("numpy", "torch", "transformers", "triton", "fla-core", "flash-linear-attention")
 
 
 def restart_undisturbed() -> None:
-    """Restarts this program in ENVIRONMENT, unless its variables are set to some value. Linux only."""
+    """Restarts this program in ENVIRONMENT, unless its variables are set to some value. Linux
+    only."""
     missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
@@ -52,7 +56,8 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The model of the processor; with its family, as virtual machines may hide the model's number."""
+    """The model of the processor; with its family, as virtual machines may hide the model's
+    number."""
     numbers = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines():
@@ -70,9 +75,11 @@ def slug(processor: str) -> str:
 
 @functools.cache
 def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
-    """The commit of the checkout that `folder` is in, and whether it has uncommitted changes; None where unknown.
+    """The commit of the checkout that `folder` is in, and whether it has uncommitted changes; None
+    where unknown.
 
-    Without a folder: the checkout of this package, if it runs from one. An installed package has no commit.
+    Without a folder: the checkout of this package, if it runs from one. An installed package has no
+    commit.
     """
     package = Path(leetcore.__file__).resolve().parent
     if folder is None and not (package.parents[1] / "cpp" / "methods.def").exists():
@@ -119,7 +126,8 @@ def _status(key: str) -> int:
 
 
 def extra_memory(call: Callable[[], Any]) -> int | None:
-    """The bytes by which a call raises the peak of resident memory; None where the system is not Linux."""
+    """The bytes by which a call raises the peak of resident memory; None where the system is not
+    Linux."""
     try:
         release_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # peak := now

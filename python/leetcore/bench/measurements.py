@@ -18,9 +18,11 @@ from .problems import Shape
 
 @dataclass(frozen=True)
 class Timing:
-    """One method on one problem. section, decay: "" where the file has none. flop, floors: None where unknown.
+    """One method on one problem. section, decay: "" where the file has none. flop, floors: None
+    where unknown.
 
-    memory, compute: the least seconds of a call by its bytes and by its flop, as `results.floors` gives them.
+    memory, compute: the least seconds of a call by its bytes and by its flop, as `results.floors`
+    gives them.
     """
 
     method: str
@@ -40,7 +42,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Error:
-    """The worst relative errors of a method at a decay; None where there is no number. N: None for many lengths."""
+    """The worst relative errors of a method at a decay; None where there is no number.
+
+    N: None for many lengths.
+    """
 
     method: str
     dtype: str
@@ -107,7 +112,8 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def _google(data: dict[str, Any], found: Measurements) -> None:
-    """Makes one timing of the repetitions of a benchmark; ignores fits (_BigO, _RMS) and other statistics."""
+    """Makes one timing of the repetitions of a benchmark; ignores fits (_BigO, _RMS) and other
+    statistics."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in data["benchmarks"]:
         if row.get("run_type", "iteration") == "iteration" and not row.get("error_occurred"):
@@ -132,7 +138,8 @@ def _google(data: dict[str, Any], found: Measurements) -> None:
 
 
 def fitted_power(lengths: list[int], seconds: list[float]) -> float | None:
-    """p of seconds ~ N^p: least squares in the logarithms, over the lengths from 1/16 of the longest."""
+    """p of seconds ~ N^p: least squares in the logarithms, over the lengths from 1/16 of the
+    longest."""
     points = [(np.log(n), np.log(t)) for n, t in zip(lengths, seconds, strict=True) if 16 * n >= max(lengths)]
     if len({x for x, _ in points}) < 2:
         return None

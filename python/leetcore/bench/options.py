@@ -1,4 +1,5 @@
-"""Shared parts of the commands: names that are checked, files to import first, results that are written and read."""
+"""Shared parts of the commands: names that are checked, files to import first, results that are
+written and read."""
 
 from __future__ import annotations
 

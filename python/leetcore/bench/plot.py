@@ -29,13 +29,15 @@ FORMATS = ("png", "svg")
     "--format", "formats", default="png", show_default=True, help=f"Comma-separated, of {', '.join(FORMATS)}."
 )
 def plot(results: tuple[Path, ...], output: Path, kind: str, methods: str, formats: str) -> None:
-    """Draw RESULTS: files that leetcore's benchmarks and checks wrote (--json), or JSON of Google Benchmark.
+    """Draw RESULTS: files that leetcore's benchmarks and checks wrote (--json), or JSON of Google
+    Benchmark.
 
-    time: seconds against N, with fitted powers of N; one figure for each dtype, B, H, K, V and decay that was measured
-    at two lengths. throughput: tokens per second against N, likewise. speedup: time of the fastest rival, or of
-    recurrent where there is none, over the time of each method. roofline: flop/s against flop per byte, with the
-    measured matrix product and copy. error: worst relative errors against the decay. Figures of times show the floors:
-    the least time by the bytes of the operands and by the flop of the method that has the fewest.
+    time: seconds against N, with fitted powers of N; one figure for each dtype, B, H, K, V and
+    decay that was measured at two lengths. throughput: tokens per second against N, likewise.
+    speedup: time of the fastest rival, or of recurrent where there is none, over the time of each
+    method. roofline: flop/s against flop per byte, with the measured matrix product and copy.
+    error: worst relative errors against the decay. Figures of times show the floors: the least time
+    by the bytes of the operands and by the flop of the method that has the fewest.
 
     Needs matplotlib: `pip install leetcore[plot]`.
     """

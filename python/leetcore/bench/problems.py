@@ -22,16 +22,19 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-# Largest relative errors (Frobenius norm) against float64 on the same rounded inputs: (output, state).
+# Largest relative errors (Frobenius norm) against float64 on the same rounded inputs: (output,
+# state).
 TOLERANCE = {
     "float64": (1e-12, 1e-12),
     "float32": (5e-6, 5e-6),
     "float16": (1e-3, 5e-4),
     "bfloat16": (4e-3, 3e-3),
 }
-# The same of gradients. That of log_decay, a difference of two sums, may have twice as much for 16-bit inputs.
+# The same of gradients. That of log_decay, a difference of two sums, may have twice as much for
+# 16-bit inputs.
 GRADIENT_TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}
-# Decays per token that have broken kernels: nothing is kept, almost nothing, ..., almost everything, everything.
+# Decays per token that have broken kernels: nothing is kept, almost nothing, ..., almost
+# everything, everything.
 GAMMAS = (0.0, 1e-4, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0)
 LOG_DECAYS = np.append(leetcore.decay.from_gamma(GAMMAS), np.float32(-20))  # slopes of models reach 20
 DECAYS = ("none", *(f"{gamma:.9g}" for gamma in GAMMAS), "slope20", "mixed", "token")  # values of `Case.decay`
@@ -62,11 +65,13 @@ class Shape:
         return f"{self.B},{self.H},{self.N},{self.K},{self.V}"
 
     def exact_flop(self, chunk: int) -> float:
-        """flop of the chunkwise form that causality cannot spare: half of the diagonal blocks, and the state twice."""
+        """flop of the chunkwise form that causality cannot spare: half of the diagonal blocks, and
+        the state twice."""
         return float(self.B * self.H * self.N * ((chunk + 1) * (self.K + self.V) + 4 * self.K * self.V))
 
     def dense_flop(self, chunk: int) -> float:
-        """flop of the chunkwise form with whole diagonal blocks, as a chain of matrix products computes it."""
+        """flop of the chunkwise form with whole diagonal blocks, as a chain of matrix products
+        computes it."""
         return float(self.B * self.H * self.N * (2 * chunk * (self.K + self.V) + 4 * self.K * self.V))
 
     def backward_flop(self, chunk: int) -> float:
@@ -95,7 +100,8 @@ def parse_decay(text: str) -> str:
 
 
 def mixture(rng: np.random.Generator, kind: str, B: int, Hs: int, N: int) -> Array:
-    """A log_decay of shape `kind`: LOG_DECAYS shuffled, or 2 % of them among tokens' usual decays."""
+    """A log_decay of shape `kind`: LOG_DECAYS shuffled, or 2 % of them among tokens' usual
+    decays."""
     shape = {"[]": (), "[Hs]": (Hs,), "[B,Hs]": (B, Hs), "[B,Hs,N]": (B, Hs, N)}[kind]
     if kind == "[B,Hs,N]":
         usual, rare = -rng.exponential(0.1, shape), rng.choice(LOG_DECAYS, shape)
@@ -170,7 +176,8 @@ class Case:
 
     def expected(self, given: dict[str, Any]) -> tuple[Array, Array]:
         """Output and final state in float64; `given` is what `arguments()` returned."""
-        # Chunks only pay for long sequences. They take differences of sums of decays, too coarse to judge float64 by.
+        # Chunks only pay for long sequences. They take differences of sums of decays, too coarse to
+        # judge float64 by.
         return reference.linear_attention(**given, fast=self.dtype != "float64" and self.N > 2000)
 
     def __str__(self) -> str:

@@ -2,10 +2,13 @@
 
 A file has the keys of `machine.conditions`, and
 
-- schema, version, kind: "leetcore results", the version of this format, and what was measured (KINDS);
+- schema, version, kind: "leetcore results", the version of this format, and what was measured
+  (KINDS);
 - interrupted, and ceilings as `Ceilings.to_json` gives them (None where nothing was timed);
-- rows: timings, with the keys of `session.Row.to_json`; keys with the values of _OMITTED are left out;
-- errors: worst relative errors against float64, as {method, dtype, N, decay, output, state}; N may be None;
+- rows: timings, with the keys of `session.Row.to_json`; keys with the values of _OMITTED are left
+  out;
+- errors: worst relative errors against float64, as {method, dtype, N, decay, output, state}; N may
+  be None;
 - facts: numbers of no method; left_out: variants of rivals that failed.
 
 Times are seconds, rates flop/s or bytes/s, sizes bytes. A statistic is {median, p10, p90, n}.
@@ -54,7 +57,8 @@ _DERIVED = ("rate", "dense_fraction")
 
 
 def complete(row: Row) -> Row:
-    """A row with all keys, and with what follows from others: its rate, and its fraction by dense work."""
+    """A row with all keys, and with what follows from others: its rate, and its fraction by dense
+    work."""
     row = _OMITTED | row
     t, work, dense = row["seconds"], row["work"], row["dense_work"]
     swapped = {"median": "median", "p10": "p90", "p90": "p10"}
@@ -105,7 +109,8 @@ def warnings(results: Results) -> list[str]:
 
 
 def warning(results: Results) -> str:
-    """One sentence for every table that is made of a file; empty where its figures may be quoted."""
+    """One sentence for every table that is made of a file; empty where its figures may be
+    quoted."""
     return f"Do not quote these figures: {'; '.join(results['warnings'])}." if results["warnings"] else ""
 
 
@@ -128,10 +133,11 @@ def origin(results: Results) -> str:
 
 
 def floors(results: Results, row: Row) -> tuple[float | None, float | None]:
-    """Least seconds of a call: its operands at the copy's bandwidth, its work at the matrix product's rate.
+    """Least seconds of a call: its operands at the copy's bandwidth, its work at the matrix
+    product's rate.
 
-    The rates are those measured beside the row where it has them, else those of the whole run. The work is what the
-    row is credited with: every row of a method that has no count of flop has None.
+    The rates are those measured beside the row where it has them, else those of the whole run. The
+    work is what the row is credited with: every row of a method that has no count of flop has None.
     """
     beside = row["ceiling"] and row["ceiling"]["median"]
     bytes_per_s = beside if row["unit"] == "bytes" else (row["copy"] or copy(results) or {}).get("median")

@@ -1,15 +1,17 @@
-"""Baselines in plain torch, as fast as they can be written: the only rivals that need nothing but torch.
+"""Baselines in plain torch, as fast as they can be written: the only rivals that need nothing but
+torch.
 
-A rival is a function of a `Problem` that returns factories by label, none where it cannot serve. A factory prepares
-tables and buffers outside the timing and returns the call that is timed. The call returns o, freshly allocated, in the
-dtype of v. 16-bit inputs are converted to float32 and back.
+A rival is a function of a `Problem` that returns factories by label, none where it cannot serve. A
+factory prepares tables and buffers outside the timing and returns the call that is timed. The call
+returns o, freshly allocated, in the dtype of v. 16-bit inputs are converted to float32 and back.
 
 Chunkwise (arXiv:2405.21060, 2401.04658), with P the state before a chunk of C tokens:
 
     o = (Q K^T * mask) V + (Q * query) P        P' = total P + (K * key)^T V
 
-Every product is one bmm over (heads x chunks). The scan over the states of chunks is one addcmul per chunk, or one
-small matrix product. Table entries below TINY are 0, as they would make denormals.
+Every product is one bmm over (heads x chunks). The scan over the states of chunks is one addcmul
+per chunk, or one small matrix product. Table entries below TINY are 0, as they would make
+denormals.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ TINY = 1e-30
 
 
 class Problem:
-    """Inputs of a forward call: q, k [B, H, N, K], v [B, H, N, V]; log_decay [H] or [B, H, N]; scale."""
+    """Inputs of a forward call: q, k [B, H, N, K], v [B, H, N, V]; log_decay [H] or [B, H, N];
+    scale."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float = 1.0) -> None:
         B, H, N, K = q.shape
@@ -58,7 +61,8 @@ class Problem:
         return self.log_decay.ndim == 3
 
     def decays(self) -> Tensor:
-        """Float64 logarithms, finite so that they have differences: [B H], or [B H, N] with one decay per token."""
+        """Float64 logarithms, finite so that they have differences: [B H], or [B H, N] with one
+        decay per token."""
         g = self.log_decay.double().clamp(min=-1e4)
         return g.flatten(0, 1) if self.per_token else g.repeat(self.shape.B)
 
@@ -67,7 +71,8 @@ class Problem:
 class Weights:
     """Factors of n chunks of C tokens, [heads, n or 1, ...]; n is 1 where all chunks share them.
 
-    mask [C, C], query and key [C, 1], total [1, 1]; scan [heads, n, n]: from updates to the states before chunks.
+    mask [C, C], query and key [C, 1], total [1, 1]; scan [heads, n, n]: from updates to the states
+    before chunks.
     """
 
     mask: Tensor
@@ -85,7 +90,8 @@ def lags(sums: Tensor) -> Tensor:
 
 
 def weights(g: Tensor, chunk: int, count: int, dtype: torch.dtype, scale: float = 1.0, flush: bool = True) -> Weights:
-    """Weights of log-decays [heads], or [heads, n * chunk] with one per token; differentiable without `flush`.
+    """Weights of log-decays [heads], or [heads, n * chunk] with one per token; differentiable
+    without `flush`.
 
     count: chunks of the scan's matrix; 0 where it is not used.
     """
@@ -107,7 +113,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Chunkwise:
-    """One configuration: chunk length, heads at a time, kind of scan (loop or matmul), dtype of the big products."""
+    """One configuration: chunk length, heads at a time, kind of scan (loop or matmul), dtype of the
+    big products."""
 
     def __init__(self, p: Problem, chunk: int, heads: int, scan: str, dtype: torch.dtype) -> None:
         s = p.shape
@@ -182,7 +189,8 @@ class Chunkwise:
             o[:, body:].copy_(rest)
 
     def scan_states(self, scan: Tensor, total: Tensor, update: Tensor, before: Tensor) -> Tensor | None:
-        """Fills `before` with the states before chunks; returns the state after the last chunk if a tail needs it."""
+        """Fills `before` with the states before chunks; returns the state after the last chunk if a
+        tail needs it."""
         g, n = update.shape[:2]
         total = total.expand(-1, n, -1, -1)
         if self.scan == "matmul":
@@ -217,7 +225,10 @@ def chunk(p: Problem, quick: bool = False) -> Factories:
 
 
 def quadratic(p: Problem, quick: bool = False) -> Factories:
-    """o = (Q K^T * mask) V with the whole mask. It is prepared outside the timing where all tokens share a decay."""
+    """o = (Q K^T * mask) V with the whole mask.
+
+    It is prepared outside the timing where all tokens share a decay.
+    """
     s = p.shape
     mask_bytes = wide(p.dtype).itemsize * s.N * s.N * s.H * (s.B if p.per_token else 1)
     if mask_bytes > (MOST_MASK_BYTES // 8 if quick else MOST_MASK_BYTES):

@@ -1,4 +1,5 @@
-"""Rows of a benchmark: a method on a problem, the gate that it has to pass, and the samples of its time."""
+"""Rows of a benchmark: a method on a problem, the gate that it has to pass, and the samples of its
+time."""
 
 from __future__ import annotations
 
@@ -87,7 +88,10 @@ class Row:
 
 
 def gate(row: Row, call: Call, judge: Judge, timer: Timer = CPU) -> Row:
-    """Runs a call for the first time. It becomes the row's call if its results are right; the status says so."""
+    """Runs a call for the first time.
+
+    It becomes the row's call if its results are right; the status says so.
+    """
     took: list[float] = []
 
     def timed() -> Any:

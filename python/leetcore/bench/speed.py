@@ -192,21 +192,25 @@ def bench(
     compare: Path | None,
     imported: tuple[str, ...],
 ) -> None:
-    """Time METHODS (default: all; "auto" only if named) on numpy arrays, next to what this machine can do.
+    """Time METHODS (default: all; "auto" only if named) on numpy arrays, next to what this machine
+    can do.
 
-    Before a method is timed, its output is compared with the definition in float64. A wrong method is listed without a
-    time, and the exit status is 1. Samples of all methods are taken in turn, in an order that rotates; short calls are
-    repeated for 10 ms. Figures are medians, with the 10th and 90th percentiles. Ctrl-C keeps what was measured.
+    Before a method is timed, its output is compared with the definition in float64. A wrong method
+    is listed without a time, and the exit status is 1. Samples of all methods are taken in turn, in
+    an order that rotates; short calls are repeated for 10 ms. Figures are medians, with the 10th
+    and 90th percentiles. Ctrl-C keeps what was measured.
 
-    The floors are least times of a call: "memory floor" that of reading and writing its operands once, at the
-    bandwidth of a copy; "compute floor" that of its flop at the rate of a float32 matrix product of 1024^3. Both rates
-    are measured during the run, by numpy or torch, whichever is faster. The flop are those of the method's own cost
-    model; "of matmul" is their rate over that of the matrix product before and after each sample. "memory" is what a
-    call needs besides its inputs: for leetcore's methods the scratch of the model and the output; for registered
+    The floors are least times of a call: "memory floor" that of reading and writing its operands
+    once, at the bandwidth of a copy; "compute floor" that of its flop at the rate of a float32
+    matrix product of 1024^3. Both rates are measured during the run, by numpy or torch, whichever
+    is faster. The flop are those of the method's own cost model; "of matmul" is their rate over
+    that of the matrix product before and after each sample. "memory" is what a call needs besides
+    its inputs: for leetcore's methods the scratch of the model and the output; for registered
     functions and rivals the growth of the peak of resident memory during one call (Linux only).
 
-    The command restarts itself in an environment (written to --json) in which malloc keeps freed memory, so that large
-    temporaries cost no page faults, and idle threads of OpenBLAS do not keep cores busy while others are timed.
+    The command restarts itself in an environment (written to --json) in which malloc keeps freed
+    memory, so that large temporaries cost no page faults, and idle threads of OpenBLAS do not keep
+    cores busy while others are timed.
     """
     machine.restart_undisturbed()
     options.import_first(imported)

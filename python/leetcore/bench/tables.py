@@ -144,7 +144,7 @@ def csv_text(results: Results) -> str:
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------- reports
+# ---- reports -------------------------------------------------------------------------------------
 
 Column = Callable[[Results, Row], str]
 
@@ -194,7 +194,7 @@ def report(results: Results, rows: list[Row], columns: Iterable[str], more: dict
     return f"**{warned}**\n\n{table}\n" if warned and table else f"{table}\n"
 
 
-# ---------------------------------------------------------------------------------------------------- comparison
+# ---- comparison ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,10 @@ class Change:
 
 
 def compare(old: Results, new: Results) -> list[Change]:
-    """The rows that both files have. `leetcore bench` has no sections: its rows match those of any section."""
+    """The rows that both files have.
+
+    `leetcore bench` has no sections: its rows match those of any section.
+    """
     before: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in old["rows"]:
         if row["seconds"]:

@@ -21,7 +21,8 @@ Call = Callable[[], Any]
 class Sampled(Protocol):
     """What `interleave` samples: a call, and the lists that it appends to.
 
-    seconds: per call. beside: the ceiling measured around the sample. copy: the bandwidth of the round.
+    seconds: per call. beside: the ceiling measured around the sample. copy: the bandwidth of the
+    round.
     """
 
     call: Call | None
@@ -41,7 +42,10 @@ def clock(call: Call, reps: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Timer:
-    """How samples are taken on a device: clock(call, reps) gives seconds per call. None: SAMPLE_S and SETTLE_S."""
+    """How samples are taken on a device: clock(call, reps) gives seconds per call.
+
+    None: SAMPLE_S and SETTLE_S.
+    """
 
     clock: Callable[[Call, int], float]
     sample_s: float | None = None
@@ -52,7 +56,8 @@ CPU = Timer(clock)
 
 
 def clock_ceiling(call: Call) -> float:
-    """Seconds of a call that shows what the machine can do: the better of two, as the first one wakes threads."""
+    """Seconds of a call that shows what the machine can do: the better of two, as the first one
+    wakes threads."""
     time.sleep(SETTLE_S)
     return min(clock(call), clock(call))
 
@@ -75,10 +80,11 @@ def interleave(
     late: Callable[[], bool] = lambda: False,
     timer: Timer = CPU,
 ) -> None:
-    """Samples every row that is ok once a round, round-robin; measures the ceiling before and after each sample.
+    """Samples every row that is ok once a round, round-robin; measures the ceiling before and after
+    each sample.
 
-    A call that raises ends its row: the exception becomes its status. late: whether to stop; every row has one sample
-    by then. An interrupt leaves the samples that there are.
+    A call that raises ends its row: the exception becomes its status. late: whether to stop; every
+    row has one sample by then. An interrupt leaves the samples that there are.
     """
     live = [row for row in rows if row.status == "ok" and row.call is not None]
     sample_s = SAMPLE_S if timer.sample_s is None else timer.sample_s

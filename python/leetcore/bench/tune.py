@@ -62,7 +62,8 @@ def candidates(p: Point) -> dict[str, float]:
 
 
 def measure(p: Point, methods: list[str]) -> dict[str, float]:
-    """Microseconds of a call by each method: the least of samples taken in turn, as other programs may run too."""
+    """Microseconds of a call by each method: the least of samples taken in turn, as other programs
+    may run too."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, p.states, p.N, p.D)).astype(DTYPES[p.bytes]) for _ in range(3))
     decay = leetcore.decay.alibi(p.states)
@@ -91,7 +92,8 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
     best: dict[tuple[str, Point], float] = {}
     try:
         predicted = {p: candidates(p) for p in points(threads)}
-        # Several passes over the whole grid, so that a machine that is slow for some seconds does no harm.
+        # Several passes over the whole grid, so that a machine that is slow for some seconds does
+        # no harm.
         for p in [p for _ in range(PASSES) for p in predicted]:
             for method, us in measure(p, list(predicted[p])).items():
                 best[method, p] = min(us, best.get((method, p), us))
@@ -128,8 +130,9 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
 def tune(output: Path | None, forget: bool) -> None:
     """Measure this machine, so that "auto" chooses the methods that are fast on it.
 
-    This takes a minute or two; the machine should be quiet. The table is written to the user's cache directory, where
-    every later process finds it. `leetcore.tuning.use(open(FILE).read())` uses a table that -o has put elsewhere.
+    This takes a minute or two; the machine should be quiet. The table is written to the user's
+    cache directory, where every later process finds it. `leetcore.tuning.use(open(FILE).read())`
+    uses a table that -o has put elsewhere.
     """
     try:
         isa, threads = leetcore.build_info()["isa"], leetcore.num_threads()
