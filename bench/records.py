@@ -31,7 +31,7 @@ def cpu(seconds: float) -> dict[str, Any]:
     import sections
 
     shapes = [Shape.parse(text) for text in sections.SHAPES]
-    return run.measure(list(run.SECTIONS), shapes, ["float32", "bfloat16"], 11, seconds=seconds)
+    return run.measure(list(run.SECTIONS), shapes, ["float32", "bfloat16"], 9, seconds=seconds)
 
 
 def growth(seconds: float) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def growth(seconds: float) -> dict[str, Any]:
     methods = [m.name for m in leetcore.methods() if m.device == "cpu"]
     problems = [(Shape.parse(heads.format(N)), "float32", "alibi") for heads in HEADS for N in LENGTHS]
     deadline = time.monotonic() + seconds
-    session = speed.Session(9, speed.Ceilings(leetcore.num_threads()), deadline=deadline, methods=methods, slow=1.0)
+    session = speed.Session(7, speed.Ceilings(leetcore.num_threads()), deadline=deadline, methods=methods, slow=2.5)
     interrupted = False
     with np.errstate(all="ignore"):
         try:

@@ -370,6 +370,13 @@ def test_compare_flags_what_became_slower(tmp_path):
     assert [c.verdict for c in tables.compare(old, wide)] == [""]
 
 
+def test_compare_reads_records_with_sections():
+    old = results_of({("chunk", 100): 2.0}, section="forward")
+    new = results_of({("chunk", 100): 1.0})
+    assert [c.ratio for c in tables.compare(old, new)] == [2.0]
+    assert tables.compare(new, results_of({("chunk", 100): 1.0}, section="decode")) == []
+
+
 def test_compare_from_the_command_line(tmp_path):
     leet("bench", "chunk", *SMALL, "--json", tmp_path / "old.json")
     old = json.loads((tmp_path / "old.json").read_text())
@@ -379,6 +386,71 @@ def test_compare_from_the_command_line(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(old))
     ran = leet("bench", "chunk", *SMALL, "--compare", tmp_path / "old.json")
     assert "SLOWER" in ran.output and "1 slower by more than 10 %" in ran.output and "threads was 99" in ran.output
+
+
+def test_a_file_that_is_not_to_be_quoted_says_so_wherever_it_is_shown(tmp_path):
+    results = results_of({("chunk", 100): 1.0, ("chunk", 200): 2.0})
+    noisy = results | {"dirty": True, "ceilings": Quick(1).to_json()}
+    noisy["ceilings"]["matmul"] = {"numpy": {"median": 1e9, "p10": 0.7e9, "p90": 1e9, "n": 9}}
+    noisy["warnings"] = results_file.warnings(noisy)
+    assert len(noisy["warnings"]) == 2
+    assert "Do not quote these figures: the machine was not quiet" in tables.markdown(noisy)
+    assert results_file.warnings(results | {"dirty": False}) == []
+    results_file.write(tmp_path / "n.json", noisy)
+    assert measurements.read([tmp_path / "n.json"]).warning.startswith("Do not quote these figures")
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    results = results_of({("chunk", 100): 1.0, ("torch chunk", 100): 2.0})
+    results_file.write(tmp_path / "b.json", results)
+    assert results_file.read(tmp_path / "b.json") == results
+    assert results["rows"][0]["rate"]["median"] == results["rows"][0]["work"]
+    assert len((tmp_path / "b.json").read_text().splitlines()) < 60
+
+
+def test_floors_are_bytes_by_the_copy_and_flop_by_the_matrix_product():
+    [row] = results_of({("chunk", 100): 1.0})["rows"]
+    results = {"ceilings": Quick(1).to_json()}
+    assert results_file.floors(results, row) == (row["least_bytes"] / 1e9, row["flop"] / 1e11)
+    moved = row | {"unit": "bytes", "ceiling": {"median": 1e10}}
+    assert results_file.floors(results, moved) == (row["least_bytes"] / 1e10, row["flop"] / 1e9)
+
+
+@pytest.mark.parametrize(
+    "processor, name",
+    [
+        ("AMD EPYC (family 25 model 17)", "amd-epyc-25-17"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "intel-xeon-platinum-8481c"),
+    ],
+)
+def test_files_are_named_after_the_processor(processor, name):
+    assert machine.slug(processor) == name
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The program that fills the pages of docs/."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return pytest.importorskip("pages")
+
+
+def test_pages_say_what_the_records_say(pages):
+    found = pages.pages()
+    assert {"methods.md", "accuracy.md"} <= {page.name for page in found}
+    for page in found:
+        text = page.read_text()
+        assert pages.filled(text) == text, f"{page.name}: run bench/pages.py"
+
+
+def test_parts_of_pages_are_filled_and_unknown_ones_refused(pages, monkeypatch):
+    monkeypatch.setitem(pages.PARTS, "regret", lambda: "new")
+    page = "a\n<!-- figures:regret -->\nold\n<!-- end -->\nb"
+    assert pages.filled(page) == page.replace("old", "new")
+    with pytest.raises(Exception, match="unknown part 'speeed'"):
+        pages.filled("<!-- figures:speeed -->\n<!-- end -->")
 
 
 def test_interleaving_is_round_robin_and_rotates():

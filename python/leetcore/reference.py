@@ -172,7 +172,7 @@ def error(got: Array, want: Array) -> float:
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf
-    # numpy's norm would be a dot product by threads, which costs a small array a thousand times its work.
+    # numpy's norm is a dot product by threads, which takes a thousand times the work of a small array.
     difference, size = np.square(got - want).sum(), np.square(want).sum()
     if not difference:  # also of zeros, whose relative error would be 0 / 0
         return 0.0

@@ -69,7 +69,7 @@ def processor() -> str:
 
 def slug(processor: str) -> str:
     """A part of a file's name: "AMD EPYC (family 25 model 17)" becomes amd-epyc-25-17."""
-    text = re.sub(r"\((?:family|r|tm)\b|\bmodel\b|\bcpu\b|@.*", " ", processor.lower())
+    text = re.sub(r"\((r|tm)\)|\b(family|model|cpu)\b|@[^(]*", " ", processor.lower())
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-") or "unknown"
 
 

@@ -28,6 +28,8 @@ SCHEMA, VERSION = "leetcore results", 2
 KINDS = ("bench", "cpu", "growth", "regret", "check", "accuracy", "gpu")
 QUIET = 0.8  # least p10 over p90 of the matrix product's rate on a quiet machine
 
+FEWEST = 3  # samples of a time that may be quoted
+
 Results = dict[str, Any]
 Row = dict[str, Any]
 
@@ -104,6 +106,9 @@ def warnings(results: Results) -> list[str]:
         and rate["p10"] < QUIET * rate["p90"],
         "the commit had uncommitted changes": results["dirty"],
         "the run was interrupted": results["interrupted"],
+        f"some methods have fewer than {FEWEST} samples": any(
+            row["seconds"]["n"] < FEWEST for row in results["rows"] if row["seconds"]
+        ),
     }
     return [reason for reason, holds in found.items() if holds]
 
