@@ -1,23 +1,42 @@
-# make run [TEXT=file]   install leetcore into .venv and run examples/text.py; needs g++ and Python >= 3.10
-# make test              every check; each stage has a target of its own: lint pytest versions cuda ctest sanitize
-# make train [ARGS=...]  a language model of bytes, in minutes; make generate lets it write: examples/train_lm.py, generate.py
-# make bench [ARGS=...]  how fast leetcore is on this machine; ARGS=--help
-# make gpu               build, test and measure the CUDA methods on this machine's NVIDIA GPU, without network: nine minutes
-#                        at the most; stages alone: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer gpu-bench
-# make cbench [ARGS=...] every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
-# make format            lay out all code
-# make clean             remove .venv and build
+# make run [TEXT=file]   install leetcore into .venv, run examples/text.py; needs g++ and Python >=
+# 3.10 make test              all checks; each stage is a target: install lint pytest cuda versions
+# ctest
+#                        sanitize
+# make quick             two minutes after a change: the checks most likely to fail; it lists the
+# others make train [ARGS=...]  train a language model of bytes in minutes: examples/train_lm.py
+# make generate          let the trained model write: examples/generate.py make bench [ARGS=...]
+# measure how fast leetcore is on this machine; ARGS=--help make gpu               build, test and
+# measure the CUDA methods on this machine's NVIDIA GPU, without
+#                        network, in at most nine minutes; single stages: make gpu-build gpu-contract
+#                        gpu-methods gpu-test gpu-sanitizer gpu-bench
+# make cbench [ARGS=...] run every method under Google Benchmark;
+# ARGS=--benchmark_filter=forward/chunk make format            format all code make clean
+# remove .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-STAGES := lint pytest versions cuda ctest sanitize
-# Whether the package gets the CUDA methods: where there is a GPU, if there is a compiler. CUDA=ON, OFF: in any case.
+STAGES := install lint pytest cuda versions ctest sanitize
+# AUTO builds the CUDA methods into the package if there is a CUDA compiler. ON requires them, OFF
+# leaves them out.
 CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 
 system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
-pip := python -m pip install --quiet
+# All builds compile the CPU methods with the same flags, so ccache compiles each source once.
+# Builds work without ccache too.
+export CCACHE_DIR ?= $(CURDIR)/build/ccache
+launcher = $(shell command -v ccache)
+export CMAKE_C_COMPILER_LAUNCHER ?= $(launcher)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(launcher)
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(launcher)
+# Python compiles a module when a program imports it; pip would compile all modules of torch and
+# jax.
+pip := python -m pip install --quiet --no-compile
+# The build tools are in .venv, because pip would otherwise put them into a new folder for every
+# build and compile nanobind again.
+build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4'
+install = $(pip) $(if $(LEETCORE_CUDA_FROM_PYPI),,--no-build-isolation)
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
 c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')
 COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
@@ -25,16 +44,54 @@ COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
 run: .venv/package
 	python examples/text.py $(TEXT)
 
-# All stages, whether or not an earlier one failed, and then how each of them went.
-test: system .venv/test
-	@passed=0; failed=0; summary=; \
+# Runs every stage, even after one has failed, and ends with the result and the time of each and the
+# slowest tests. The virtual environments of `versions` are downloaded while `cuda` compiles.
+test: system
+	@rm -rf build/logs; mkdir -p build/logs; passed=0; failed=0; summary=; begin=$$(date +%s); \
 	for stage in $(STAGES); do \
 	  echo "== $$stage"; start=$$(date +%s); \
+	  case "$$stage: $(STAGES)" in \
+	    cuda:*cuda*versions*) $(MAKE) --no-print-directory $(version_sets) >build/logs/versions.log 2>&1 & ;; \
+	    versions:*) wait ;; \
+	  esac; \
 	  if $(MAKE) --no-print-directory $$stage; then result=passed; passed=$$((passed + 1)); \
 	  else result=FAILED; failed=$$((failed + 1)); fi; \
-	  summary="$$summary$$(printf '%-10s %-8s %4d s' $$stage $$result $$(($$(date +%s) - start)))\n"; \
+	  seconds=$$(($$(date +%s) - start)); echo "== $$stage: $$result in $$seconds s"; \
+	  summary="$$summary$$(printf '%-10s %-8s %4d s' $$stage $$result $$seconds)\n"; \
 	done; \
-	printf "\n$$summary"; echo "stages: $$passed passed, $$failed failed"; [ $$failed = 0 ]
+	printf "\nSlowest tests\n"; $(PYTHON) .ci/slowest.py build/logs/*.xml; \
+	printf "\n$$summary"; printf '%-19s %4d s\n' total $$(($$(date +%s) - begin)); \
+	echo "stages: $$passed passed, $$failed failed"; [ $$failed = 0 ]
+
+install: .venv/test
+
+# The checks of a change since the commit BASE: format of the changed files, types, an incremental
+# build of the package, the essential Python tests with the machine's own instruction set, and the C
+# and C++ tests of the C interface.
+BASE ?= HEAD
+changed = $(shell { git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard; } | sort -u)
+quick_tests := rules api errors methods decode backward decay cli
+quick: system
+	@begin=$$(date +%s); \
+	step() { start=$$(date +%s); name=$$1; shift; "$$@" || { echo "== $$name: FAILED"; exit 1; }; \
+	  echo "== $$name: passed in $$(($$(date +%s) - start)) s"; }; \
+	python_files='$(filter %.py,$(changed))'; c_files='$(filter %.c %.h %.cpp %.hpp %.cu %.cuh,$(changed))'; \
+	[ -z "$$python_files" ] || step "ruff check" ruff check $$python_files; \
+	[ -z "$$python_files" ] || step "ruff format" ruff format --check $$python_files; \
+	[ -z "$$c_files" ] || step clang-format clang-format --dry-run -Werror $$c_files; \
+	step "package" $(MAKE) --no-print-directory .venv/test; \
+	step mypy mypy; build=$$(ls -d build/cp* | head -n 1); \
+	step "C and C++ tests: build" cmake --build "$$build" -j $(JOBS) --target api_test check_test hpp_test; \
+	step "C and C++ tests" ctest --test-dir "$$build" -j $(JOBS) --output-on-failure -R '^(api|check|hpp)$$'; \
+	step pytest python -m pytest -q -x $(quick_tests:%=tests/test_%.py); \
+	step "accuracy" python -m pytest -q -x tests/test_accuracy.py -k 'not 8192 and (lengths or dims or decays_mixed)'; \
+	echo "quick: passed in $$(($$(date +%s) - begin)) s. Left out:"; \
+	echo "  format and lint of files that have not changed since $(BASE)"; \
+	echo "  the other files of tests/: array libraries, torch, transformers, fla, files, processes, bench, examples, properties"; \
+	echo "  sequences of 8192 tokens and instruction sets other than this machine's"; \
+	echo "  the C++ tests of methods, gradients, threads, costs and random arguments (make ctest)"; \
+	echo "  CUDA: the emulator (make ctest) and the build by nvcc (make cuda)"; \
+	echo "  the sanitizers (make sanitize), the oldest and newest libraries (make versions)"
 
 lint: .venv/test
 	ruff check .
@@ -43,19 +100,21 @@ lint: .venv/test
 	mypy
 
 pytest: .venv/test
-	python -m pytest -q
+	python -m pytest -q --junitxml=build/logs/pytest.xml
 
-# The tests of array libraries with the oldest and with the newest that leetcore supports; .venv has versions in between. Each
-# set has a virtual environment of 6 GB and takes the leetcore of .venv. In CI it is removed after its tests.
+# Runs the tests of array libraries with the oldest and with the newest versions that leetcore
+# supports; .venv has versions in between. Each set of versions has a virtual environment of 6 GB
+# and uses the leetcore of .venv. In CI the environment is removed after its tests.
 oldest := torch==2.6.0 numpy==1.24.4 ml_dtypes==0.4.0 jax==0.4.30 jaxlib==0.4.30
 newest := torch==2.14.1 numpy ml_dtypes jax
+version_sets := build/versions/oldest/installed build/versions/newest/installed
 version_tests := tests/test_torch_ops.py tests/test_torch_nn.py tests/test_arrays.py tests/test_decay.py
 
 versions: versions-oldest versions-newest
 
 versions-oldest versions-newest: versions-%: build/versions/%/installed .venv/test
 	ln -sfn "$$(python -c 'import leetcore, os; print(os.path.dirname(leetcore.__file__))')" build/versions/leetcore
-	PYTHONPATH=$(CURDIR)/build/versions build/versions/$*/bin/python -m pytest -q $(version_tests)
+	PYTHONPATH=$(CURDIR)/build/versions build/versions/$*/bin/python -m pytest -q --junitxml=build/logs/$@.xml $(version_tests)
 	$(if $(CI),rm -rf build/versions/$*)
 
 build/versions/%/installed: Makefile | .venv/bin/python
@@ -63,21 +122,23 @@ build/versions/%/installed: Makefile | .venv/bin/python
 	build/versions/$*/bin/$(pip) pytest $($*)
 	@touch $@
 
-# The library with the CUDA methods for two architectures, and what can be known of it without a GPU.
+# Builds the library with the CUDA methods for two architectures and runs the tests of it that need
+# no GPU.
+ctest = mkdir -p build/logs && ctest --test-dir build/$(1) -j $(JOBS) --output-on-failure --output-junit $(CURDIR)/build/logs/$@.xml
 cuda: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS) --target cuda_tests
-	ctest --test-dir build/ctest -j $(JOBS) --output-on-failure -L cuda
+	$(call ctest,ctest) -L cuda
 
 ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
-	ctest --test-dir build/ctest -j $(JOBS) --output-on-failure -LE 'slow|cuda'
+	$(call ctest,ctest) -LE 'slow|cuda'
 
 # The C and C++ tests with the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
-	ctest --test-dir build/sanitize -j $(JOBS) --output-on-failure -LE slow
+	$(call ctest,sanitize) -LE slow
 
-# 80: code and PTX, which says what a kernel's launch bounds are.
+# Architecture 80 has code and PTX, because a kernel's launch bounds can be read in PTX.
 build/ctest/build.ninja: .venv/nvcc | system .venv/test
 	cmake -S . -B build/ctest -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_TESTS_PYTHON=ON -D LEETCORE_CUDA=ON \
 	  -D CMAKE_CUDA_ARCHITECTURES='80;90a-real' -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python $$(cat .venv/nvcc)
@@ -85,7 +146,7 @@ build/ctest/build.ninja: .venv/nvcc | system .venv/test
 build/sanitize/build.ninja: | system
 	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON -D LEETCORE_CUDA=OFF
 
-# nvcc of a toolkit, or else from PyPI; the file holds what CMake is told of it.
+# nvcc comes from an installed toolkit or else from PyPI. The file holds the CMake options for it.
 .venv/nvcc: .venv/bin/python
 	@if command -v nvcc >/dev/null; then : >$@; else \
 	  $(pip) 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*' && echo -D LEETCORE_CUDA_FROM_PYPI=ON >$@; fi
@@ -99,7 +160,7 @@ generate: .venv/bench
 bench: .venv/bench
 	python bench/run.py $(ARGS)
 
-# By the machine's own Python, as that is the one with a torch for its GPU.
+# The GPU stages use the machine's own Python, whose torch is the one for its GPU.
 gpu_run = CMAKE_ARGS= PATH='$(system_path)' $(PYTHON) tests/gpu/run.py $(ARGS) $(if $(COMMIT),--commit $(COMMIT))
 gpu:
 	$(gpu_run)
@@ -118,21 +179,36 @@ format: .venv/test
 	ruff format .
 	clang-format -i $(c_files)
 
+# Writes docs/api/ from the docstrings.
+.PHONY: docs
+docs: .venv/test
+	python docs/api.py
+
 clean:
 	rm -rf .venv build
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/package: .venv/bin/python $(sources)
-	$(pip) .
+.venv/build: .venv/bin/python
+	$(pip) $(build_tools)
 	@touch $@
 
-.venv/test .venv/bench: .venv/%: .venv/bin/python $(sources)
-	$(pip) '.[$*]'
+.venv/package: .venv/build $(sources)
+	$(install) .
+	@touch $@
+
+# Dependencies are resolved again only when pyproject.toml has changed. The C and C++ tests are
+# configured in the build of the package, so that `make quick` links them with its objects, and
+# warnings are errors, as in the other builds.
+.venv/test: export CMAKE_ARGS := $(CMAKE_ARGS) -DLEETCORE_TESTS=ON -DLEETCORE_WERROR=ON
+.venv/test: | system
+.venv/test .venv/bench: .venv/%: .venv/build $(sources)
+	$(install) $(if $(filter pyproject.toml .venv/build,$?),'.[$*]',--no-deps .)
 	@touch .venv/package $@
 
-# What PyPI does not have, from Debian: installed when we may, else named.
+# Tools that PyPI does not have come from Debian. Root installs the missing packages; other users
+# read their names. ccache is optional.
 system:
 	@missing=; have() { command -v $$1 >/dev/null; }; \
 	have g++ || missing="$$missing g++"; \
@@ -142,9 +218,12 @@ system:
 	[ -e /usr/include/gtest/gtest.h ] || missing="$$missing libgtest-dev"; \
 	$(if $(filter cbench,$(MAKECMDGOALS)),[ -e /usr/include/benchmark/benchmark.h ] || missing="$$missing libbenchmark-dev";) \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	get="apt-get install --yes --quiet --no-install-recommends"; \
+	if ! have ccache && [ $$(id -u) = 0 ] && have apt-get && [ ! -e build/no-ccache ]; then \
+	  $$get ccache || { apt-get update --quiet && $$get ccache; } || \
+	    { echo "Builds will do without ccache."; mkdir -p build; touch build/no-ccache; }; fi; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ $$(id -u) != 0 ]; then echo "These Debian packages are missing:$$missing" >&2; exit 1; fi; \
-	get="apt-get install --yes --quiet --no-install-recommends"; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test $(STAGES) versions-oldest versions-newest train generate bench gpu cbench format clean system
+.PHONY: run test quick $(STAGES) versions-oldest versions-newest train generate bench gpu cbench format clean system

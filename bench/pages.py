@@ -8,6 +8,7 @@ and `bench/accuracy.py` write the records.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 import click
 import goals
 import leetcore
-import ml_dtypes
-import numpy as np
 import regret as regret_record
 from leetcore.bench import figures, measurements
 from leetcore.bench import results as of
@@ -48,10 +47,15 @@ def origin(results: Results) -> str:
     matmul, copy = of.matmul(results), of.copy(results)
     rates = f"a float32 matrix product ran at {matmul['median'] / 1e9:.0f} Gflop/s" if matmul else ""
     rates += f", a copy at {copy['median'] / 1e9:.0f} GB/s" if copy else ""
-    warned = f"\n\n**{of.warning(results)}**" if of.warning(results) else ""
+    warned = wrapped(f"**{of.warning(results)}**") if of.warning(results) else ""
     where = f"{results['device']['processor']}, {results['threads']} threads, {results['isa']}"
     version = f"leetcore {results['versions']['leetcore']}{commit}, {results['date'][:10]}"
-    return f"Measured on {where}, with {version}{'; ' + rates if rates else ''}.{warned}"
+    text = wrapped(f"Measured on {where}, with {version}{'; ' + rates if rates else ''}.")
+    return f"{text}\n\n{warned}".rstrip()
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def span(values: list[float]) -> str:
@@ -79,7 +83,7 @@ def headline() -> str:
     results = newest("cpu")
     lines = []
     if ratios := over(results, "forward", "chunk", "torch", dtype="float32"):
-        lines.append(f"- a forward pass takes **{percent(ratios)}** of the time of the fastest torch code")
+        lines.append(f"- a float32 forward pass takes **{percent(ratios)}** of the time of the fastest torch code")
     if ratios := over(results, "training", "training", "torch"):
         rows = goals.find(results, "training", "training")
         memory = [
@@ -88,14 +92,14 @@ def headline() -> str:
             if (least := goals.best(r for r in goals.same_problem(results, row) if r["kind"] == "rival"))
         ]
         lines.append(
-            f"- a forward and backward pass takes **{percent(ratios)}** of the time and {percent(memory)} of the memory"
-            " of the fastest torch autograd code"
+            f"- with the backward pass **{percent(ratios)}** of the time and {percent(memory)} of the memory of the"
+            " fastest torch code"
         )
     if rows := goals.find(results, "growth", H=8):
         first, last = (f(rows, key=lambda row: row["N"]) for f in (min, max))
         ratio = goals.work_seconds(results, last) / goals.work_seconds(results, first)
         lines.append(f"- {last['N'] // first['N']} times the tokens take **{ratio:.0f} times** as long")
-    return "\n".join(lines) + f"\n\n{origin(results)} float32."
+    return "\n".join(lines) + f"\n\n{origin(results)}"
 
 
 def speed() -> str:
@@ -166,7 +170,7 @@ def wins() -> str:
 def regret() -> str:
     results = newest("regret")
     worst = regret_record.table(results, least=0.1)
-    found = f"{regret_record.summary(results)} {origin(results)}"
+    found = f"{wrapped(regret_record.summary(results))}\n\n{origin(results)}"
     return f"{found}\n\nProblems with a regret above 10 %:\n\n{worst}" if worst else found
 
 
@@ -188,32 +192,15 @@ def costs() -> str:
 
 
 def serves() -> str:
-    """What every CPU method serves, found by calling it on small problems."""
-    x, state = np.ones((1, 2, 8, 4), np.float32), np.zeros((1, 2, 4, 4), np.float32)
-    g, tokens = np.full(2, -0.1, np.float32), np.full((1, 2, 8), -0.1, np.float32)
-    features: dict[str, Callable[[str], Any]] = {
-        "decay per token": lambda m: leetcore.linear_attention(x, x, x, tokens, method=m),
-        "packed sequences": lambda m: leetcore.linear_attention(x, x, x, g, method=m, cu_seqlens=np.array([0, 3, 8])),
-        "grouped heads": lambda m: leetcore.linear_attention(x, x[:, :1], x[:, :1], g[:1], method=m),
-        "initial state": lambda m: leetcore.linear_attention(x, x, x, g, method=m, initial_state=state),
-        "final state": lambda m: leetcore.linear_attention(x, x, x, g, method=m, return_state=True),
-        **{
-            name: lambda m, dtype=dtype: leetcore.linear_attention(*[x.astype(dtype)] * 3, g, method=m)
-            for name, dtype in (("float64", np.float64), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16))
-        },
-    }
-
-    def served(method: str, call: Callable[[str], Any]) -> str:
-        try:
-            call(method)
-        except NotImplementedError:
-            return "no"
-        return "yes"
-
-    names = [m.name for m in leetcore.methods() if m.device == "cpu"]
-    return markdown_table(
-        ["method", *features], [[f"`{m}`", *(served(m, call) for call in features.values())] for m in names]
-    )
+    """What the methods declare in the table of methods, as what each of them lacks."""
+    rows = {m.name: m.serves.split() for m in leetcore.methods() if m.device == "cpu"}
+    known = list(dict.fromkeys(feature for served in rows.values() for feature in served))
+    body = []
+    for method, served in rows.items():
+        lacks = [feature for feature in known if feature not in served]
+        body.append([f"`{method}`", ", ".join(lacks) or "nothing"])
+    features = wrapped(f"Features that methods on the CPU declare: {', '.join(known)}.")
+    return f"{features}\n\n{markdown_table(['method', 'does not serve'], body)}"
 
 
 # ---- accuracy ------------------------------------------------------------------------------------
@@ -260,7 +247,7 @@ def _decays(named: list[tuple[str, Row]], head: list[str]) -> str:
 
 def conditions() -> str:
     results = newest("accuracy")
-    return f"{origin(results)} By `bench/accuracy.py`."
+    return f"{origin(results)}\n`bench/accuracy.py` measures it."
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -303,13 +290,13 @@ def draw() -> None:
     error-float32.svg."""
     found = timings(newest("growth"))
     shown = Measurements(pictured(found), warning=found.warning)
-    two = Measurements([t for t in shown.timings if t.method in ("chunk", "parallel")], warning=found.warning)
+    two = [t for t in shown.timings if t.method in ("chunk", "parallel") and t.shape.N >= 64]
     errors = timings(newest("check"))
     errors.errors = [e for e in errors.errors if e.dtype == "float32"]
     IMAGES.mkdir(exist_ok=True)
     for name, kind, data in (
         ("growth", "time", shown),
-        ("throughput", "throughput", two),
+        ("throughput", "throughput", Measurements(two, warning=found.warning)),
         ("error-float32", "error", errors),
     ):
         for _, figure in figures.draw([kind], data):

@@ -1,5 +1,5 @@
-# What `cmake --install` puts down: the library, the headers, the CMake package, the pkg-config file. All of it is relocatable.
-# Destinations follow GNUInstallDirs.
+# `cmake --install` installs the library, the headers, the CMake package and the pkg-config file.
+# All of them are relocatable. Destinations follow GNUInstallDirs.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
@@ -19,7 +19,7 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/leetcoreConfigVersion.cma
 install(FILES ${PROJECT_BINARY_DIR}/leetcoreConfig.cmake ${PROJECT_BINARY_DIR}/leetcoreConfigVersion.cmake
   DESTINATION ${package_dir})
 
-# pkg-config: paths are counted from the .pc file, so that the tree may be moved.
+# The paths of the pkg-config file are relative to the file, so the installation may be moved.
 file(RELATIVE_PATH pc_to_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 file(RELATIVE_PATH pc_libdir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_LIBDIR})
 file(RELATIVE_PATH pc_includedir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_INCLUDEDIR})

@@ -1,8 +1,10 @@
-// api.cpp - the C entry points: check, choose, run; exceptions become status codes here and nowhere else.
+// api.cpp - the C entry points: they check a call, choose a method and run it. Exceptions become
+// status codes here and in no other file.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "interrupt.h"
@@ -34,12 +36,58 @@ lc_status guarded(F&& f) {
   }
 }
 
-// An older caller's struct is shorter: what it does not know reads as absent.
+// The struct of an older caller is shorter: the members that it lacks read as absent.
 lc_args widen(const lc_args* a) {
   if (!a) lc::fail(LC_INVALID, "args: expected a pointer to lc_args, got NULL");
   lc_args full = {};
   std::memcpy(&full, a, std::min<size_t>(a->struct_size, sizeof full));
   return full;
+}
+
+lc_candidate answer(const lc::Method& m, const lc::Problem& p) {
+  lc_candidate row = {};
+  row.method = m.info.name;
+  row.device = m.info.device;
+  row.refusal = lc::refusal(m, p);
+  if (row.refusal) return row;
+  const auto [cost, correction, microseconds] = lc::predict(m, p);
+  row.bound = cost.bound;
+  row.flop = cost.flop;
+  row.least_bytes = cost.least_bytes;
+  row.bytes = cost.bytes;
+  row.depth = cost.depth;
+  row.workspace = m.workspace(p);
+  row.model_us = cost.microseconds;
+  row.correction = correction;
+  row.microseconds = microseconds;
+  return row;
+}
+
+// ---- the text of lc_explain ---------------------------------------------------------------------
+
+std::string why(const lc::Choice& chosen) {
+  const std::string by = chosen.decided_by, name = chosen.method->info.name;
+  if (by == "prediction")
+    return "the shortest prediction decides: " + name + " (tuning table: " + lc::tuning_source() + ")\n";
+  if (by == "only") return "only " + name + " serves this call\n";
+  return by + " names " + name + "\n";
+}
+
+std::string line(const lc_candidate& row, const lc::Choice& chosen, bool is_chosen) {
+  char text[400];
+  if (row.refusal) {
+    std::snprintf(text, sizeof text, "  %-10s %-4s  cannot: %s\n", row.method, row.device, row.refusal);
+    return text;
+  }
+  char verdict[40] = "chosen";
+  if (!is_chosen)
+    std::snprintf(verdict, sizeof verdict, "%.2f times the chosen", row.microseconds / chosen.prediction.microseconds);
+  std::snprintf(text, sizeof text,
+                "%c %-10s %-4s  %s: predicted %.1f us (model %.1f us x correction %.2f, bound by %s), %.4g Mflop, "
+                "%.4g MB moved, workspace %llu bytes, depth %.0f\n",
+                is_chosen ? '*' : ' ', row.method, row.device, verdict, row.microseconds, row.model_us, row.correction,
+                row.bound, row.flop / 1e6, row.bytes / 1e6, static_cast<unsigned long long>(row.workspace), row.depth);
+  return text;
 }
 
 }  // namespace
@@ -85,10 +133,35 @@ lc_status lc_predict(const lc_args* args, lc_cost* cost, size_t size) {
     const lc_args a = widen(args);
     const lc::Problem p = lc::check_structure(a);
     const lc::Choice chosen = lc::choose(p, a.method);
-    const lc::Cost& c = chosen.cost;
-    const lc_cost full = {chosen.method->info.name,    c.flop,  c.least_bytes, c.bytes,
-                          chosen.method->workspace(p), c.depth, c.microseconds};
+    const lc::Cost& c = chosen.prediction.cost;
+    const lc_cost full = {
+        chosen.method->info.name,      c.flop, c.least_bytes, c.bytes, chosen.method->workspace(p), c.depth,
+        chosen.prediction.microseconds};
     std::memcpy(cost, &full, std::min(size, sizeof full));
+  });
+}
+
+lc_status lc_candidate_at(const lc_args* args, int index, lc_candidate* candidate, size_t size) {
+  return guarded([&] {
+    if (!candidate) lc::fail(LC_INVALID, "candidate: expected a pointer, got NULL");
+    const lc::Methods all = lc::methods();
+    const int count = int(all.end() - all.begin());
+    if (index < 0 || index >= count)
+      lc::fail(LC_INVALID, "index: expected 0 to %d, the methods of this build, got %d", count - 1, index);
+    const lc_candidate full = answer(*all.begin()[index], lc::check_structure(widen(args)));
+    std::memcpy(candidate, &full, std::min(size, sizeof full));
+  });
+}
+
+lc_status lc_choose(const lc_args* args, lc_choice* choice, size_t size) {
+  return guarded([&] {
+    if (!choice) lc::fail(LC_INVALID, "choice: expected a pointer, got NULL");
+    const lc_args a = widen(args);
+    const lc::Choice chosen = lc::choose(lc::check_structure(a), a.method);
+    const lc::Methods all = lc::methods();
+    const auto index = std::find(all.begin(), all.end(), chosen.method) - all.begin();
+    const lc_choice full = {int32_t(index), chosen.decided_by, lc::tuning_source()};
+    std::memcpy(choice, &full, std::min(size, sizeof full));
   });
 }
 
@@ -98,26 +171,8 @@ lc_status lc_explain(const lc_args* args, char* text, size_t size) {
     const lc_args a = widen(args);
     const lc::Problem p = lc::check_structure(a);
     const lc::Choice chosen = lc::choose(p, a.method);
-    std::string s;
-    for (const lc::Method* m : lc::methods()) {
-      char line[320];
-      if (const char* why = lc::refusal(*m, p)) {
-        std::snprintf(line, sizeof line, "  %-10s %-4s  cannot: %s\n", m->info.name, m->info.device, why);
-      } else {
-        const lc::Cost c = lc::predict(*m, p);
-        char verdict[40] = "chosen";
-        if (m != chosen.method)
-          std::snprintf(verdict, sizeof verdict, "%.2f times the chosen", c.microseconds / chosen.cost.microseconds);
-        else if (a.method && std::strcmp(a.method, "auto"))
-          std::snprintf(verdict, sizeof verdict, "named");
-        std::snprintf(
-            line, sizeof line,
-            "%c %-10s %-4s  %s: predicted %.1f us, %.4g Mflop, %.4g MB moved, workspace %zu bytes, depth %.0f\n",
-            m == chosen.method ? '*' : ' ', m->info.name, m->info.device, verdict, c.microseconds, c.flop / 1e6,
-            c.bytes / 1e6, m->workspace(p), c.depth);
-      }
-      s += line;
-    }
+    std::string s = why(chosen);
+    for (const lc::Method* m : lc::methods()) s += line(answer(*m, p), chosen, m == chosen.method);
     std::snprintf(text, size, "%s", s.c_str());
   });
 }
@@ -135,6 +190,19 @@ const lc_method_info* lc_method(int index) {
   return info;
 }
 
+const char* lc_method_serves(int index) {
+  const char* words = nullptr;
+  guarded([&] {
+    static const std::vector<std::string> all = [] {
+      std::vector<std::string> texts;
+      for (const lc::Method* m : lc::methods()) texts.push_back(lc::names(m->serves.features));
+      return texts;
+    }();
+    if (index >= 0 && index < int(all.size())) words = all[size_t(index)].c_str();
+  });
+  return words;
+}
+
 const char* lc_last_error(void) { return last_error.c_str(); }
 
 int lc_version(void) { return LC_VERSION; }
@@ -143,11 +211,13 @@ const char* lc_build_info(void) {
   static thread_local std::string text;
   const lc_status status = guarded([&] {
     text = "version=" + std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
-           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::kIsaNames[int(lc::isa())] +
+           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::isa().name +
            "\nisas=";
     const char* separator = "";
-    for (lc::Isa isa : {lc::Isa::generic, lc::Isa::avx2, lc::Isa::avx512})
-      if (lc::compiled(isa)) text += separator + std::string(lc::kIsaNames[int(isa)]), separator = " ";
+    for (const lc::Isa& isa : lc::isas()) {
+      text += separator + std::string(isa.name);
+      separator = " ";
+    }
 #ifdef LC_WITH_CUDA
     text += "\ncuda=" + lc::cuda::versions();
 #else

@@ -1,11 +1,13 @@
-// check.cpp - lc_args -> Problem. All validation, and all the sentences that refuse an argument, live here. Each begins
-// with the argument's name and says what was given and what is allowed.
+// check.cpp - makes a Problem of lc_args. All validation is here, with all sentences that refuse an
+// argument. A sentence begins with the argument's name and says what was given and what is allowed.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cost.h"
@@ -36,7 +38,8 @@ std::string shape_text(const lc_tensor& t) {
 }
 
 std::string dtype_text(lc_dtype d) {
-  // DLPack's codes in their order. From the eighth on a code alone says how many bits a number has.
+  // The names of DLPack's codes, in order. From the eighth code on, the code alone determines the
+  // number of bits.
   const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
   const char* small[] = {"float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz", "float8_e4m3fn",
                          "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",    "float8_e8m0fnu",
@@ -74,21 +77,21 @@ Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type
 
 // ---- tensors ------------------------------------------------------------------------------------
 
-// One expected dimension: a number, or a letter for any number of at least `least`.
+// One expected dimension: a size, or a letter that stands for any size of at least `least`.
 struct Dim {
   const char* letter = "";
-  int64_t size = -1;  // any
+  int64_t size = -1;  // -1: any size
   int64_t least = 0;
 };
 
-// The expected shape: a rank and that many dimensions.
+// An expected shape.
 struct Dims {
   Dim at[4];
   int rank;
   Dims(std::initializer_list<Dim> list) : at{}, rank(int(list.size())) { std::copy(list.begin(), list.end(), at); }
 };
 
-// The bytes a tensor touches, [low, high), and its layout: dense enough for every question of overlap.
+// A tensor and the range of addresses [low, high) of its elements.
 struct Extent {
   const char* name;
   const lc_tensor* tensor;
@@ -125,7 +128,7 @@ class Checker {
     if (t) fail(LC_INVALID, "%s: only %s takes it; expected NULL", name, who);
   }
 
-  // Rank and sizes; dims are given in the order of the default layout.
+  // Checks rank and sizes; dims are in the order of the default layout.
   void shape(const char* name, const lc_tensor& t, Dims dims, bool swap = false) {
     if (swap && bnhd) std::swap(dims.at[1], dims.at[2]);
     bool good = t.ndim == dims.rank && (t.shape || !t.ndim);
@@ -146,9 +149,9 @@ class Checker {
     fail(LC_INVALID, "%s: expected shape %s], got %s%s", name, want.c_str(), shape_text(t).c_str(), least.c_str());
   }
 
-  // Device, address, strides: what every tensor has to satisfy once its shape is known.
+  // Checks device, address and strides of a tensor whose shape was checked.
   void memory(const char* name, const lc_tensor& t, bool contiguous_last = true) {
-    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // a kernel writes its gradient
+    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // its gradient is on the device
     if (host_scalar ? t.device.type != LC_CPU
                     : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
       fail(LC_INVALID, "%s: expected on %s%s, got %s", name, host_scalar ? "the CPU" : device_text(p.device).c_str(),
@@ -159,7 +162,7 @@ class Checker {
     __int128 low = 0, high = item;
     bool far = false;
     for (int i = 0; i < t.ndim && !far; ++i) {
-      if (t.shape[i] < 2) continue;  // any stride
+      if (t.shape[i] < 2) continue;  // the stride is not used
       const int64_t stride = stride_of(t, i);
       far = stride > kMost || stride < -kMost;
       const __int128 reach = far ? 0 : __int128(t.shape[i] - 1) * stride * item;
@@ -180,10 +183,10 @@ class Checker {
     extents[count++] = {name, &t, __int128(first) + low, __int128(first) + high};
   }
 
-  // In the frame [b, h, n, d] of View, whatever the layout.
+  // The tensor with the axes [b, h, n, d] of View, whatever the layout.
   View view(const lc_tensor& t, bool swap) const {
     View w;
-    const bool none = empty(t);  // neither strides nor offset mean anything then, nor were they checked
+    const bool none = empty(t);  // strides and offset of an empty tensor have no meaning and were not checked
     w.data = none ? t.data : static_cast<char*>(t.data) + t.byte_offset;
     for (int i = 0; i < t.ndim; ++i)
       w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 && !none ? stride_of(t, i) : 0;
@@ -197,7 +200,7 @@ class Checker {
     return view(t, swap);
   }
 
-  // log_decay or its gradient, of a rank up to 3, in the frame [b, h, n, -].
+  // log_decay or its gradient, of rank 0 to 3, with the axes [b, h, n, -].
   View decay_view(const char* name, const lc_tensor& t) {
     memory(name, t, false);
     View w = view(t, t.ndim == 3);
@@ -207,7 +210,7 @@ class Checker {
 
   int64_t heads(const lc_tensor& t) const { return t.shape[bnhd ? 2 : 1]; }
 
-  // No element of a written tensor may share memory with another of its own, ...
+  // Refuses a written tensor two of whose elements share memory.
   void distinct(const char* name, const lc_tensor& t) const {
     std::pair<int64_t, int64_t> steps[4];  // stride, size
     int n = 0;
@@ -225,7 +228,8 @@ class Checker {
     }
   }
 
-  // ... nor with any other argument of the call; the one named `except` may be the very same tensor.
+  // Refuses a written tensor that shares memory with another argument. The argument `except` may be
+  // the same tensor.
   void apart(const char* name, const char* except) const {
     const Extent* mine = extents;
     while (std::strcmp(mine->name, name)) ++mine;
@@ -238,7 +242,7 @@ class Checker {
     }
   }
 
-  Extent extents[13];  // as many as one call may have tensors
+  Extent extents[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
   int count = 0;
 
  private:
@@ -248,9 +252,9 @@ class Checker {
     return good;
   }
 
-  // Columns of one buffer, like q, k and v of a fused projection. For any length P, a tensor whose strides are
-  // multiples of P or stay within a row lies in one interval modulo P; where two such intervals keep apart, so do the
-  // tensors.
+  // Whether x and y are columns of one buffer, like q, k and v of a fused projection. Modulo a row
+  // length P, the addresses of a tensor whose strides are multiples of P, or stay within a row, are
+  // one interval. Tensors whose intervals are disjoint share no memory.
   static bool interleaved(const Extent& x, const Extent& y) {
     for (const Extent* e : {&x, &y}) {
       const lc_tensor& t = *e->tensor;
@@ -268,7 +272,7 @@ class Checker {
     const int64_t item = t.dtype.bits / 8;
     __int128 bytes = item;
     for (int i = 0; i < t.ndim; ++i) {
-      if (t.shape[i] < 2) continue;  // any stride
+      if (t.shape[i] < 2) continue;  // the stride is not used
       const int64_t step = std::llabs(stride_of(t, i)) * item;
       if (step % period) bytes += __int128(step) * (t.shape[i] - 1);
     }
@@ -276,7 +280,7 @@ class Checker {
   }
 };
 
-// ---- values a host can read ---------------------------------------------------------------------
+// ---- values that the host can read --------------------------------------------------------------
 
 template <class T>
 void check_log_decay_values(const lc_tensor& t) {
@@ -328,32 +332,42 @@ void check_state_indices_values(const Problem& p) {
 
 // ---- the whole call -----------------------------------------------------------------------------
 
-Checker structure(const lc_args& a) {
-  Checker c(a);
-  Problem& p = c.p;
+void scalars(const lc_args& a) {
   if (a.op != LC_FORWARD && a.op != LC_BACKWARD && a.op != LC_DECODE)
     fail(LC_INVALID, "op: expected LC_FORWARD, LC_BACKWARD or LC_DECODE, got %d", a.op);
-  const bool decode = a.op == LC_DECODE, backward = a.op == LC_BACKWARD;
   if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
     fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
   if (a.num_threads < 0) fail(LC_INVALID, "num_threads: expected 0 or more, got %d", a.num_threads);
   if (!std::isfinite(a.scale)) fail(LC_INVALID, "scale: expected a finite number, got %g", a.scale);
+}
 
+void divides(const char* name, int64_t heads, int64_t all, const char* whose) {
+  if (all % heads)
+    fail(LC_INVALID, "%s: expected a number of heads that divides %lld, the most of %s, got %lld", name,
+         static_cast<long long>(all), whose, static_cast<long long>(heads));
+}
+
+// The sizes of the call, from the shapes of q, k and v.
+void dims(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
   const lc_tensor &q = c.required("q", a.q), &k = c.required("k", a.k), &v = c.required("v", a.v);
-  const Dim any_b{"B", -1}, any_n{"N", -1}, any_k{"K", -1, 1}, any_v{"V", -1, 1};
-  c.shape("q", q, {any_b, {"Hq", -1, 1}, any_n, any_k}, true);
-  p.op = lc_op(a.op), p.device = q.device, p.scale = a.scale, p.tf32 = a.flags & LC_ALLOW_TF32;
-  p.B = q.shape[0], p.N = q.shape[c.bnhd ? 1 : 2], p.K = q.shape[3], p.Hq = c.heads(q);
+  c.shape("q", q, {{"B", -1}, {"Hq", -1, 1}, {"N", -1}, {"K", -1, 1}}, true);
+  p.op = lc_op(a.op);
+  p.device = q.device;
+  p.scale = a.scale;
+  p.tf32 = a.flags & LC_ALLOW_TF32;
+  p.B = q.shape[0];
+  p.N = q.shape[c.bnhd ? 1 : 2];
+  p.K = q.shape[3];
+  p.Hq = c.heads(q);
   c.shape("k", k, {{"B", p.B}, {"Hk", -1, 1}, {"N", p.N}, {"K", p.K}}, true);
-  c.shape("v", v, {{"B", p.B}, {"Hv", -1, 1}, {"N", p.N}, any_v}, true);
-  p.Hk = c.heads(k), p.Hv = c.heads(v), p.V = v.shape[3];
-  p.H = std::max({p.Hq, p.Hk, p.Hv}), p.Hs = std::max(p.Hk, p.Hv);
-  const auto divides = [](const char* name, int64_t heads, int64_t all, const char* whose) {
-    if (all % heads)
-      fail(LC_INVALID, "%s: expected a number of heads that divides %lld, the most of %s, got %lld", name,
-           static_cast<long long>(all), whose, static_cast<long long>(heads));
-  };
+  c.shape("v", v, {{"B", p.B}, {"Hv", -1, 1}, {"N", p.N}, {"V", -1, 1}}, true);
+  p.Hk = c.heads(k);
+  p.Hv = c.heads(v);
+  p.V = v.shape[3];
+  p.H = std::max({p.Hq, p.Hk, p.Hv});
+  p.Hs = std::max(p.Hk, p.Hv);
   divides("q", p.Hq, p.H, "q, k and v");
   divides("k", p.Hk, p.Hs, "k and v");
   divides("v", p.Hv, p.Hs, "k and v");
@@ -362,14 +376,20 @@ Checker structure(const lc_args& a) {
     if (dim > kMostHeadDim)
       fail(LC_INVALID, "%s: expected a head dim of at most %d, got %lld", name, int(kMostHeadDim),
            static_cast<long long>(dim));
-  if (decode && p.N > kMostDecodeTokens)
+  if (p.op == LC_DECODE && p.N > kMostDecodeTokens)
     fail(LC_INVALID, "q: expected at most %d tokens to decode, got %lld; prefill the others", int(kMostDecodeTokens),
          static_cast<long long>(p.N));
   if (p.B > INT64_MAX / 2 / p.H || p.B * p.H > INT64_MAX / 2 / std::max<int64_t>(1, p.N))
     fail(LC_INVALID, "q: expected B * H * N below 2^62, got shape %s with %lld heads", shape_text(q).c_str(),
          static_cast<long long>(p.H));
+}
 
-  p.type = type_among("q", q, {Type::f64, Type::f32, Type::f16, Type::bf16});
+// The dtype, the device and the memory of q, k and v.
+void inputs(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  p.type = type_among("q", *a.q, {Type::f64, Type::f32, Type::f16, Type::bf16});
+  const Type exact = p.type == Type::f64 ? Type::f64 : Type::f32;
+  p.state_type = exact;
   if (p.device.type != LC_CPU && p.device.type != LC_CUDA)
     fail(LC_INVALID, "q: expected on the CPU or a CUDA device, got %s", device_text(p.device).c_str());
 #ifndef LC_WITH_CUDA
@@ -379,126 +399,178 @@ Checker structure(const lc_args& a) {
 #endif
   if (a.stream && p.device.type == LC_CPU)
     fail(LC_INVALID, "stream: expected NULL for tensors on the CPU, got %p", a.stream);
-  for (const auto& [name, t] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
+  for (const auto& [name, t, view] :
+       {std::tuple{"q", a.q, &p.q}, std::tuple{"k", a.k, &p.k}, std::tuple{"v", a.v, &p.v}}) {
     type_among(name, *t, {p.type}, " like q");
     c.memory(name, *t);
+    *view = c.view(*t, true);
   }
-  p.q = c.view(q, true), p.k = c.view(k, true), p.v = c.view(v, true);
+}
 
-  const Dim hs{"Hs", p.Hs};
-  if (const lc_tensor* t = a.log_decay) {
-    const Dims forms[] = {{}, {hs}, {{"B", p.B}, hs}, {{"B", p.B}, hs, {"N", p.N}}};
-    if (t->ndim < 0 || t->ndim > 3)
-      fail(LC_INVALID, "log_decay: expected a scalar, [Hs], [B, Hs] or [B, Hs, N], got %d dimensions", t->ndim);
-    c.shape("log_decay", *t, forms[t->ndim], t->ndim == 3);
-    if (p.type == Type::f64)
-      p.decay_type = type_among("log_decay", *t, {Type::f32, Type::f64});
-    else
-      p.decay_type = type_among("log_decay", *t, {Type::f32});
-    p.decay = t->ndim == 3 ? Decay::per_token : Decay::constant;
-    p.log_decay = c.decay_view("log_decay", *t);
-  }
+void decay(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  const lc_tensor* t = a.log_decay;
+  if (!t) return;
+  const Dim b{"B", p.B}, hs{"Hs", p.Hs};
+  const Dims forms[] = {{}, {hs}, {b, hs}, {b, hs, {"N", p.N}}};
+  if (t->ndim < 0 || t->ndim > 3)
+    fail(LC_INVALID, "log_decay: expected a scalar, [Hs], [B, Hs] or [B, Hs, N], got %d dimensions", t->ndim);
+  c.shape("log_decay", *t, forms[t->ndim], t->ndim == 3);
+  if (p.type == Type::f64)
+    p.decay_type = type_among("log_decay", *t, {Type::f32, Type::f64});
+  else
+    p.decay_type = type_among("log_decay", *t, {Type::f32});
+  p.decay = t->ndim == 3 ? Decay::per_token : Decay::constant;
+  p.log_decay = c.decay_view("log_decay", *t);
+}
 
-  int64_t sequences = p.B;
-  if (const lc_tensor* t = a.cu_seqlens) {
-    if (decode) c.absent("cu_seqlens", t, "LC_FORWARD or LC_BACKWARD");
-    c.shape("cu_seqlens", *t, {{"S + 1", -1, 1}});
-    if (!same(t->dtype, {LC_INT, 32, 1}) && !same(t->dtype, {LC_INT, 64, 1}))
-      fail(LC_DTYPE, "cu_seqlens: expected dtype int32 or int64, got %s", dtype_text(t->dtype).c_str());
-    c.memory("cu_seqlens", *t);
-    if (p.B != 1)
-      fail(LC_INVALID, "cu_seqlens: expected B = 1 with packed sequences, got B = %lld", static_cast<long long>(p.B));
-    p.cu_bits = t->dtype.bits, p.cu_seqlens = c.view(*t, false).data;
-    sequences = t->shape[0] - 1;
-  }
+// The width in bits of a tensor of int32 or int64.
+int32_t integer_bits(const char* name, const lc_tensor& t) {
+  if (!same(t.dtype, {LC_INT, 32, 1}) && !same(t.dtype, {LC_INT, 64, 1}))
+    fail(LC_DTYPE, "%s: expected dtype int32 or int64, got %s", name, dtype_text(t.dtype).c_str());
+  return t.dtype.bits;
+}
 
-  const Type state_type = p.type == Type::f64 ? Type::f64 : Type::f32;
-  const char* why = p.type == Type::f64 ? " with float64 inputs" : "";
-  p.state_type = state_type;
-  const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, hs, {"K", p.K}, {"V", p.V}};
-  if (decode) {
-    c.absent("initial_state", a.initial_state, "LC_FORWARD or LC_BACKWARD (LC_DECODE updates final_state in place)");
-    const lc_tensor& t = c.required("final_state", a.final_state);
-    c.shape("final_state", t, {{"slots", -1}, hs, {"K", p.K}, {"V", p.V}});
-    if (p.type == Type::f64)
-      p.state_type = type_among("final_state", t, {Type::f64}, why);
-    else
-      p.state_type = type_among("final_state", t, {Type::f32, Type::f16, Type::bf16});
-    c.memory("final_state", t);
-    p.final_state = c.view(t, false), p.slots = t.shape[0];
-    if (const lc_tensor* i = a.state_indices) {
-      c.shape("state_indices", *i, {{"B", p.B}});
-      if (!same(i->dtype, {LC_INT, 32, 1}) && !same(i->dtype, {LC_INT, 64, 1}))
-        fail(LC_DTYPE, "state_indices: expected dtype int32 or int64, got %s", dtype_text(i->dtype).c_str());
-      c.memory("state_indices", *i);
-      p.index_bits = i->dtype.bits, p.state_indices = c.view(*i, false).data;
-    } else if (p.slots < p.B) {
-      fail(LC_INVALID, "final_state: expected at least %lld slots, one a sequence, got %lld",
-           static_cast<long long>(p.B), static_cast<long long>(p.slots));
-    }
-  } else {
-    c.absent("state_indices", a.state_indices, "LC_DECODE");
-    if (a.initial_state) p.initial_state = c.tensor("initial_state", *a.initial_state, state, state_type, why, false);
-    if (backward) c.absent("final_state", a.final_state, "LC_FORWARD or LC_DECODE");
-    if (a.final_state) p.final_state = c.tensor("final_state", *a.final_state, state, state_type, why, false);
+// Returns the number of sequences.
+int64_t packed(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  const lc_tensor* t = a.cu_seqlens;
+  if (!t) return p.B;
+  if (p.op == LC_DECODE) c.absent("cu_seqlens", t, "LC_FORWARD or LC_BACKWARD");
+  c.shape("cu_seqlens", *t, {{"S + 1", -1, 1}});
+  p.cu_bits = integer_bits("cu_seqlens", *t);
+  c.memory("cu_seqlens", *t);
+  if (p.B != 1)
+    fail(LC_INVALID, "cu_seqlens: expected B = 1 with packed sequences, got B = %lld", static_cast<long long>(p.B));
+  p.cu_seqlens = c.view(*t, false).data;
+  return t->shape[0] - 1;
+}
+
+// The reason in the refusal of a state with a wrong dtype.
+const char* state_reason(const Problem& p) { return p.type == Type::f64 ? " with float64 inputs" : ""; }
+
+// The pool of states of LC_DECODE, and the slots of the sequences.
+void pool(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  c.absent("initial_state", a.initial_state, "LC_FORWARD or LC_BACKWARD (LC_DECODE updates final_state in place)");
+  const lc_tensor& t = c.required("final_state", a.final_state);
+  c.shape("final_state", t, {{"slots", -1}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}});
+  if (p.type == Type::f64)
+    p.state_type = type_among("final_state", t, {Type::f64}, state_reason(p));
+  else
+    p.state_type = type_among("final_state", t, {Type::f32, Type::f16, Type::bf16});
+  c.memory("final_state", t);
+  p.final_state = c.view(t, false);
+  p.slots = t.shape[0];
+  if (const lc_tensor* i = a.state_indices) {
+    c.shape("state_indices", *i, {{"B", p.B}});
+    p.index_bits = integer_bits("state_indices", *i);
+    c.memory("state_indices", *i);
+    p.state_indices = c.view(*i, false).data;
+  } else if (p.slots < p.B) {
+    fail(LC_INVALID, "final_state: expected at least %lld slots, one a sequence, got %lld", static_cast<long long>(p.B),
+         static_cast<long long>(p.slots));
   }
-  const Dim all_b{"B", p.B}, all_n{"N", p.N};
-  const Dims output{all_b, {"H", p.H}, all_n, {"V", p.V}};
+}
+
+void states(Checker& c, const lc_args& a, const Dims& state) {
+  Problem& p = c.p;
+  const auto view = [&](const char* name, const lc_tensor& t) {
+    return c.tensor(name, t, state, p.state_type, state_reason(p), false);
+  };
+  c.absent("state_indices", a.state_indices, "LC_DECODE");
+  if (a.initial_state) p.initial_state = view("initial_state", *a.initial_state);
+  if (p.op == LC_BACKWARD) c.absent("final_state", a.final_state, "LC_FORWARD or LC_DECODE");
+  if (a.final_state) p.final_state = view("final_state", *a.final_state);
+}
+
+void decay_gradient(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  const lc_tensor* t = a.d_log_decay;
+  if (!t) return;
+  if (!a.log_decay) fail(LC_INVALID, "d_log_decay: expected NULL, as log_decay is absent");
+  Dims like{};
+  for (like.rank = 0; like.rank < a.log_decay->ndim; ++like.rank)
+    like.at[like.rank] = {"", a.log_decay->shape[like.rank]};
+  c.shape("d_log_decay", *t, like);
+  type_among("d_log_decay", *t, {p.decay_type}, " like log_decay");
+  const View w = c.decay_view("d_log_decay", *t);
+  if (!empty(*t)) p.d_log_decay = w;  // with no sequences there is nothing to write
+}
+
+void gradients(Checker& c, const lc_args& a, const Dims& output, const Dims& state) {
+  Problem& p = c.p;
+  const Dim b{"B", p.B}, n{"N", p.N}, k{"K", p.K};
+  const Dims q_like{b, {"Hq", p.Hq}, n, k}, k_like{b, {"Hk", p.Hk}, n, k}, v_like{b, {"Hv", p.Hv}, n, {"V", p.V}};
   const struct {
     const char* name;
     const lc_tensor* tensor;
-    const Dims dims;
-    Type type;
-    const char* reason;
-    bool swap;
+    const Dims& dims;
+    bool is_state;
     View* view;
-  } gradients[] = {
-      {"d_o", a.d_o, output, p.type, " like q", true, &p.d_o},
-      {"d_final_state", a.d_final_state, state, state_type, why, false, &p.d_final_state},
-      {"d_q", a.d_q, {all_b, {"Hq", p.Hq}, all_n, {"K", p.K}}, p.type, " like q", true, &p.d_q},
-      {"d_k", a.d_k, {all_b, {"Hk", p.Hk}, all_n, {"K", p.K}}, p.type, " like q", true, &p.d_k},
-      {"d_v", a.d_v, {all_b, {"Hv", p.Hv}, all_n, {"V", p.V}}, p.type, " like q", true, &p.d_v},
-      {"d_initial_state", a.d_initial_state, state, state_type, why, false, &p.d_initial_state},
+  } all[] = {
+      {"d_o", a.d_o, output, false, &p.d_o}, {"d_final_state", a.d_final_state, state, true, &p.d_final_state},
+      {"d_q", a.d_q, q_like, false, &p.d_q}, {"d_k", a.d_k, k_like, false, &p.d_k},
+      {"d_v", a.d_v, v_like, false, &p.d_v}, {"d_initial_state", a.d_initial_state, state, true, &p.d_initial_state},
   };
-  for (const auto& d : gradients) {
-    if (!backward) c.absent(d.name, d.tensor, "LC_BACKWARD");
-    if (d.tensor) *d.view = c.tensor(d.name, *d.tensor, d.dims, d.type, d.reason, d.swap);
+  for (const auto& d : all) {
+    if (p.op != LC_BACKWARD) c.absent(d.name, d.tensor, "LC_BACKWARD");
+    if (!d.tensor) continue;
+    *d.view = d.is_state ? c.tensor(d.name, *d.tensor, d.dims, p.state_type, state_reason(p), false)
+                         : c.tensor(d.name, *d.tensor, d.dims, p.type, " like q", true);
   }
-  if (!backward) c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
-  if (const lc_tensor* t = a.d_log_decay) {
-    if (!a.log_decay) fail(LC_INVALID, "d_log_decay: expected NULL, as log_decay is absent");
-    Dims like{};
-    for (like.rank = 0; like.rank < a.log_decay->ndim; ++like.rank)
-      like.at[like.rank] = {"", a.log_decay->shape[like.rank]};
-    c.shape("d_log_decay", *t, like);
-    type_among("d_log_decay", *t, {p.decay_type}, " like log_decay");
-    const View w = c.decay_view("d_log_decay", *t);
-    if (!empty(*t)) p.d_log_decay = w;  // of no sequences: nothing to write
-  }
-  if (backward) {
-    c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
-    if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");
-    if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state)
-      fail(LC_INVALID,
-           "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state), "
-           "got none");
-  }
-  if (a.o) p.o = c.tensor("o", *a.o, output, p.type, " like q", true);
+  if (p.op != LC_BACKWARD) return c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+  decay_gradient(c, a);
+  c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
+  if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");
+  if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state)
+    fail(LC_INVALID,
+         "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state), got none");
+}
 
-  for (const auto& [name, t] :
-       {std::pair{"o", a.o}, std::pair{"final_state", a.final_state}, std::pair{"d_q", a.d_q}, std::pair{"d_k", a.d_k},
-        std::pair{"d_v", a.d_v}, std::pair{"d_log_decay", a.d_log_decay},
-        std::pair{"d_initial_state", a.d_initial_state}}) {
+// Written tensors overlap neither themselves nor other arguments; final_state may be initial_state.
+void outputs_apart(const Checker& c, const lc_args& a) {
+  const std::pair<const char*, const lc_tensor*> written[] = {{"o", a.o},
+                                                              {"final_state", a.final_state},
+                                                              {"d_q", a.d_q},
+                                                              {"d_k", a.d_k},
+                                                              {"d_v", a.d_v},
+                                                              {"d_log_decay", a.d_log_decay},
+                                                              {"d_initial_state", a.d_initial_state}};
+  for (const auto& [name, t] : written) {
     if (!t || empty(*t)) continue;
     c.distinct(name, *t);
     c.apart(name, std::strcmp(name, "final_state") ? "" : "initial_state");
   }
-  p.B = sequences;
-  p.workspace = a.workspace, p.workspace_bytes = a.workspace_bytes, p.stream = a.stream;
+}
+
+int threads_of(const Problem& p, const lc_args& a) {
+  if (p.device.type != LC_CPU) return 1;
   // A decode call with little work runs on one thread, whatever the number of threads is.
   const double flop = 4 * double(p.B) * double(p.H) * double(p.N) * double(p.K) * double(p.V);
-  const bool small = decode && 4 * least_bytes(p) + flop < kFlopPerWorker;
-  p.threads = p.device.type == LC_CPU && !small ? thread_count(a.num_threads).count : 1;
+  if (p.op == LC_DECODE && 4 * least_bytes(p) + flop < kFlopPerWorker) return 1;
+  return thread_count(a.num_threads).count;
+}
+
+Checker structure(const lc_args& a) {
+  scalars(a);
+  Checker c(a);
+  Problem& p = c.p;
+  dims(c, a);
+  inputs(c, a);
+  decay(c, a);
+  const int64_t sequences = packed(c, a);
+  const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}};
+  const Dims output{{"B", p.B}, {"H", p.H}, {"N", p.N}, {"V", p.V}};
+  p.op == LC_DECODE ? pool(c, a) : states(c, a, state);
+  gradients(c, a, output, state);
+  if (a.o) p.o = c.tensor("o", *a.o, output, p.type, " like q", true);
+  outputs_apart(c, a);
+  p.B = sequences;
+  p.workspace = a.workspace;
+  p.workspace_bytes = a.workspace_bytes;
+  p.stream = a.stream;
+  p.threads = threads_of(p, a);
   return c;
 }
 
@@ -518,7 +590,7 @@ Problem check(const lc_args& args) {
         p.decay_type == Type::f64 ? *static_cast<const double*>(value) : *static_cast<const float*>(value);
     c.p.log_decay = {};
   }
-  if (p.device.type == LC_CUDA) return p;  // values there cannot be read without waiting for the device
+  if (p.device.type == LC_CUDA) return p;  // reading values there would wait for the device
   if (p.cu_bits) check_cu_seqlens_values(p);
   if (p.index_bits) check_state_indices_values(p);
   return p;

@@ -1,4 +1,4 @@
-// cost.h - how much memory a problem stands for, on any device.
+// cost.h - the sizes of a problem that predictions of its cost start from, on any device.
 #pragma once
 #include <algorithm>
 
@@ -6,12 +6,13 @@
 
 namespace lc {
 
-// The work that pays for one more worker, since waking it costs some microseconds: about 10 us of one core.
+// The work that pays for one more worker: about 10 us of one core, since waking a worker costs some
+// microseconds.
 inline constexpr double kFlopPerWorker = 1e6;
 
 LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
 
-// Every operand read or written once.
+// The bytes of all operands, each read or written once.
 LC_INLINE double least_bytes(const Problem& p) {
   const double n = double(tokens(p)), states = double(p.B * p.Hs) * double(p.K * p.V) * type_bytes(p.state_type);
   int64_t row = (p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V;
@@ -25,10 +26,11 @@ LC_INLINE double least_bytes(const Problem& p) {
   return n * type_bytes(p.type) * double(row) + states * whole;
 }
 
-// Of one state.
+// The bytes of one state in the accumulator's type.
 LC_INLINE double state_bytes(const Problem& p) { return double(p.K * p.V) * (p.type == Type::f64 ? 8 : 4); }
 
-// Tokens of one sequence; of packed ones on average, as their lengths may lie on a device.
+// The tokens of one sequence. For packed sequences it is the average, as their lengths may be on a
+// device.
 LC_INLINE double mean_length(const Problem& p) { return double(tokens(p)) / double(std::max<int64_t>(p.B, 1)); }
 
 }  // namespace lc

@@ -10,7 +10,8 @@ std::string variable(const char* name) {
   return text ? text : "";
 }
 
-// Whether OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY makes an OpenMP runtime pin threads.
+// Whether OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY makes an OpenMP runtime pin
+// threads.
 bool omp_binds() {
   for (const char* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}) {
     const std::string text = variable(name);

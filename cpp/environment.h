@@ -1,15 +1,15 @@
-// environment.h - the variables of the environment that leetcore reads.
+// environment.h - the environment variables that leetcore reads.
 #pragma once
 #include <string>
 
 namespace lc {
 
-// Every variable is copied once, when the library is loaded: a program that changes its environment while another
-// thread computes then races with nothing. An unset variable is the empty string.
+// Every variable is copied once, when the library is loaded. A program that changes its environment
+// while another thread computes then causes no race. An unset variable is the empty string.
 struct Environment {
-  std::string isa, method, num_threads, cufft;  // LEETCORE_ISA, LEETCORE_METHOD, LEETCORE_NUM_THREADS, LEETCORE_CUFFT
+  std::string isa, method, num_threads, cufft;  // LEETCORE_ISA, LEETCORE_METHOD, ...
   std::string omp_num_threads, omp_thread_limit;
-  bool omp_binds;  // an OpenMP runtime pins threads to cores, the calling thread among them
+  bool omp_binds;  // whether an OpenMP runtime pins threads to cores, the calling thread too
 };
 const Environment& environment();
 

@@ -5,8 +5,9 @@
 
 namespace lc {
 
-// One call's question to its caller, and the answer for all of its workers. Worker 0 is the calling thread: it alone
-// asks, at most every kPeriod, as the answer may need a lock of the caller's.
+// Asks the caller of one call whether to stop, and passes the answer on to all workers. Only worker
+// 0, the calling thread, asks, at most once every kPeriod, because the answer may need a lock of
+// the caller.
 class Interrupt {
  public:
   using Asked = int (*)(void* context);
@@ -15,7 +16,10 @@ class Interrupt {
   bool stops(int worker) {
     if (worker == 0 && !stopped()) {
       const Clock::time_point now = Clock::now();
-      if (now >= next_) next_ = now + kPeriod, stopped_.store(asked_(context_) != 0, std::memory_order_relaxed);
+      if (now >= next_) {
+        next_ = now + kPeriod;
+        stopped_.store(asked_(context_) != 0, std::memory_order_relaxed);
+      }
     }
     return stopped();
   }

@@ -11,18 +11,6 @@
 
 namespace lc {
 
-namespace generic {
-extern const Methods table;
-}
-#ifdef LC_X86_ISAS
-namespace avx2 {
-extern const Methods table;
-}
-namespace avx512 {
-extern const Methods table;
-}
-#endif
-
 #define CPU(name)
 #ifdef LC_WITH_CUDA
 #define CUDA(name) extern const Method name##_cuda;
@@ -36,18 +24,7 @@ static constexpr const Method* kCudaRows[] = {
 #endif
 #undef CPU
 
-static Methods cpu_methods() {
-  switch (isa()) {
-#ifdef LC_X86_ISAS
-    case Isa::avx512:
-      return avx512::table;
-    case Isa::avx2:
-      return avx2::table;
-#endif
-    default:
-      return generic::table;
-  }
-}
+static Methods cpu_methods() { return *isa().table; }
 
 Methods methods() {
 #ifdef LC_WITH_CUDA
@@ -62,51 +39,110 @@ Methods methods() {
 #endif
 }
 
-static bool elsewhere(const Method& m, const Problem& p) {
+namespace {
+
+constexpr const char* kNames[] = {
+#define FEATURE(name, refusal) #name,
+#include "features.def"
+#undef FEATURE
+};
+constexpr const char* kRefusals[] = {
+#define FEATURE(name, refusal) refusal,
+#include "features.def"
+#undef FEATURE
+};
+
+// The features of one call.
+Features asked(const Problem& p) {
+  constexpr Feature kOps[] = {Feature::forward, Feature::backward, Feature::decode};
+  constexpr Feature kTypes[] = {Feature::float64, Feature::float32, Feature::float16, Feature::bfloat16};
+  constexpr Feature kDecays[] = {Feature::no_decay, Feature::decay_per_head, Feature::decay_per_token};
+  Features f = kOps[p.op] | kTypes[int(p.type)] | kDecays[int(p.decay)];
+  const auto ask = [&](bool condition, Feature feature) {
+    if (condition) f = f | feature;
+  };
+  ask(p.cu_bits, Feature::packed);
+  ask(p.Hq != p.Hk || p.Hk != p.Hv, Feature::grouped_heads);
+  if (p.op == LC_DECODE) {
+    ask(p.index_bits, Feature::state_indices);
+    ask(p.state_type == Type::f16 || p.state_type == Type::bf16, Feature::short_states);
+  } else {
+    ask(p.initial_state || p.d_initial_state, Feature::initial_state);
+    ask(p.final_state || p.d_final_state, Feature::final_state);
+    ask(bool(p.d_log_decay), Feature::decay_gradients);
+  }
+  return f;
+}
+
+bool elsewhere(const Method& m, const Problem& p) {
   return std::strcmp(m.info.device, p.device.type == LC_CUDA ? "cuda" : "cpu");
 }
 
-const char* refusal(const Method& m, const Problem& p) {
-  return elsewhere(m, p) ? "is for another device" : m.refuses(p);
+const char* undeclared(const Serves& serves, Features missing) {
+  for (int i = 0;; ++i) {
+    if (!missing.has(Feature(i))) continue;
+    return serves.words.refusal && serves.words.feature == Feature(i) ? serves.words.refusal : kRefusals[i];
+  }
 }
 
-const char* forward_only(const Problem& p) {
-  if (p.op == LC_DECODE) return "decodes by recurrent only";
-  if (p.op == LC_FORWARD) return nullptr;
-  return "leaves gradients to chunk, whose gradients are those of every method";
+// Only forward passes on the CPU were measured.
+Prediction predict(const Method& m, const Problem& p, const Tuning& table, const GridPosition& at) {
+  const Cost cost = m.cost(p);
+  const bool measured = p.op == LC_FORWARD && p.device.type == LC_CPU;
+  const double factor = measured ? correction(table, m.info.name, at) : 1;
+  return {cost, factor, cost.microseconds * factor};
 }
 
-// Only forward passes on the CPU are measured: decoding has one method.
-static Cost corrected(const Method& m, const Problem& p, const Tuning& table, const GridPosition& at) {
-  Cost cost = m.cost(p);
-  if (p.op == LC_FORWARD && p.device.type == LC_CPU) cost.microseconds *= correction(table, m.info.name, at);
-  return cost;
-}
-
-Cost predict(const Method& m, const Problem& p) {
-  const Tuning& table = tuning();
-  return corrected(m, p, table, locate(table, p));
-}
-
-static bool named(const Method& m, const char* name) {
+bool named(const Method& m, const char* name) {
   return !std::strcmp(m.info.name, name) || (m.alias && !std::strcmp(m.alias, name));
+}
+
+}  // namespace
+
+const char* refuses_nothing(const Problem&) { return nullptr; }
+
+std::string names(Features features) {
+  std::string text;
+  for (size_t i = 0; i < std::size(kNames); ++i)
+    if (features.has(Feature(i))) text += (text.empty() ? "" : " ") + std::string(kNames[i]);
+  return text;
+}
+
+const char* refusal(const Method& m, const Problem& p) {
+  if (elsewhere(m, p)) return "is for another device";
+  if (const Features missing = asked(p).without(m.serves.features)) return undeclared(m.serves, missing);
+  return m.refuses(p);
+}
+
+Prediction predict(const Method& m, const Problem& p) {
+  const Tuning& table = tuning();
+  return predict(m, p, table, locate(table, p));
 }
 
 Choice choose(const Problem& p, const char* name) {
   const char* argument = "method";
   if (name && !std::strcmp(name, "auto")) name = nullptr;
-  if (const std::string& wish = environment().method; !name && !wish.empty() && wish != "auto" && p.op == LC_FORWARD)
-    name = wish.c_str(), argument = "LEETCORE_METHOD";
+  if (const std::string& wish = environment().method; !name && !wish.empty() && wish != "auto" && p.op == LC_FORWARD) {
+    name = wish.c_str();
+    argument = "LEETCORE_METHOD";
+  }
 
   const Tuning& table = tuning();
   const GridPosition at = locate(table, p);
   Choice best = {};
+  int serving = 0;
   for (const Method* m : methods()) {
     if ((name && !named(*m, name)) || refusal(*m, p)) continue;
-    const Cost cost = corrected(*m, p, table, at);
-    if (!best.method || cost.microseconds < best.cost.microseconds) best = {m, cost};
+    ++serving;
+    const Prediction prediction = predict(*m, p, table, at);
+    if (best.method && best.prediction.microseconds <= prediction.microseconds) continue;
+    best.method = m;
+    best.prediction = prediction;
   }
-  if (best.method) return best;
+  if (best.method) {
+    best.decided_by = name ? argument : serving == 1 ? "only" : "prediction";
+    return best;
+  }
 
   std::string known, reasons;
   bool found = !name;

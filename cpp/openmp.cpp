@@ -20,7 +20,7 @@
 namespace lc {
 namespace {
 
-// The same of a fork before this library was loaded, as Linux knows it (PF_FORKNOEXEC).
+// Whether the process was forked before this library was loaded. Linux keeps it as PF_FORKNOEXEC.
 bool forked_before_load() {
   std::ifstream stat("/proc/self/stat");
   std::string text;
@@ -47,17 +47,18 @@ bool forked() { return is_forked.load(std::memory_order_relaxed); }
 #if defined(__linux__)
 namespace {
 
-// How many libraries the process has loaded so far.
+// The number of libraries that the process has loaded so far.
 unsigned long long loads() {
   unsigned long long count = 0;
   const auto read = [](dl_phdr_info* info, size_t, void* to) {
     *static_cast<unsigned long long*>(to) = info->dlpi_adds;
-    return 1;  // the first library knows it
+    return 1;  // every library has the same count
   };
   dl_iterate_phdr(read, &count);
   return count;
 }
 
+// Finds all entry points in a library. Returns whether it has them.
 bool complete(void* library, OpenMP& to) {
   const auto find = [&](auto& function, const char* name) {
     return (function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name))) != nullptr;
@@ -67,7 +68,7 @@ bool complete(void* library, OpenMP& to) {
          find(to.parallel, "GOMP_parallel");
 }
 
-// Paths of the libraries whose symbols may be a runtime's: torch's own dependencies first.
+// Paths of the libraries that may give the symbols of a runtime: torch with its dependencies first.
 std::vector<std::string> candidates() {
   std::vector<std::string> paths[2];
   const auto collect = [](dl_phdr_info* info, size_t, void* to) {
@@ -97,13 +98,14 @@ const OpenMP* openmp() {
   bool good = complete(RTLD_DEFAULT, runtime);
   if (!good)
     for (const std::string& path : candidates())
-      if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {  // kept: it stays loaded
+      if (void* library =
+              dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {  // a good library is not closed, so that it stays loaded
         if ((good = complete(library, runtime))) break;
         dlclose(library);
       }
   if (good) {
     const OpenMP* expected = nullptr;
-    const auto* made = new OpenMP(runtime);  // for good
+    const auto* made = new OpenMP(runtime);  // never freed
     if (!found.compare_exchange_strong(expected, made)) delete made;
     return found.load(std::memory_order_acquire);
   }

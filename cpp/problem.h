@@ -1,12 +1,12 @@
-// problem.h - one validated call: plain data, passed by value to every method and every kernel.
+// problem.h - one validated call as plain data, which every method and every kernel gets by value.
 #pragma once
 #include <leetcore/leetcore.h>
 
 #include <stdexcept>
 #include <string>
 
-// Functions of headers are always inlined: an out-of-line copy compiled for one instruction set could otherwise be
-// linked into code that runs on every machine.
+// Functions of headers are always inlined. Otherwise the linker could use an out-of-line copy that
+// was compiled for one instruction set in code that runs on every machine.
 #ifdef __CUDACC__
 #define LC_INLINE __host__ __device__ inline __attribute__((always_inline))
 #else
@@ -19,8 +19,8 @@ class Interrupt;
 
 enum class Type : uint8_t { f64, f32, f16, bf16 };
 
-// Strided memory over [b, h, n, d]; strides count elements, may be 0 (broadcast) or negative, and stride[3] is 1.
-// A state is [b, h, key, value] and log_decay [b, h, n, -] in the same frame.
+// Strided memory over [b, h, n, d]. Strides count elements and may be 0 (broadcast) or negative;
+// stride[3] is 1. A state has the axes [b, h, key, value], log_decay has [b, h, n, -].
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {};
@@ -36,48 +36,50 @@ enum class Decay : uint8_t { none, constant, per_token };
 struct Problem {
   lc_op op;
   lc_device device;
-  Type type;        // of q, k, v, o
-  Type state_type;  // of initial_state and final_state
-  Type decay_type;  // of log_decay
+  Type type;        // q, k, v, o
+  Type state_type;  // initial_state and final_state
+  Type decay_type;  // log_decay
   Decay decay;
   bool tf32;
-  int32_t cu_bits;            // width of cu_seqlens' integers, 32 or 64; 0 when not packed
+  int32_t cu_bits;            // width of the integers of cu_seqlens, 32 or 64; 0: sequences are not packed
   int64_t B;                  // sequences: the batch, or the packed sequences
-  int64_t N;                  // tokens of one batch entry; packed: of all sequences together
+  int64_t N;                  // tokens of one batch entry; packed: tokens of all sequences
   int64_t K, V;               // key and value head dims
-  int64_t H, Hq, Hk, Hv, Hs;  // heads of o, q, k, v; distinct (k, v) pairs: states and decays
-  int64_t slots;              // LC_DECODE: states in the pool
+  int64_t H, Hq, Hk, Hv, Hs;  // heads of o, q, k, v; Hs distinct (k, v) pairs, each with a state and a decay
+  int64_t slots;              // LC_DECODE: slots of the pool
   double scale;
   View q, k, v, o;                  // [B, H?, N, K|V]
   View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
-  double uniform_log_decay;         // of every token of all heads, where log_decay is absent
+  double uniform_log_decay;         // the decay of every token of all heads, where log_decay is absent
   View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
-  // LC_BACKWARD: given are d_o and d_final_state, the others are written; each like its forward twin, none required.
-  // Stride 0 of d_log_decay: summed.
+  // LC_BACKWARD reads d_o and d_final_state and writes the other gradients, where they are present.
+  // A gradient has the shape and the type of the tensor in its name. d_log_decay is summed along
+  // axes with stride 0.
   View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   const void* cu_seqlens;     // [B + 1]
-  int32_t index_bits;         // width of the integers of state_indices, 32 or 64; 0 when absent: sequence b is slot b
+  int32_t index_bits;         // width of the integers of state_indices, 32 or 64; 0: sequence b uses slot b
   const void* state_indices;  // [B], stride 1
   void* workspace;
   size_t workspace_bytes;
   void* stream;
-  int threads;           // of the CPU methods, at most
-  Interrupt* interrupt;  // nullptr: nobody can end the call early
+  int threads;           // the most that a CPU method may use
+  Interrupt* interrupt;  // ends the call early; nullptr: absent
 };
 
-// Entries of the batch: packed sequences are one.
+// Entries of the batch: 1 for packed sequences.
 LC_INLINE int64_t batch(const Problem& p) { return p.cu_bits ? 1 : p.B; }
 
 // Tokens of all sequences.
 LC_INLINE int64_t tokens(const Problem& p) { return batch(p) * p.N; }
 
-// Query heads that read one state (all of them read the same k and v head).
+// Query heads that read one state; they read the same head of k and of v.
 LC_INLINE int64_t group(const Problem& p) { return p.H / p.Hs; }
 LC_INLINE int64_t q_head(const Problem& p, int64_t h) { return h * p.Hq / p.H; }
 LC_INLINE int64_t k_head(const Problem& p, int64_t hs) { return hs * p.Hk / p.Hs; }
 LC_INLINE int64_t v_head(const Problem& p, int64_t hs) { return hs * p.Hv / p.Hs; }
 
-// Where sequence b lies: its row in q, k, v, o and log_decay, its first token there, its length.
+// The place of sequence b in q, k, v, o and log_decay: its batch entry, its first token, its number
+// of tokens.
 struct Sequence {
   int64_t row, begin, length;
 };
@@ -90,15 +92,15 @@ LC_INLINE Sequence sequence(const Problem& p, int64_t b) {
   return {0, begin, cu_seqlen(p, b + 1) - begin};
 }
 
-// The slot of sequence b in the pool, -1: skip.
+// The slot of sequence b in the pool; -1 skips the sequence.
 LC_INLINE int64_t slot(const Problem& p, int64_t b) {
   if (!p.index_bits) return b;
   return p.index_bits == 64 ? static_cast<const int64_t*>(p.state_indices)[b]
                             : static_cast<const int32_t*>(p.state_indices)[b];
 }
 
-// log2 of one token's decay. One step is clamped: 2^x is then exactly 0 in the accumulator's type, and sums stay
-// finite.
+// log2 of one token's decay, clamped: sums of such values stay finite, and 2^floor is exactly 0 in
+// the type of sums.
 inline constexpr double kLog2e = 1.4426950408889634;
 LC_INLINE double log2_decay(const Problem& p, double g) {
   const double floor = p.type == Type::f64 ? -1100 : -160;
@@ -121,8 +123,9 @@ struct Error : std::runtime_error {
 #endif
     ;
 
-// check.cpp: the only place that validates arguments; throws Error. Structure: everything but values in memory.
-Problem check_structure(const lc_args& args);  // o may be absent
-Problem check(const lc_args& args);            // structure, required outputs, and the values a host can read
+// Validation, in check.cpp alone. Both throw Error. check_structure reads no values of tensors, and
+// o may be absent. check also requires the outputs, and checks the values that the host can read.
+Problem check_structure(const lc_args& args);
+Problem check(const lc_args& args);
 
 }  // namespace lc

@@ -1,7 +1,8 @@
 // python.cpp - the extension module leetcore._core. It uses the C ABI and nothing else of leetcore.
 //
-// What is particular to an array library comes as `lib`, an object of python/leetcore/arrays.py: how to export an
-// array, to copy one whose last dimension is not contiguous, to make an empty one, to hand back a result.
+// `lib`, an object of python/leetcore/arrays.py, knows the array library of a call. It exports
+// arrays, copies those whose last dimension is not contiguous, makes empty ones, and turns results
+// into arrays of the library.
 #include <leetcore/leetcore.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -30,8 +31,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// Scratch of the CPU methods, of at least `bytes`. Each calling thread keeps its scratch for the next call, as fresh
-// pages cost as much as the work on them.
+// At least `bytes` of scratch for the CPU methods. Each calling thread keeps its scratch for the
+// next call, since fresh pages cost as much as the work on them.
 struct Scratch {
   void* memory;
   size_t bytes;
@@ -57,7 +58,7 @@ Scratch host_scratch(size_t bytes) {
   throw nb::python_error();
 }
 
-// The text of lc_last_error with the argument's Python name.
+// The text of lc_last_error, in which an argument has its Python name.
 std::string last_error(bool decode) {
   const std::string text = lc_last_error();
   if (!text.rfind("o: ", 0)) return "out" + text.substr(1);
@@ -67,7 +68,7 @@ std::string last_error(bool decode) {
 
 void check(lc_status status, bool decode = false) {
   if (status == LC_OK) return;
-  if (status == LC_INTERRUPTED) throw nb::python_error();  // what the signal's handler raised
+  if (status == LC_INTERRUPTED) throw nb::python_error();  // the exception of the signal's handler
   PyObject* kinds[] = {nullptr,
                        PyExc_ValueError,
                        PyExc_NotImplementedError,
@@ -78,9 +79,10 @@ void check(lc_status status, bool decode = false) {
   raise(kinds[status], last_error(decode));
 }
 
-// Calls f, which may run Python or wait for the interpreter's lock. CPython before 3.14 ends a daemon thread that does
-// so after the interpreter is gone, by unwinding its stack, which would release our Python objects without the lock.
-// Such a thread waits for the end of the process instead, as CPython 3.14 lets it.
+// Calls f, which may run Python or wait for the interpreter's lock. After the interpreter's end,
+// CPython before 3.14 unwinds the stack of a daemon thread that does this, and the unwinding would
+// release Python objects without the lock. Here such a thread waits for the end of the process
+// instead, as in CPython 3.14.
 template <class F>
 decltype(auto) in_python(F&& f) {
 #if defined(__GLIBC__)
@@ -94,10 +96,12 @@ decltype(auto) in_python(F&& f) {
 #endif
 }
 
-// The thread whose signal handlers run in Python: of others lc_run asks nothing.
+// The thread in which Python runs signal handlers. Calls of other threads have no interrupt
+// function.
 unsigned long main_thread = 0;
 
-// Ctrl-C during a call that takes long: whether its handler raised something. Asked without the interpreter's lock.
+// Whether the handler of a signal, such as Ctrl-C, raised an exception. The caller does not hold
+// the interpreter's lock.
 int interrupted(void*) {
   const PyGILState_STATE state = PyGILState_Ensure();
   const int raised = PyErr_CheckSignals();
@@ -108,7 +112,7 @@ int interrupted(void*) {
 // An array library of arrays.py.
 struct Library {
   nb::object object;
-  bool plain;  // arrays export themselves and results are as made
+  bool plain;  // arrays export themselves, and results need no conversion
   explicit Library(nb::object library) : object(std::move(library)), plain(nb::cast<bool>(object.attr("plain"))) {}
 
   nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const {
@@ -122,8 +126,10 @@ struct Library {
   }
 };
 
-// One array argument as an lc_tensor. The array is held alive; nothing is converted, so a wrong dtype reaches lc_run
-// and is refused there.
+bool is_number(nb::handle x) { return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()); }
+
+// One array argument as an lc_tensor. It keeps the array alive and converts nothing: lc_run refuses
+// wrong dtypes.
 class Argument {
  public:
   const lc_tensor* tensor() const { return present_ ? &tensor_ : nullptr; }
@@ -147,7 +153,7 @@ class Argument {
     tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
   }
 
-  // [B, H, K] as [B, H, 1, K]
+  // Makes [B, H, 1, K] of [B, H, K].
   void insert_token() {
     if (!present_ || tensor_.ndim != 3) return;
     int64_t dense = tensor_.shape[2];
@@ -162,8 +168,7 @@ class Argument {
  private:
   template <class Array>
   void take(const Library& lib, const char* name, nb::handle array, bool writable) {
-    if (PyFloat_Check(array.ptr()) || PyLong_Check(array.ptr()))
-      raise(PyExc_TypeError, std::string(name) + ": expected an array, got a number");
+    if (is_number(array)) raise(PyExc_TypeError, std::string(name) + ": expected an array, got a number");
     Array view;
     const auto import = [&](nb::handle from) { return in_python([&] { return nb::try_cast(from, view, false); }); };
     if (!import(lib.plain ? nb::borrow(array) : lib.call("export", name, array, writable)) &&
@@ -196,30 +201,52 @@ class Argument {
 
 bool is_f64(const lc_tensor& t) { return t.dtype.code == LC_FLOAT && t.dtype.bits == 64; }
 
+// The options of a call, one field for each of lc_args that is no tensor: the NamedTuple Options of
+// api.py.
+struct Options {
+  double scale;
+  std::string method;
+  bool bnhd, tf32;
+  uintptr_t stream;
+  int threads;
+  explicit Options(const nb::tuple& t)
+      : scale(nb::cast<double>(t[0])),
+        method(nb::cast<std::string>(t[1])),
+        bnhd(nb::cast<bool>(t[2])),
+        tf32(nb::cast<bool>(t[3])),
+        stream(nb::cast<uintptr_t>(t[4])),
+        threads(nb::cast<int>(t[5])) {}
+};
+
 // One call: its arrays and its lc_args.
 struct Call {
   Library lib;
-  nb::handle like;  // v: beside it lies what is made
+  nb::handle like;  // v: results are made on its device
+  Options options;
   Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
   Argument d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
   lc_args args = {};
 
-  Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay, double scale,
-       const char* method, bool bnhd, bool tf32, uintptr_t stream, int threads)
-      : lib(std::move(library)), like(v_) {
-    q.read(lib, "q", q_), k.read(lib, "k", k_), v.read(lib, "v", v_);
-    if (PyFloat_Check(decay.ptr()) || PyLong_Check(decay.ptr()))
+  Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay,
+       const nb::tuple& given)
+      : lib(std::move(library)), like(v_), options(given) {
+    q.read(lib, "q", q_);
+    k.read(lib, "k", k_);
+    v.read(lib, "v", v_);
+    if (is_number(decay))
       log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
     else
       log_decay.read(lib, "log_decay", decay, false);
     args.struct_size = sizeof args;
     args.op = op;
-    args.method = method;
-    args.scale = scale;
-    args.flags = (bnhd ? LC_LAYOUT_BNHD : 0) | (tf32 ? LC_ALLOW_TF32 : 0);
-    args.stream = reinterpret_cast<void*>(stream);
-    args.num_threads = threads;
+    args.method = options.method.c_str();
+    args.scale = options.scale;
+    args.flags = (options.bnhd ? LC_LAYOUT_BNHD : 0) | (options.tf32 ? LC_ALLOW_TF32 : 0);
+    args.stream = reinterpret_cast<void*>(options.stream);
+    args.num_threads = options.threads;
   }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
 
   void fill() {
     args.q = q.tensor(), args.k = k.tensor(), args.v = v.tensor(), args.log_decay = log_decay.tensor();
@@ -231,13 +258,14 @@ struct Call {
     args.d_log_decay = d_log_decay.tensor(), args.d_initial_state = d_initial_state.tensor();
   }
 
-  // Checks everything but values: the shapes may be relied upon afterwards.
+  // Checks everything except values. After it the shapes are known to fit.
   void check_structure() {
     fill();
     check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
   }
 
-  // Scratch on a device is an array like the results: the library frees it in the order of the stream.
+  // Scratch on a device is an array like the results, which the array library frees in the order of
+  // the stream.
   void run() {
     fill();
     Argument scratch;
@@ -249,8 +277,9 @@ struct Call {
     check(run_unlocked(), args.op == LC_DECODE);
   }
 
-  // A call may need more scratch than it was asked for, where another thread has changed the number of threads or the
-  // tuning table since: it is asked again, and runs in all the scratch that the calling thread has, which only grows.
+  // If another thread changes the number of threads or the tuning table after lc_workspace, lc_run
+  // may need more scratch. lc_workspace is then asked again, and the scratch of the calling thread
+  // grows.
   void run_on_host() {
     if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
     for (int tries = 1;; ++tries) {
@@ -271,25 +300,29 @@ struct Call {
 
   int64_t heads(int axis) const { return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]}); }
 
-  // Of initial_state, final_state and their gradients.
-  nb::tuple state_shape() const {
-    const int axis = args.flags & LC_LAYOUT_BNHD ? 2 : 1;
+  // The shape of initial_state, final_state and their gradients.
+  std::array<int64_t, 4> state_dims() const {
+    const int axis = options.bnhd ? 2 : 1;
     const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->shape[0] - 1 : args.q->shape[0];
-    return nb::make_tuple(sequences, std::max(args.k->shape[axis], args.v->shape[axis]), args.k->shape[3],
-                          args.v->shape[3]);
+    return {sequences, std::max(args.k->shape[axis], args.v->shape[axis]), args.k->shape[3], args.v->shape[3]};
+  }
+  nb::tuple state_shape() const {
+    const auto [S, Hs, K, V] = state_dims();
+    return nb::make_tuple(S, Hs, K, V);
   }
   int state_bits() const { return is_f64(*args.q) ? 64 : 32; }
 };
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
-                   nb::handle initial_state, nb::handle cu_seqlens, nb::object out, double scale, const char* method,
-                   bool bnhd, bool tf32, uintptr_t stream, int threads, bool return_state) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream, threads);
+                   nb::handle initial_state, nb::handle cu_seqlens, nb::object out, bool return_state,
+                   const nb::tuple& options) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, options);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
   c.o.write(c.lib, "out", out);
   c.check_structure();
 
+  const bool bnhd = c.options.bnhd;
   const int axis = bnhd ? 2 : 1;
   if (out.is_none()) {
     const int64_t B = c.args.q->shape[0], H = c.heads(axis), N = c.args.q->shape[3 - axis], V = c.args.v->shape[3];
@@ -300,21 +333,21 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   if (return_state) {
     state = c.lib.empty(c.state_shape(), v, c.state_bits());
     c.final_state.write(c.lib, "final_state", state);
-    c.check_structure();  // a state to write may change the scratch needed, or the choice of method
+    c.check_structure();  // the final state may change the scratch that is needed, or the choice of method
   }
   c.run();
   out = c.lib.result(out);
   return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
 }
 
-// wants: d_q, d_k, d_v, d_log_decay, d_initial_state; None comes back for those not wanted.
+// wants: d_q, d_k, d_v, d_log_decay, d_initial_state. An unwanted gradient is None in the result.
 nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
                    nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_o, nb::handle d_final_state,
-                   double scale, bool bnhd, bool tf32, uintptr_t stream, int threads, std::array<bool, 5> wants) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, nullptr, bnhd, tf32, stream, threads);
+                   std::array<bool, 5> wants, const nb::tuple& options) {
+  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, options);
   c.initial_state.read(c.lib, "initial_state", initial_state);
   c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-  c.check_structure();  // of the forward pass: gradients have its shapes
+  c.check_structure();  // as a forward pass, whose shapes the gradients have
 
   c.args.op = LC_BACKWARD;
   c.d_o.read(c.lib, "d_o", d_o);
@@ -331,7 +364,7 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
     for (int i = 0; t && i < t->ndim; ++i) sizes.append(t->shape[i]);
     return nb::tuple(sizes);
   };
-  const bool number = !c.args.log_decay || PyFloat_Check(log_decay.ptr()) || PyLong_Check(log_decay.ptr());
+  const bool number = !c.args.log_decay || is_number(log_decay);
   make(0, c.d_q, "d_q", shape_of(c.args.q), q, 0);
   make(1, c.d_k, "d_k", shape_of(c.args.k), k, 0);
   make(2, c.d_v, "d_v", shape_of(c.args.v), v, 0);
@@ -346,8 +379,8 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
 }
 
 nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
-                  nb::handle state_indices, nb::object out, double scale, uintptr_t stream, int threads) {
-  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, scale, nullptr, false, false, stream, threads);
+                  nb::handle state_indices, nb::object out, const nb::tuple& options) {
+  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, options);
   c.final_state.write(c.lib, "state", state);
   c.state_indices.read(c.lib, "state_indices", state_indices);
   c.o.write(c.lib, "out", out);
@@ -365,44 +398,131 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
   return c.lib.result(out);
 }
 
-std::string explain(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
-                    nb::handle initial_state, nb::handle cu_seqlens, double scale, const char* method, bool bnhd,
-                    bool tf32, uintptr_t stream, int threads) {
-  Call c(std::move(lib), LC_FORWARD, q, k, v, log_decay, scale, method, bnhd, tf32, stream, threads);
-  c.initial_state.read(c.lib, "initial_state", initial_state);
-  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
-  c.check_structure();
-  std::string text(16384, '\0');
-  check(lc_explain(&c.args, text.data(), text.size()));
-  text.resize(std::strlen(text.c_str()));
-  return text;
+// Tensors of which a call reads the shapes alone. Their addresses are far apart, since written
+// tensors must not overlap.
+class Shapes {
+ public:
+  explicit Shapes(lc_device device) : device_(device) {}
+  const lc_tensor* make(std::initializer_list<int64_t> shape, lc_dtype dtype) {
+    Tensor& t = all_[used_++];
+    std::copy(shape.begin(), shape.end(), t.shape);
+    t.c = {reinterpret_cast<void*>(used_ << 58), device_, int32_t(shape.size()), dtype, t.shape, nullptr, 0};
+    return &t.c;
+  }
+  const lc_tensor* like(const lc_tensor& x) {
+    Tensor& t = all_[used_++];
+    std::copy(x.shape, x.shape + x.ndim, t.shape);
+    t.c = {reinterpret_cast<void*>(used_ << 58), device_, x.ndim, x.dtype, t.shape, nullptr, 0};
+    return &t.c;
+  }
+
+ private:
+  struct Tensor {
+    lc_tensor c;
+    int64_t shape[4];
+  };
+  lc_device device_;
+  uintptr_t used_ = 0;
+  Tensor all_[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
+};
+
+// A call of linear_attention, linear_attention_backward or decode_step as candidates() describes
+// it: what the call would write, and the gradients that it would read, are shapes without memory.
+struct Question {
+  Call c;
+  Shapes made;
+
+  Question(nb::object lib, lc_op op, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
+           nb::handle initial_state, nb::handle cu_seqlens, bool return_state, const nb::tuple& options)
+      : c(std::move(lib), op == LC_BACKWARD ? LC_FORWARD : op, q, k, v, log_decay, options), made(c.q.get().device) {
+    if (op == LC_DECODE) {
+      decode(initial_state);
+      return;
+    }
+    c.initial_state.read(c.lib, "initial_state", initial_state);
+    c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+    c.check_structure();
+    const lc_dtype exact = {LC_FLOAT, uint8_t(c.state_bits()), 1};
+    const auto state = [&] {
+      const auto [S, Hs, K, V] = c.state_dims();
+      return made.make({S, Hs, K, V}, exact);
+    };
+    if (op == LC_FORWARD) {
+      if (return_state) c.args.final_state = state();
+      return;
+    }
+    c.args.op = LC_BACKWARD;
+    c.args.d_o = output();
+    if (return_state) c.args.d_final_state = state();
+    c.args.d_q = made.like(*c.args.q);
+    c.args.d_k = made.like(*c.args.k);
+    c.args.d_v = made.like(*c.args.v);
+    if (c.args.log_decay) c.args.d_log_decay = made.like(*c.args.log_decay);
+    if (c.args.initial_state) c.args.d_initial_state = state();
+  }
+
+ private:
+  const lc_tensor* output() {
+    const int axis = c.options.bnhd ? 2 : 1;
+    const int64_t B = c.args.q->shape[0], H = c.heads(axis), N = c.args.q->shape[3 - axis], V = c.args.v->shape[3];
+    return c.options.bnhd ? made.make({B, N, H, V}, c.args.q->dtype) : made.make({B, H, N, V}, c.args.q->dtype);
+  }
+
+  // The pool has a slot for each sequence, or is the given one.
+  void decode(nb::handle state) {
+    if (c.q.get().ndim == 3)
+      for (Argument* a : {&c.q, &c.k, &c.v}) a->insert_token();
+    c.final_state.write(c.lib, "state", state);
+    c.fill();
+    const lc_tensor &q = *c.args.q, &k = *c.args.k, &v = *c.args.v;
+    if (c.args.final_state || q.ndim != 4 || k.ndim != 4 || v.ndim != 4) return;
+    const lc_dtype exact = {LC_FLOAT, uint8_t(c.state_bits()), 1};
+    c.args.final_state = made.make({q.shape[0], std::max(k.shape[1], v.shape[1]), k.shape[3], v.shape[3]}, exact);
+  }
+};
+
+// The index of the chosen method, what decided, the tuning table, and a row of each method.
+nb::tuple candidates(nb::object lib, int op, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
+                     nb::handle initial_state, nb::handle cu_seqlens, bool return_state, const nb::tuple& options) {
+  const Question question(std::move(lib), lc_op(op), q, k, v, log_decay, initial_state, cu_seqlens, return_state,
+                          options);
+  const lc_args& args = question.c.args;
+  lc_choice choice;
+  check(lc_choose(&args, &choice, sizeof choice), op == LC_DECODE);
+  nb::list rows;
+  for (int i = 0; lc_method(i); ++i) {
+    lc_candidate r;
+    check(lc_candidate_at(&args, i, &r, sizeof r), op == LC_DECODE);
+    if (r.refusal)
+      rows.append(nb::make_tuple(r.method, r.device, r.refusal));
+    else
+      rows.append(nb::make_tuple(r.method, r.device, nb::none(), r.model_us, r.correction, r.microseconds, r.bound,
+                                 r.flop, r.least_bytes, r.bytes, r.workspace, r.depth));
+  }
+  return nb::make_tuple(choice.index, choice.decided_by, choice.table, rows);
 }
 
-// What a call on tensors of these shapes costs: they have addresses, which nobody reads. shape: B, N, K, V, Hq, Hk, Hv.
-nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token,
-               bool initial_state, bool final_state, bool cuda, int threads) {
+// The cost of linear_attention on tensors of these shapes. shape: B, N, K, V, Hq, Hk, Hv.
+nb::tuple cost(std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, bool per_token, bool initial_state,
+               bool final_state, bool cuda, const nb::tuple& given) {
+  const Options options(given);
   const auto [B, N, K, V, Hq, Hk, Hv] = shape;
   const int64_t Hs = std::max(Hk, Hv);
-  int64_t q_shape[] = {B, Hq, N, K}, k_shape[] = {B, Hk, N, K}, v_shape[] = {B, Hv, N, V};
-  int64_t state_shape[] = {B, Hs, K, V}, decay_shape[] = {B, Hs, N};
   const lc_dtype dtype = {uint8_t(dtype_code), uint8_t(dtype_bits), 1};
   const lc_dtype exact = {LC_FLOAT, uint8_t(dtype_bits == 64 ? 64 : 32), 1};
-  uintptr_t used = 0;
-  const auto tensor = [&](int64_t* dims, int ndim, lc_dtype type) {  // far apart: what is written must not overlap
-    return lc_tensor{reinterpret_cast<void*>(++used << 58), {cuda ? LC_CUDA : LC_CPU, 0}, ndim, type, dims, nullptr, 0};
-  };
-  const lc_tensor q = tensor(q_shape, 4, dtype), k = tensor(k_shape, 4, dtype), v = tensor(v_shape, 4, dtype);
-  const lc_tensor before = tensor(state_shape, 4, exact), after = tensor(state_shape, 4, exact);
-  const lc_tensor decay = tensor(decay_shape, per_token ? 3 : 2, exact);
+  Shapes made({cuda ? LC_CUDA : LC_CPU, 0});
   lc_args args = {};
   args.struct_size = sizeof args;
   args.op = LC_FORWARD;
-  args.method = method;
-  args.scale = 1;
-  args.num_threads = threads;
-  args.q = &q, args.k = &k, args.v = &v, args.log_decay = &decay;
-  args.initial_state = initial_state ? &before : nullptr;
-  args.final_state = final_state ? &after : nullptr;
+  args.method = options.method.c_str();
+  args.scale = options.scale;
+  args.num_threads = options.threads;
+  args.q = made.make({B, Hq, N, K}, dtype);
+  args.k = made.make({B, Hk, N, K}, dtype);
+  args.v = made.make({B, Hv, N, V}, dtype);
+  args.log_decay = per_token ? made.make({B, Hs, N}, exact) : made.make({B, Hs}, exact);
+  if (initial_state) args.initial_state = made.make({B, Hs, K, V}, exact);
+  if (final_state) args.final_state = made.make({B, Hs, K, V}, exact);
   lc_cost c;
   check(lc_predict(&args, &c, sizeof c));
   return nb::make_tuple(c.method, c.flop, c.least_bytes, c.bytes, c.workspace, c.depth, c.microseconds);
@@ -410,14 +530,14 @@ nb::tuple cost(const char* method, std::array<int64_t, 7> shape, int dtype_code,
 
 void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
 
-// The memory of an array as one of another dtype, which holds `owner`.
+// An array of another dtype on the memory of `array`. It keeps `owner` alive.
 template <class Array>
 nb::object view(const Array& array, nb::dlpack::dtype dtype, nb::handle owner) {
   return nb::cast(Array(array.data(), array.ndim(), reinterpret_cast<const size_t*>(array.shape_ptr()), owner,
                         array.stride_ptr(), dtype, array.device_type(), array.device_id()));
 }
 
-// A uint16 array seen as bfloat16, for libraries that have the dtype but cannot export it.
+// A bfloat16 view of a uint16 array, for libraries that have bfloat16 but cannot export it.
 nb::object as_bfloat16(nb::handle array) {
   const nb::dlpack::dtype bfloat16 = {uint8_t(LC_BFLOAT), 16, 1};
   nb::ndarray<> writable;
@@ -425,13 +545,13 @@ nb::object as_bfloat16(nb::handle array) {
   return view(nb::cast<nb::ndarray<nb::ro>>(array, false), bfloat16, array);
 }
 
-// The same array, freed together with `owner`; as a capsule.
+// The same array as a capsule that keeps `owner` alive.
 nb::object owned(const nb::ndarray<>& array, nb::handle owner) { return view(array, array.dtype(), owner); }
 
 nb::list methods() {
   nb::list rows;
   for (int i = 0; const lc_method_info* m = lc_method(i); ++i)
-    rows.append(nb::make_tuple(m->name, m->device, m->idea, m->paper));
+    rows.append(nb::make_tuple(m->name, m->device, m->idea, m->paper, lc_method_serves(i)));
   if (!nb::len(rows)) raise(PyExc_RuntimeError, lc_last_error());
   return rows;
 }
@@ -458,17 +578,16 @@ NB_MODULE(_core, m) {
   m.attr("version") = std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
                       std::to_string(LC_VERSION_PATCH);
   m.def("forward", &forward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
-        "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a,
-        "stream"_a, "threads"_a, "return_state"_a);
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "return_state"_a, "options"_a);
   m.def("backward", &backward, "lib"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "log_decay"_a.none(),
-        "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_o"_a.none(), "d_final_state"_a.none(), "scale"_a, "bnhd"_a,
-        "tf32"_a, "stream"_a, "threads"_a, "wants"_a);
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_o"_a.none(), "d_final_state"_a.none(), "wants"_a,
+        "options"_a);
   m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
-        "out"_a.none(), "scale"_a, "stream"_a, "threads"_a);
-  m.def("explain", &explain, "lib"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
-        "cu_seqlens"_a.none(), "scale"_a, "method"_a, "bnhd"_a, "tf32"_a, "stream"_a, "threads"_a);
-  m.def("cost", &cost, "method"_a, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a,
-        "final_state"_a, "cuda"_a, "threads"_a);
+        "out"_a.none(), "options"_a);
+  m.def("candidates", &candidates, "lib"_a, "op"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
+        "cu_seqlens"_a.none(), "return_state"_a, "options"_a);
+  m.def("cost", &cost, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a, "final_state"_a,
+        "cuda"_a, "options"_a);
   m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
   m.def("owned", &owned, "array"_a, "owner"_a);

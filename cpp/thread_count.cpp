@@ -24,7 +24,8 @@ namespace {
 std::atomic<int> requested{0};
 thread_local Cores cores;
 
-// A number of threads from the environment: of OpenMP's lists "4,2" the first, 0 where there is none.
+// A number of threads from the environment. It is the first of OpenMP's lists "4,2", and 0 if there
+// is none.
 int first_number(const std::string& text) {
   const long n = std::strtol(text.c_str(), nullptr, 10);
   return int(std::clamp<long>(n, 0, kMostThreads));
@@ -49,8 +50,8 @@ int read_affinity(Cores& to) {
   return CPU_COUNT_S(to.size, set);
 }
 
-// Every core the process may use, though an OpenMP runtime has pinned the calling thread to some: the kernel cuts a set
-// of all cores down to those that are allowed.
+// All cores that the process may use, even if an OpenMP runtime has pinned the calling thread to
+// some of them. The kernel reduces a set of all cores to the allowed ones.
 const Cores& allowed_cores() {
   static const Cores all = [] {
     Cores pinned, wide;
@@ -76,8 +77,8 @@ int usable_cores() { return 0; }
 
 #endif
 
-// What is looked up again when the last answer is older than a second: the quota is a file that an operator changes,
-// and an OpenMP runtime comes with a library that is loaded late.
+// Facts that are looked up again when they are older than a second: an operator may change the
+// quota, which is a file, and a library that is loaded late may bring an OpenMP runtime.
 struct Surroundings {
   double quota;
   const OpenMP* runtime;
@@ -96,7 +97,8 @@ Surroundings surroundings() {
   return {quota.load(std::memory_order_relaxed), runtime.load(std::memory_order_relaxed)};
 }
 
-// The first two numbers of a file; "max" and a missing number are infinite, a missing file has neither.
+// Reads the first two numbers of a file. "max" and a missing number are infinite. Returns false if
+// there is no file or no word in it.
 bool read_pair(const std::string& path, double (&values)[2]) {
   std::ifstream file(path);
   std::string words[2];
@@ -110,7 +112,7 @@ bool read_pair(const std::string& path, double (&values)[2]) {
   return true;
 }
 
-// The quota of the group in `folder`: cpu.max of version 2, cpu.cfs_* of version 1 of control groups.
+// The quota of the group in `folder`: cpu.max in control groups version 2, cpu.cfs_* in version 1.
 double group_quota(const std::string& folder) {
   double v2[2], quota[2], period[2];
   const auto ratio = [](double part, double whole) {
@@ -138,7 +140,7 @@ double cpu_quota(const std::string& root) {
     const std::string mounts[] = {"/sys/fs/cgroup", v2 ? "/sys/fs/cgroup/unified" : "/sys/fs/cgroup/" + controllers,
                                   "/sys/fs/cgroup/cpu"};
     for (int i = v2 ? 0 : 1; i < (v2 ? 2 : 3); ++i)
-      for (std::string group = path;; group.resize(group.rfind('/'))) {  // this group and those that hold it
+      for (std::string group = path;; group.resize(group.rfind('/'))) {  // this group and its parents
         if (group == "/") group.clear();
         least = std::min(least, group_quota(root + mounts[i] + group));
         if (group.empty() || group[0] != '/') break;

@@ -12,12 +12,12 @@
 
 #include "cpu/isa.h"
 
-// The text, line by line; words are separated by blanks, # begins a comment.
+// The text is read line by line. Blanks separate words, and # begins a comment.
 //
-//   isa NAME                          what follows was measured with this instruction set
-//   axis N|D|states VALUE ...         at least two, rising; D = sqrt(K V), states = B Hs / threads
-//   factor METHOD BYTES VALUE ...     one for each point, states fastest, then D, then N; "-": not measured
-//                                     BYTES: of an element of q, k, v: 2, 4 or 8
+//   isa NAME                       the lines below were measured with this instruction set
+//   axis N|D|states VALUE ...      two or more rising values; D = sqrt(K V), states = B Hs / threads
+//   factor METHOD BYTES VALUE ...  a value per point, states fastest, then D, then N; "-": no value
+//                                  BYTES of an element of q, k, v: 2, 4 or 8
 namespace lc {
 namespace {
 
@@ -36,6 +36,7 @@ class Tuning {
     std::string method;
     std::vector<float> factors[3];  // by type_index; empty: nothing measured
   };
+  bool shipped;
   std::vector<double> log2_axis[3];
   std::vector<Row> rows;
 
@@ -57,14 +58,14 @@ namespace {
 
 double number(const std::string& word, int line) {
   std::istringstream text(word);
-  text.imbue(std::locale::classic());  // a program may have set another one
+  text.imbue(std::locale::classic());  // a program may have set another locale
   double x = 0;
   if (!(text >> x) || text.peek() != EOF || !(x > 0) || x > 1e12)
     broken(line, "expected a positive number, got '" + word + "'");
   return x;
 }
 
-// What was not measured is taken from the nearest N that was.
+// Replaces a missing value by that of the nearest N that was measured.
 void fill_gaps(const Tuning& t, std::vector<float>& f) {
   const size_t n = t.log2_axis[0].size();
   const std::vector<float> given = f;
@@ -80,54 +81,71 @@ void fill_gaps(const Tuning& t, std::vector<float>& f) {
       }
 }
 
-std::unique_ptr<Tuning> parse(const char* text) {
-  auto t = std::make_unique<Tuning>();
-  std::istringstream lines(text);
-  std::string line, word;
-  bool mine = true;
-  for (int number_of_line = 1; std::getline(lines, line); ++number_of_line) {
-    std::istringstream words(line.substr(0, line.find('#')));
-    if (!(words >> word)) continue;
-    const std::string kind = word;
-    if (!(words >> word)) broken(number_of_line, "expected more after '" + kind + "'");
-    if (kind == "isa") {
-      mine = word == kIsaNames[int(isa())];
-    } else if (kind == "axis") {
-      int axis = 0;
-      while (axis < 3 && word != kAxes[axis]) ++axis;
-      if (axis == 3) broken(number_of_line, "expected axis N, D or states, got '" + word + "'");
-      std::vector<double> values;
-      while (words >> word) {
-        values.push_back(std::log2(number(word, number_of_line)));
-        if (values.size() > 1 && !(values.back() > values[values.size() - 2]))
-          broken(number_of_line, "expected rising values, got '" + word + "'");
-      }
-      if (values.size() < 2) broken(number_of_line, "expected at least two values");
-      if (mine && !t->rows.empty()) broken(number_of_line, "expected axes before factors");
-      if (mine) t->log2_axis[axis] = values;
-    } else if (kind == "factor") {
-      const std::string method = word;
-      words >> word;
-      const int type = word == "8" ? 2 : word == "4" ? 1 : word == "2" ? 0 : -1;
-      if (type < 0) broken(number_of_line, "expected 2, 4 or 8 bytes, got '" + word + "'");
-      std::vector<float> values;
-      while (words >> word) values.push_back(word == "-" ? 0 : float(number(word, number_of_line)));
-      if (!mine) continue;
-      if (values.size() != t->points())
-        broken(number_of_line,
-               "expected " + std::to_string(t->points()) + " values, got " + std::to_string(values.size()));
-      fill_gaps(*t, values);
-      t->row(method).factors[type] = std::move(values);
-    } else {
-      broken(number_of_line, "expected isa, axis or factor, got '" + kind + "'");
+// Reads the text of a table. It checks all lines, and keeps those of the instruction set in use.
+class Parser {
+ public:
+  std::unique_ptr<Tuning> parse(const char* text) {
+    std::istringstream lines(text);
+    std::string word;
+    for (std::string line; std::getline(lines, line);) {
+      ++number_of_line_;
+      std::istringstream words(line.substr(0, line.find('#')));
+      if (!(words >> word)) continue;
+      const std::string kind = word;
+      if (!(words >> word)) fail_here("expected more after '" + kind + "'");
+      if (kind == "isa")
+        mine_ = word == isa().name;
+      else if (kind == "axis")
+        axis(word, words);
+      else if (kind == "factor")
+        factors(word, words);
+      else
+        fail_here("expected isa, axis or factor, got '" + kind + "'");
     }
+    return std::move(table_);
   }
-  return t;
-}
+
+ private:
+  [[noreturn]] void fail_here(const std::string& why) const { broken(number_of_line_, why); }
+
+  void axis(const std::string& name, std::istringstream& words) {
+    int axis = 0;
+    while (axis < 3 && name != kAxes[axis]) ++axis;
+    if (axis == 3) fail_here("expected axis N, D or states, got '" + name + "'");
+    std::vector<double> values;
+    for (std::string word; words >> word;) {
+      values.push_back(std::log2(number(word, number_of_line_)));
+      if (values.size() > 1 && !(values.back() > values[values.size() - 2]))
+        fail_here("expected rising values, got '" + word + "'");
+    }
+    if (values.size() < 2) fail_here("expected at least two values");
+    if (mine_ && !table_->rows.empty()) fail_here("expected axes before factors");
+    if (mine_) table_->log2_axis[axis] = values;
+  }
+
+  void factors(const std::string& method, std::istringstream& words) {
+    std::string word = method;
+    words >> word;
+    const int type = word == "8" ? 2 : word == "4" ? 1 : word == "2" ? 0 : -1;
+    if (type < 0) fail_here("expected 2, 4 or 8 bytes, got '" + word + "'");
+    std::vector<float> values;
+    while (words >> word) values.push_back(word == "-" ? 0 : float(number(word, number_of_line_)));
+    if (!mine_) return;
+    if (values.size() != table_->points())
+      fail_here("expected " + std::to_string(table_->points()) + " values, got " + std::to_string(values.size()));
+    fill_gaps(*table_, values);
+    table_->row(method).factors[type] = std::move(values);
+  }
+
+  std::unique_ptr<Tuning> table_ = std::make_unique<Tuning>();
+  int number_of_line_ = 0;
+  bool mine_ = true;  // whether the lines are for the instruction set in use
+};
 
 std::atomic<const Tuning*> current{nullptr};
 
-// Tables are kept for good: a call of another thread may still read an old one, and they are few and small.
+// Makes a table the current one. Tables are never freed: a call of another thread may still read an
+// old one, and they are few and small.
 void publish(std::unique_ptr<Tuning> t) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Tuning>> all;
@@ -143,7 +161,13 @@ const Tuning& tuning() {
   return *current.load(std::memory_order_acquire);
 }
 
-void set_tuning(const char* text) { publish(parse(text ? text : kDefault)); }
+void set_tuning(const char* text) {
+  std::unique_ptr<Tuning> table = Parser().parse(text ? text : kDefault);
+  table->shipped = !text;
+  publish(std::move(table));
+}
+
+const char* tuning_source() { return tuning().shipped ? "shipped" : "set"; }
 
 GridPosition locate(const Tuning& t, const Problem& p) {
   GridPosition at = {{}, type_index(p.type), {}};
@@ -156,7 +180,8 @@ GridPosition locate(const Tuning& t, const Problem& p) {
     int c = 0;
     while (c + 2 < int(axis.size()) && x[i] >= axis[size_t(c) + 1]) ++c;
     const double lower = axis[size_t(c)], upper = axis[size_t(c) + 1];
-    at.corner[i] = c, at.weight[i] = std::fmin(1, std::fmax(0, (x[i] - lower) / (upper - lower)));
+    at.corner[i] = c;
+    at.weight[i] = std::fmin(1, std::fmax(0, (x[i] - lower) / (upper - lower)));
   }
   return at;
 }

@@ -1,4 +1,4 @@
-"""Inputs of unit variance, tolerances, and outputs that are NaN until they are written."""
+"""Shared by the tests: inputs of unit variance, tolerances, and outputs filled with NaN."""
 
 import leetcore
 import numpy as np
@@ -9,6 +9,12 @@ from leetcore.bench.problems import GAMMAS, LOG_DECAYS  # noqa: F401
 from leetcore.bench.problems import mixture as log_decays  # noqa: F401
 
 METHODS = [m.name for m in leetcore.methods() if m.device == "cpu"]
+
+
+# The methods that need one decay for all tokens.
+WITHOUT_TOKEN_DECAYS = [
+    m.name for m in leetcore.methods() if m.device == "cpu" and "decay_per_token" not in m.serves.split()
+]
 # Short names of dtypes, for the names of tests.
 _NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 DTYPES = {short: problems.DTYPES[name] for short, name in _NAMES.items()}
@@ -22,7 +28,7 @@ def method(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Fills every array that leetcore allocates for a result with NaN, so that an element nobody wrote shows."""
+    """Fills every array that leetcore allocates for a result with NaN: a missing result shows."""
 
     def poison(library):
         empty = library.empty
@@ -39,10 +45,11 @@ def poisoned_outputs(monkeypatch):
 
 
 def serves(method, arguments):
-    """Whether a method takes these. The one refusal, fft's of a decay per token, has to say why and who can."""
-    if method != "fft" or np.ndim(arguments["log_decay"]) < 3:
+    """Whether a method declares the decay of these arguments. A refusal gives the reason and a method
+    that serves them."""
+    if np.ndim(arguments["log_decay"]) < 3 or method not in WITHOUT_TOKEN_DECAYS:
         return True
-    why = r"'fft' does not serve this problem(.|\n)*chunk: serves it(.|\n)*fft: its Toeplitz mask needs one decay"
+    why = rf"'{method}' does not serve this problem(.|\n)*chunk: serves it(.|\n)*{method}: .*per token"
     with pytest.raises(NotImplementedError, match=why):
         leetcore.linear_attention(**arguments, method=method)
     return False

@@ -1,4 +1,4 @@
-"""The surface of the package: names, signatures, build information, documentation that runs."""
+"""The public interface: names, signatures, build information, examples of the documentation."""
 
 import inspect
 import os
@@ -67,9 +67,10 @@ def test_explain_marks_one_method():
     import numpy as np
 
     q = np.ones((1, 8, 4096, 64), np.float32)
-    lines = leetcore.explain(q, q, q, -0.1).splitlines()
+    first, *lines = leetcore.explain(q, q, q, -0.1).splitlines()
     assert len(lines) == len(leetcore.methods())
     chosen = leetcore.cost(H=8, N=4096, K=64).method
+    assert first == f"the shortest prediction decides: {chosen} (tuning table: shipped)"
     assert [line.split()[1] for line in lines if line.startswith("*")] == [chosen]
     assert "predicted" in lines[0] and "workspace" in lines[0]
     assert leetcore.explain(q[:, :, :1], q[:, :, :1], q[:, :, :1], method="parallel").count("*") == 1
@@ -83,10 +84,11 @@ DECODE = (
 
 
 def test_environment_method():
-    assert "* parallel" in child(USE, LEETCORE_METHOD="parallel").stdout
+    ran = child(USE, LEETCORE_METHOD="parallel")
+    assert ran.stdout.startswith("LEETCORE_METHOD names parallel\n") and "* parallel" in ran.stdout
     ran = child(USE, LEETCORE_METHOD="wrong")
     assert ran.returncode and "ValueError: LEETCORE_METHOD: unknown method 'wrong'; known are auto" in ran.stderr
-    assert child(DECODE, LEETCORE_METHOD="chunk").returncode == 0  # the wish is for forward passes
+    assert child(DECODE, LEETCORE_METHOD="chunk").returncode == 0  # LEETCORE_METHOD applies to forward passes only
 
 
 def test_environment_isa_and_threads():

@@ -1,4 +1,4 @@
-"""Gradients: finite differences of the definition in float64, the tolerances of every dtype, what is refused."""
+"""Gradients: finite differences in float64, the tolerances of every dtype, refused arguments."""
 
 import itertools
 
@@ -22,8 +22,8 @@ def loss(arguments, options, d_results):
 
 
 def finite_difference(arguments, options, d_results, name, index):
-    """Of one element. The loss is linear in q, k, v and the state, so that a step of any size is exact; it is smooth in
-    log_decay, and the quotient is of fourth order."""
+    """The derivative of the loss by one element. The loss is linear in q, k, v and the state, so a
+    step of any size is exact. It is smooth in log_decay, where the quotient has fourth order."""
     x = arguments[name].astype(np.float64)
     step = 1.0 if name != "log_decay" else 1e-3
 
@@ -43,7 +43,7 @@ def finite_difference(arguments, options, d_results, name, index):
 def test_gradients_are_finite_differences(kind, heads, layout):
     lengths = None if kind == "[B,Hs]" or layout == "bhnd" else [5, 0, 4]
     arguments, options, d_results = problem(heads=heads, kind=kind, N=9, layout=layout, lengths=lengths)
-    if kind is not None:  # away from 0 and -inf, where there is only one side
+    if kind is not None:  # at 0 and -inf only a one-sided difference exists
         arguments["log_decay"] = np.clip(arguments["log_decay"], -3, -0.05)
     got = backward(arguments, options, d_results)
     rng = np.random.default_rng(1)
@@ -134,7 +134,7 @@ def test_wants():
     assert some.d_q is some.d_v is some.d_initial_state is None
     assert np.array_equal(some.d_k, every.d_k) and np.array_equal(some.d_log_decay, every.d_log_decay)
     stateless = backward(arguments | {"initial_state": None}, options, d_results, wants=("d_initial_state",))
-    assert np.array_equal(stateless.d_initial_state, every.d_initial_state)  # it does not depend on the state
+    assert np.array_equal(stateless.d_initial_state, every.d_initial_state)  # it is independent of the state
 
 
 def test_a_number_as_log_decay_has_the_sum_of_all_gradients():
@@ -151,7 +151,7 @@ def test_the_gradient_of_no_memory_at_all_is_zero():
 
 
 def test_steep_decays_keep_their_digits():
-    """Where gamma is small, so is every gradient of log_decay, beside terms that are not."""
+    """If gamma is small, so is every gradient of log_decay, although some of its terms are not."""
     for gamma in (1e-4, 1e-8):
         arguments, options, d_results = problem(N=200, K=16, V=16, dtype=np.float32)
         arguments |= {"log_decay": np.full(2, np.log(gamma), np.float32)}

@@ -1,4 +1,4 @@
-"""Generation: states updated in place, a few tokens at a time, for the sequences that are named."""
+"""Generation: decode_step updates the states of the named sequences in place."""
 
 import leetcore
 import ml_dtypes
@@ -8,7 +8,7 @@ import torch
 from conftest import DTYPES, TOLERANCE, log_decays, normal
 from leetcore import reference
 
-# What one rounding of the stored state adds: half a unit in the last place, at the most.
+# The error that one rounding of the stored state adds: at most half a unit in the last place.
 STATE_TOLERANCE = {"f16": 5e-4, "bf16": 2e-3}
 
 
@@ -114,7 +114,7 @@ def test_one_token_without_its_axis():
     assert np.array_equal(flat["state"], given["state"])
 
 
-def test_strided_pools_are_updated_where_they_lie():
+def test_strided_pools_are_updated_in_place():
     given = problem(B=2, slots=2)
     pool = np.full((4, 3, 2, 24, 48), 7, np.float32)
     view = pool[::2, 1, :, :, 4:44]
@@ -123,7 +123,7 @@ def test_strided_pools_are_updated_where_they_lie():
     o = leetcore.decode_step(**given | {"state": view})
     assert reference.error(o, want) <= 5e-6 and reference.error(view, want_state) <= 5e-6
     view[...] = 7
-    assert (pool == 7).all()  # nothing beside it was written
+    assert (pool == 7).all()  # the rest of the pool is as before
 
 
 @pytest.mark.parametrize("state_dtype", ["f32", "bf16"])
@@ -151,21 +151,25 @@ def test_the_output_can_be_given():
 
 @pytest.mark.parametrize("state_dtype", ["f32", "f16", "bf16"])
 def test_a_thousand_steps(state_dtype):
-    """A float32 state stays exact over time; a rounded one keeps a bounded error where the decay forgets."""
+    """A float32 state stays exact over time.
+
+    The error of a rounded state stays bounded if the state decays.
+    """
     rng = np.random.default_rng(0)
     q, k, v = (normal(rng, (1, 2, 1000, 32)) for _ in range(3))
     decay = np.float32([-0.5, -0.1])
     want, want_state = reference.linear_attention(q, k, v, decay)
     state = np.zeros((1, 2, 32, 32), DTYPES[state_dtype])
     o = np.stack([leetcore.decode_step(q[:, :, t], k[:, :, t], v[:, :, t], state, decay) for t in range(1000)], 2)
-    # roundings of relative size u, each forgotten as the state is: u / sqrt(1 - gamma^2) = 2.3 u at gamma = e^-0.1
+    # Each rounding has relative size u and decays with the state. At gamma = e^-0.1 their sum is
+    # u / sqrt(1 - gamma^2) = 2.3 u.
     tolerance = {"f32": 5e-6, "f16": 2.4 * 5e-4, "bf16": 2.4 * 2e-3}[state_dtype]
     assert reference.error(o, want) <= tolerance and reference.error(state, want_state) <= tolerance
 
 
 @pytest.mark.parametrize("T", [1, 8, 64])
 def test_slow_decays_keep_their_precision(T):
-    """gamma = 1 - 1e-6 over 8192 tokens: a factor rounded to float32 in every step would be far off."""
+    """gamma = 1 - 1e-6 over 8192 tokens: factors in float32 would give wrong results."""
     rng = np.random.default_rng(0)
     q, k, v = (normal(rng, (1, 1, 8192, 16)) for _ in range(3))
     decay = leetcore.decay.from_gamma([1 - 1e-6])

@@ -1,4 +1,4 @@
-"""Bad input is refused before any work: one sentence with the argument, what was given and what is allowed."""
+"""Bad input is refused before any work, by a sentence with the argument, its value and the rule."""
 
 import leetcore
 import numpy as np

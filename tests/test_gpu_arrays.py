@@ -220,10 +220,11 @@ def test_gradients_go_to_the_stream_and_allocate_there():
 
 def test_gradients_that_a_gpu_does_not_have():
     arguments, options, d_results = moved(fake_gpu.torch_array, gradients.problem())
-    with pytest.raises(NotImplementedError, match="chunk: has gradients of float64 on the CPU only"):
+    with pytest.raises(NotImplementedError, match="chunk: does not compute in float64 on a GPU; on the CPU it does"):
         gradients.backward(arguments, options, d_results)
     with pytest.raises(NotImplementedError, match=r"^linear_attention has gradients of float64 .* expected float32"):
-        leetcore.torch.ops._backward(*arguments.values(), None, *d_results, 1.0, "bhnd", False, 5 * [True])
+        inputs = *arguments.values(), None, *d_results, 1.0, "bhnd", False, 5 * [True]
+        leetcore.torch.ops._backward(BackwardInputs(*inputs))
     assert emulator.launches == 0
 
 
@@ -478,10 +479,11 @@ def test_costs_and_choices_on_a_gpu():
     assert {m.device for m in rows} == {"cpu", "cuda"}
     cost = leetcore.cost(H=2, N=40, K=8, device="cuda")
     assert cost.method in methods() and cost.microseconds > 0
-    text = leetcore.explain(*map(CuPyArray, inputs()), -0.1)
-    assert len(text.splitlines()) == len(rows)
-    chosen = [line for line in text.splitlines() if line.startswith("*")]
-    assert len(chosen) == 1 and chosen[0].split()[2] == "cuda"
+    choice = leetcore.candidates(*map(CuPyArray, inputs()), -0.1)
+    assert [(c.method, c.device) for c in choice.all] == [(m.name, m.device) for m in rows]
+    assert choice.chosen.device == "cuda" and choice.chosen.refusal is None
+    assert all(c.refusal == "is for another device" for c in choice.all if c.device == "cpu")
+    assert leetcore.explain(*map(CuPyArray, inputs()), -0.1).count("\n*") == 1
     assert emulator.launches == 0
     with pytest.raises(ValueError, match=r"^device: expected 'cpu' or 'cuda', got 'gpu'"):
         leetcore.cost(N=4, K=4, device="gpu")

@@ -1,12 +1,13 @@
-"""The table of methods: costs, the choice among them, measured corrections, and functions as methods."""
+"""The table of methods: costs, choice, measured corrections, and registered functions."""
+
+import re
+from pathlib import Path
 
 import leetcore
 import numpy as np
 import pytest
 from conftest import METHODS, TOLERANCE, log_decays, normal
 from leetcore import reference, tuning
-
-EIGHT = ["chunk", "recurrent", "parallel", "block", "recursive", "fleet", "fft", "scan"]
 
 
 def arrays(B=2, heads=(4, 2, 1), N=70, K=8, V=12, dtype=np.float32):
@@ -20,11 +21,13 @@ def clean():
     tuning.use(None)
 
 
-# ---- the eight
+# ---- the methods
 
 
-def test_all_eight_methods_are_there():
-    assert sorted(METHODS) == sorted(EIGHT)
+def test_every_row_of_the_table_is_there():
+    table = Path(__file__).parent.parent / "cpp" / "methods.def"
+    assert sorted(METHODS) == sorted(re.findall(r"^CPU\((\w+)\)", table.read_text(), re.M))
+    assert len(METHODS) >= 8
 
 
 def test_lightning_is_another_name_of_chunk():
@@ -39,7 +42,7 @@ def test_lightning_is_another_name_of_chunk():
 
 def test_methods_agree():
     q, k, v = arrays(N=600)
-    answers = [leetcore.linear_attention(q, k, v, -0.05, method=m, return_state=True) for m in EIGHT]
+    answers = [leetcore.linear_attention(q, k, v, -0.05, method=m, return_state=True) for m in METHODS]
     for o, state in answers[1:]:
         assert reference.error(o, answers[0][0].astype("f8")) < 2 * TOLERANCE["f32"][0]
         assert reference.error(state, answers[0][1].astype("f8")) < 2 * TOLERANCE["f32"][1]
@@ -57,7 +60,7 @@ def test_cost_of_chunk_is_its_formula():
     assert got.depth == 10 and got.workspace > 0 and got.microseconds > 0
 
 
-@pytest.mark.parametrize("method", EIGHT)
+@pytest.mark.parametrize("method", METHODS)
 def test_costs_grow_as_the_documentation_says(method):
     flop = [leetcore.cost(method, H=2, N=N, K=64).flop for N in (1 << 14, 1 << 15)]
     growth = {"parallel": 4.0, "recursive": 2 * 14 / 13, "fft": 2 * 16 / 15}.get(method, 2.0)
@@ -66,7 +69,7 @@ def test_costs_grow_as_the_documentation_says(method):
 
 def test_auto_is_the_cheapest():
     for N in (1, 30, 5000):
-        costs = [leetcore.cost(m, H=8, N=N, K=64) for m in EIGHT]
+        costs = [leetcore.cost(m, H=8, N=N, K=64) for m in METHODS]
         assert leetcore.cost(H=8, N=N, K=64) == min(costs, key=lambda c: c.microseconds)
 
 
@@ -85,6 +88,93 @@ def test_auto_is_the_cheapest():
 def test_wrong_questions_about_cost(arguments, error, text):
     with pytest.raises(error, match=text):
         leetcore.cost(**({"H": 8, "N": 100, "K": 16} | arguments))
+
+
+# ---- what methods declare, and the choice
+
+
+def test_what_a_row_declares_is_what_it_serves():
+    """Every combination of op, dtype and decay: a call is refused exactly where its row does not declare a feature."""
+    for dtype, name in ((np.float64, "float64"), (np.float32, "float32"), (np.float16, "float16")):
+        q, k, v = arrays(N=3, dtype=dtype)
+        exact = np.float64 if dtype == np.float64 else np.float32
+        decays = {"no_decay": None, "decay_per_head": -0.1, "decay_per_token": np.full((2, 2, 3), -0.1, exact)}
+        for decay, log_decay in decays.items():
+            for op in ("forward", "backward", "decode"):
+                asked = {op, name, decay, "grouped_heads"}
+                if op == "backward" and log_decay is not None:
+                    asked.add("decay_gradients")
+                choice = leetcore.candidates(q, k, v, log_decay, op=op)
+                for row, answer in zip(leetcore.methods(), choice.all, strict=True):
+                    assert (answer.refusal is None) == (asked <= set(row.serves.split())), (row.name, asked)
+
+
+def test_an_undeclared_feature_is_refused_in_the_words_of_the_row():
+    q, k, v = arrays()
+    per_token = np.full((2, 2, 70), -0.1, np.float32)
+    refusals = {c.method: c.refusal for c in leetcore.candidates(q, k, v, per_token).all}
+    assert refusals["fft"] == "its Toeplitz mask needs one decay per head, not one per token"
+    refusals = {c.method: c.refusal for c in leetcore.candidates(q, k, v, op="backward").all}
+    assert refusals["scan"].startswith("does not compute gradients; method chunk does")
+    assert {m for m, why in refusals.items() if why is None} == {"chunk"}
+
+
+def test_candidates_say_what_decides():
+    q, k, v = arrays(N=600)
+    tuning.use(factors(parallel=1e-6))
+    choice = leetcore.candidates(q, k, v, -0.1)
+    assert (choice.op, choice.decided_by, choice.chosen.method) == ("forward", "prediction", "parallel")
+    assert choice.chosen.correction == pytest.approx(1e-6)
+    tuning.use(None)
+    choice = leetcore.candidates(q, k, v, -0.1)
+    assert choice.table == "shipped"
+    for answer in choice.all:
+        assert answer.microseconds == pytest.approx(answer.model_us * answer.correction)
+        assert answer.bound in ("compute", "memory", "overhead")
+        got = leetcore.cost(answer.method, B=2, Hq=4, Hk=2, Hv=1, N=600, K=8, V=12)
+        assert (answer.flop, answer.bytes, answer.workspace) == (got.flop, got.bytes, got.workspace)
+    assert choice.chosen == min(choice.all, key=lambda c: c.microseconds)
+    assert leetcore.candidates(q, k, v, -0.1, method="scan").decided_by == "method"
+    for op, method in (("backward", "chunk"), ("decode", "recurrent")):
+        few = [x[:, :, :4] for x in (q, k, v)]
+        choice = leetcore.candidates(*few, -0.1, op=op)
+        assert (choice.op, choice.chosen.method, choice.decided_by) == (op, method, "only")
+        assert all(c.correction == 1 for c in choice.all if c.refusal is None)
+    assert leetcore.candidates(q[:, :, 0], k[:, :, 0], v[:, :, 0], op="decode").chosen.method == "recurrent"
+
+
+def test_candidates_know_the_final_state():
+    q, k, v = arrays(B=1, heads=(1, 1, 1), N=64, K=64, V=64)
+    less, more = (leetcore.candidates(q, k, v, -0.1, return_state=wanted) for wanted in (False, True))
+    assert more.chosen.least_bytes == less.chosen.least_bytes + 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ({"op": "training"}, ValueError, "op: expected one of forward, backward, decode, got 'training'"),
+        ({"method": "fast"}, ValueError, "method: unknown method 'fast'"),
+        ({"method": 3}, TypeError, "method: expected 'auto'"),
+        ({"layout": "nbhd"}, ValueError, "layout: expected 'bhnd' or 'bnhd'"),
+        ({"op": "backward", "method": "scan"}, NotImplementedError, "'scan' does not serve this problem"),
+        ({"op": "decode"}, ValueError, "q: expected at most 64 tokens to decode, got 70"),
+    ],
+    ids=str,
+)
+def test_wrong_questions_about_candidates(arguments, error, text):
+    with pytest.raises(error, match=text):
+        leetcore.candidates(*arrays(), -0.1, **arguments)
+
+
+def test_functions_are_candidates(mine):
+    q, k, v = arrays()
+    choice = leetcore.candidates(q, k, v, -0.1, method="plain")
+    assert (choice.chosen.method, choice.decided_by, choice.chosen.flop) == ("plain", "method", None)
+    assert leetcore.explain(q, k, v, -0.1, method="plain").startswith("method names plain\n")
+    with pytest.raises(NotImplementedError, match="method: 'plain' was registered without states"):
+        leetcore.candidates(q, k, v, -0.1, method="plain", return_state=True)
+    with pytest.raises(NotImplementedError, match="method: 'plain' computes forward passes only"):
+        leetcore.candidates(q, k, v, -0.1, method="plain", op="backward")
 
 
 # ---- measured corrections
@@ -182,7 +272,9 @@ def mine():
 
 
 def test_a_function_is_listed(mine):
-    assert leetcore.Method("plain", "python", "the definition", "") in leetcore.methods()
+    rows = {m.name: m for m in leetcore.methods()}
+    assert rows["plain"][:4] == ("plain", "python", "the definition", "")
+    assert "decay_per_token" not in rows["plain"].serves and "final_state" in rows["whole"].serves
     assert "plain" in leetcore.explain(*arrays(), -0.1)
 
 
@@ -247,7 +339,7 @@ def test_broken_functions_are_named(mine, fn, text):
 
 def test_a_function_without_its_state_is_named(mine):
     leetcore.register_method("bad", plain, states=True)
-    with pytest.raises(TypeError):  # it takes no state: Python's own words, from the call of the function
+    with pytest.raises(TypeError):  # Python's own message, because the function has no parameter for the state
         leetcore.linear_attention(*arrays(), -0.1, method="bad")
     leetcore.register_method("bad", lambda q, k, v, g, scale, state: plain(q, k, v, g, scale), states=True)
     with pytest.raises(RuntimeError, match=r"method 'bad': expected \(o, final_state\), got ndarray"):

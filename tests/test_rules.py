@@ -1,4 +1,4 @@
-"""The structure that CONTRIBUTING.md and cpp/README.md promise."""
+"""The rules of CONTRIBUTING.md and the structure that cpp/README.md describes."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def relative(path):
 
 
 def code(path):
-    """The text without comments."""
+    """The text of a C++ file without its comments."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
 
 
@@ -42,7 +42,7 @@ def test_kernels_have_no_raw_gpu_syntax():
 
 
 def test_ptx_stays_in_one_file_and_every_primitive_has_a_contract():
-    """`address` is below the primitives: the emulator has none."""
+    """`address` needs no contract: the primitives use it, and the emulator does not have it."""
     cuda = [p for p in LIBRARY if p.suffix in {".cu", ".cuh"}]
     assert found(r"\basm\b", cuda) == ["cpp/simt/simt_device.cuh"]
     functions = r"SIMT_DEV (?:void |[\w<>]+ )(\w+)\("
@@ -53,7 +53,7 @@ def test_ptx_stays_in_one_file_and_every_primitive_has_a_contract():
 
 
 def test_device_calls_are_launches():
-    """What allocates, waits or copies through the host could not be captured in a CUDA graph."""
+    """A CUDA graph cannot capture calls that allocate, wait or copy through the host."""
     calls = {x for p in LIBRARY for x in re.findall(r"\bcuda[A-Z]\w+(?=\()", code(p))}
     assert "cudaLaunchKernel" in calls
     assert not [x for x in calls if re.search(r"Malloc|Free|Memcpy|Memset|Synchronize|Query|Event|Host", x)]
@@ -68,7 +68,8 @@ def test_the_extension_uses_the_c_abi_only():
 
 
 def test_one_place_refuses_arguments():
-    """methods.cpp refuses a method's name, as the table is there; api.cpp its own pointers; tuning.cpp its own text."""
+    """check.cpp refuses arguments, methods.cpp names of methods, api.cpp its own null pointers,
+    and tuning.cpp the text of a table."""
     allowed = {"cpp/check.cpp", "cpp/methods.cpp", "cpp/api.cpp", "cpp/tuning.cpp"}
     assert set(found(r"fail\(\s*LC_(INVALID|DTYPE)", LIBRARY)) <= allowed
 

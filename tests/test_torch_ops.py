@@ -15,7 +15,7 @@ import torch
 import torch._dynamo.testing
 from conftest import normal
 from leetcore import reference
-from leetcore.torch import decode_step, linear_attention, nn, ops
+from leetcore.torch import autograd, decode_step, linear_attention, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -332,25 +332,25 @@ def test_a_newer_torch_is_not(version, monkeypatch):
 def test_a_torch_without_the_guard_of_kernels_is_refused(monkeypatch):
     monkeypatch.delattr(torch._C, "_AutoDispatchBelowAutograd")
     with pytest.raises(ImportError, match=r"^torch: expected a version with .*BelowAutograd.*, got .* newer leetcore"):
-        importlib.reload(ops)
+        importlib.reload(autograd)
 
 
 def test_a_torch_without_the_names_of_transforms(monkeypatch):
     given = problem(decay="none", state=False)
     want = gradients(linear_attention, given)
     q, k, v = (x.detach() for x in given.values())
-    monkeypatch.setattr(ops, "_SingleLevelFunction", None)
+    monkeypatch.setattr(autograd, "_SingleLevelFunction", None)
     for got, expected in zip(gradients(linear_attention, given), want, strict=True):
         assert torch.equal(got, expected)
     with pytest.raises(NotImplementedError, match=r"^torch\.func: expected a torch whose transforms .*, got "):
         torch.func.grad(loss)(q, k, v, None)
-    monkeypatch.setattr(ops, "_transforms_are_active", lambda: False)
+    monkeypatch.setattr(autograd, "_transforms_are_active", lambda: False)
     with pytest.raises(RuntimeError, match="setup_context"):  # by torch: nothing is computed in silence
         torch.func.grad(loss)(q, k, v, None)
 
 
 def test_a_torch_without_the_level_of_forward_mode(monkeypatch):
-    monkeypatch.setattr(ops, "forward_ad", types.SimpleNamespace(unpack_dual=forward_ad.unpack_dual))
+    monkeypatch.setattr(autograd, "forward_ad", types.SimpleNamespace(unpack_dual=forward_ad.unpack_dual))
     given = problem()
     assert linear_attention(**given).requires_grad
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward mode"):
@@ -370,7 +370,8 @@ import torch
 q = torch.randn(1, 2, 9, 8, requires_grad=True)
 gradient = lambda call: torch.autograd.grad(call(q, q, q, -0.1).sum(), q)[0]
 want = gradient(first)
-for module in (leetcore, leetcore.arrays, leetcore.api, leetcore.torch.ops, leetcore.torch):
+modules = [leetcore.torch.inputs, leetcore.torch.autograd, leetcore.torch.rules, leetcore.torch.ops]
+for module in (leetcore, leetcore.arrays, leetcore.api, *modules, leetcore.torch):
     importlib.reload(module)
 assert leetcore.torch.linear_attention is not first and torch.equal(gradient(leetcore.torch.linear_attention), want)
 

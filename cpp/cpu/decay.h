@@ -1,18 +1,19 @@
-// decay.h - the weights of one chunk of tokens, from log-decays in base 2. With cum_i = L_1 + ... + L_i within the
-// chunk,
+// decay.h - the decay weights of one chunk of tokens, from log-decays L in base 2. With
+// cum_i = L_1 + ... + L_i within the chunk,
 //
-//   mask(i, j) = 2^(cum_i - cum_j), j <= i      token j at token i
-//   in[i]      = 2^cum_i                        the state before the chunk at token i
-//   out[j]     = 2^(cum_last - cum_j)           token j in the state after the chunk
-//   total      = 2^cum_last                     the state before in the state after
+//   mask(i, j) = 2^(cum_i - cum_j), j <= i      the weight of token j at token i
+//   in[i]      = 2^cum_i                        the weight of the state before the chunk at token i
+//   out[j]     = 2^(cum_last - cum_j)           the weight of token j in the state after the chunk
+//   total      = 2^cum_last                     the weight of the state before in the state after
 //
-// total comes as a sum, total + total_rest: its rounding error would be raised to the power of the number of chunks.
-// Every exponent is <= 0 and a difference of sums kept in float64 that restart at each chunk. With a constant decay
-// the mask is Toeplitz: one row of 2C numbers, seen with a row stride of -1.
+// total is the sum total + total_rest of two numbers, since the rounding error of a single one
+// would be raised to the power of the number of chunks. Every exponent is <= 0. It is a difference
+// of float64 sums that restart at each chunk. With a constant decay the mask is Toeplitz, and is
+// stored as one row of 2C numbers with a row stride of -1.
 #pragma once
 #include <cmath>
 
-#include "threads.h"
+#include "arena.h"
 #include "tile.h"
 
 namespace lc::LC_ISA {
@@ -24,7 +25,7 @@ class ChunkDecay {
   const T* out;
   T total, total_rest;
   double log2_total;
-  Matrix<const T> mask;  // entries above the diagonal mean nothing: select, do not multiply
+  Matrix<const T> mask;  // entries above the diagonal are undefined: mask by selection, not by multiplication
 
   ChunkDecay(Arena& arena, const Problem& p, int chunk)
       : chunk_(chunk),
@@ -34,9 +35,11 @@ class ChunkDecay {
         last_(arena.take<T>(padded<T>(chunk))),
         cum_(arena.take<double>(padded<T>(chunk))) {}
 
-  // Before the chunks of one head of one sequence.
+  // Call this before the chunks of state head hs of sequence s.
   void begin_head(const Problem& p, const Sequence& s, int64_t hs) {
-    p_ = &p, row_ = s.row, head_ = hs;
+    p_ = &p;
+    row_ = s.row;
+    head_ = hs;
     if (!constant_) return;
     step_ = log2_decay(p, s.row, hs, 0);
     T* mask0 = table_ + chunk_ - 1;  // mask0[j - i]
@@ -48,7 +51,7 @@ class ChunkDecay {
     mask = {mask0, -1};
   }
 
-  // The chunk of n <= C tokens that begins at token t.
+  // Computes the weights of the chunk of n <= C tokens that begins at token t.
   void chunk(int64_t t, int n) {
     if (constant_) {
       out = mask.data - (n - 1);
@@ -63,18 +66,22 @@ class ChunkDecay {
     for (int i = 0; i < n; ++i) powers_of_differences(table_ + i * padded<T>(chunk_), cum_[i], i + 1);
     powers_of_differences(last_, sum, n);
     for (int i = 0; i < n; i += kLanes<T>) store<T>(powers_ + i, exp2<T>(gather(0, -1, i)));
-    in = powers_, out = last_;
+    in = powers_;
+    out = last_;
     set_total(sum);
     mask = {table_, padded<T>(chunk_)};
   }
 
  private:
   LC_INLINE void set_total(double log2) {
-    const double x = std::exp2(log2_total = log2);
-    total = T(x), total_rest = T(x - double(total));
+    log2_total = log2;
+    const double x = std::exp2(log2);
+    total = T(x);
+    total_rest = T(x - double(total));
   }
 
-  // offset - sign * cum_[j ...] in float64, at most 0, then rounded
+  // One vector of min(offset - sign * cum_, 0) from index j on. It is computed in float64 and then
+  // rounded.
   LC_INLINE Vec<T> gather(double offset, double sign, int j) const {
     T d[kLanes<T>];
     for (int l = 0; l < kLanes<T>; ++l) {

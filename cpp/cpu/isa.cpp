@@ -1,57 +1,51 @@
 #include "isa.h"
 
-#include <cstring>
+#include <iterator>
 #include <string>
 
 #include "../environment.h"
 #include "../problem.h"
 
 namespace lc {
+
+#define ISA(name, needs, flags) \
+  namespace name {              \
+  extern const Methods table;   \
+  }
+#include "isas.def"
+#undef ISA
+
 namespace {
 
-bool machine_has(Isa isa) {
-#if defined(__x86_64__) || defined(__i386__)
+#define HAS(feature) __builtin_cpu_supports(#feature)
+#define ISA(name, needs, flags) {#name, [] { return bool(needs); }, &name::table},
+const Isa kIsas[] = {
+#include "isas.def"
+};
+#undef ISA
+#undef HAS
+
+const Isa& decide() {
+#ifdef LC_X86_ISAS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  return isa == Isa::generic;
-}
-
-bool usable(Isa isa) { return compiled(isa) && machine_has(isa); }
-
-Isa decide() {
-  constexpr Isa kBestFirst[] = {Isa::avx512, Isa::avx2, Isa::generic};
-  const char* wanted = environment().isa.c_str();
-  if (!*wanted) {
-    for (Isa isa : kBestFirst)
-      if (usable(isa)) return isa;
-  }
+  const std::string& wanted = environment().isa;
   std::string here;
-  for (Isa isa : kBestFirst) {
-    const char* name = kIsaNames[int(isa)];
-    if (!usable(isa)) continue;
-    if (!std::strcmp(wanted, name)) return isa;
-    here += std::string(here.empty() ? "" : ", ") + name;
+  for (const Isa* set = std::end(kIsas); set-- != std::begin(kIsas);) {
+    if (!set->runs_here()) continue;
+    if (wanted.empty() || wanted == set->name) return *set;
+    here += std::string(here.empty() ? "" : ", ") + set->name;
   }
-  fail(LC_DEVICE, "LEETCORE_ISA: '%s' cannot run here; this build on this machine has %s", wanted, here.c_str());
+  fail(LC_DEVICE, "LEETCORE_ISA: '%s' cannot run here; this build on this machine has %s", wanted.c_str(),
+       here.c_str());
 }
 
 }  // namespace
 
-bool compiled(Isa isa) {
-#ifdef LC_X86_ISAS
-  return isa == Isa::generic || isa == Isa::avx2 || isa == Isa::avx512;
-#else
-  return isa == Isa::generic;
-#endif
-}
+Isas isas() { return {std::begin(kIsas), std::end(kIsas)}; }
 
-Isa isa() {
-  static const Isa chosen = decide();  // a throwing decide() is tried again by the next call
+const Isa& isa() {
+  static const Isa& chosen = decide();  // after an exception the next call decides again
   return chosen;
 }
 

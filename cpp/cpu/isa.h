@@ -1,14 +1,27 @@
-// isa.h - which instruction set the CPU methods use. They are compiled once per set, into namespaces of these names.
+// isa.h - the instruction sets of this build (isas.def) and the one that the CPU methods use. The
+// methods are compiled once per set, each time into the namespace of the set's name.
 #pragma once
+#include "../methods.h"
 
 namespace lc {
 
-enum class Isa { generic, avx2, avx512 };
-inline constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512"};
+struct Isa {
+  const char* name;
+  bool (*runs_here)();   // whether this machine's processor has the set
+  const Methods* table;  // the CPU methods, compiled for this set
+};
 
-bool compiled(Isa isa);
-// The best that the build and the machine have, or the one LEETCORE_ISA names; decided once. Throws Error if that one
-// cannot run here.
-Isa isa();
+struct Isas {
+  const Isa* first;
+  const Isa* last;
+  const Isa* begin() const { return first; }
+  const Isa* end() const { return last; }
+};
+
+Isas isas();  // of this build, the best one last
+
+// The set in use: the one that LEETCORE_ISA names, or else the best one that runs here. It is
+// decided once. Throws Error if the named set cannot run here.
+const Isa& isa();
 
 }  // namespace lc

@@ -1,21 +1,21 @@
-// scratch.h - the scratch of a call, one piece for each worker. A method's Worker<E> is constructed from (problem,
-// arena) and takes its memory from the arena; measuring and cutting are the same code. The problem may be of a type
-// that the method derives from Problem.
+// scratch.h - the scratch memory of a call, one piece per worker. A method's Worker<E> is
+// constructed from (problem, arena) and takes its memory from the arena, so that the same code
+// measures and cuts it. The problem's type may be derived from Problem.
 #pragma once
-#include "threads.h"
+#include "arena.h"
 #include "tile.h"
 
 namespace lc::LC_ISA {
-namespace {  // GCC takes no linkage from a template argument: the Workers of two methods would share one function
+namespace {  // GCC takes no linkage from a template argument: two methods whose Workers have one name would share it
 
-// The worker of this number, behind the memory of those before it.
+// Worker `number`, whose memory follows that of the workers before it.
 template <template <class> class Worker, class E, class P>
 Worker<E> cut(const P& p, Arena& arena, int number) {
   for (int i = 0; i < number; ++i) Worker<E>(p, arena);
   return Worker<E>(p, arena);
 }
 
-// What so many workers take, in bytes.
+// Bytes of scratch of all workers together.
 template <template <class> class Worker, class P>
 size_t scratch_bytes(const P& p, int workers) {
   size_t bytes = 0;

@@ -1,6 +1,7 @@
-// simd.h - the CPU's instructions, named: vectors of T, as wide as the instruction set this file is compiled for has
-// them. The only file with intrinsics. Vectors are the compiler's own (GCC and Clang vector extensions), so +, *, ?:
-// and comparisons work as written, a scalar operand is broadcast, and a * b + c becomes one FMA (-ffp-contract=fast).
+// simd.h - vectors of T, as wide as in the instruction set that this file is compiled for, and
+// their operations. The arithmetic of methods needs no other file with intrinsics. Vectors are GCC
+// and Clang vector extensions: +, *, ?: and comparisons work as written, a scalar operand is
+// broadcast, and a * b + c becomes one FMA (-ffp-contract=fast).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -25,7 +26,7 @@ constexpr int kVectorBytes = 16, kRegisters = 32;
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
-// The 16-bit formats are storage only.
+// The 16-bit formats are used for storage only.
 struct f16 {
   uint16_t bits;
 };
@@ -38,9 +39,9 @@ struct Simd {
   using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
-  typedef Int Ivec __attribute__((vector_size(kVectorBytes)));  // what comparisons yield
+  typedef Int Ivec __attribute__((vector_size(kVectorBytes)));  // the result of comparisons
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));  // as many 16-bit values
+  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));  // kLanes values of 16 bits
 };
 template <class T>
 using Vec = typename Simd<T>::Vec;
@@ -52,7 +53,7 @@ LC_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // exact for -0 too
 }
 
-// The sum of all elements, halves first.
+// The sum of all elements: the upper half is added to the lower half until one number remains.
 template <class T>
 LC_INLINE T sum(Vec<T> x) {
   T part[kLanes<T>];
@@ -143,7 +144,8 @@ LC_INLINE void transpose_steps(Vec<T> (&r)[kLanes<T>], std::integer_sequence<int
 
 }  // namespace detail
 
-// One vector of T from consecutive elements of storage type E, and back (rounded to nearest even).
+// Loads one vector of T from consecutive elements of storage type E, and stores one (rounded to
+// nearest even).
 template <class T, class E>
 LC_INLINE Vec<T> load(const E* p) {
   if constexpr (std::is_same_v<T, E>) {
@@ -171,7 +173,8 @@ LC_INLINE void store(E* p, Vec<T> x) {
   }
 }
 
-// The same for the first n < kLanes elements; the rest reads as zero and is not written.
+// The same for the first n < kLanes elements. The other lanes are loaded as zero and are not
+// stored.
 template <class T, class E>
 LC_INLINE Vec<T> load(const E* p, int n) {
   E part[kLanes<T>] = {};
@@ -185,8 +188,9 @@ LC_INLINE void store(E* p, Vec<T> x, int n) {
   std::memcpy(p, part, size_t(n) * sizeof(E));
 }
 
-// 2^x for x <= 0, correctly rounded to about one unit; exactly 0 below the smallest normal number, exactly 1 at 0.
-// 2^x = 2^n e^(f ln 2) with n = round(x), |f| <= 1/2 and the Taylor series of e to the accuracy of T.
+// 2^x for x <= 0, with an error of about one unit in the last place. The result is exactly 1 at x =
+// 0, and exactly 0 below the smallest normal number. 2^x = 2^n e^(f ln 2) with n = round(x) and |f|
+// <= 1/2; e^(f ln 2) is a Taylor series to the accuracy of T.
 template <class T>
 LC_INLINE Vec<T> exp2(Vec<T> x) {
   using Ivec = typename Simd<T>::Ivec;
@@ -203,8 +207,8 @@ LC_INLINE Vec<T> exp2(Vec<T> x) {
   return x < kLowest ? Vec<T>{} : e;
 }
 
-// Transposes a kLanes x kLanes block held in registers: at distance d = kLanes/2, ..., 1 rows i and i + d swap the
-// blocks of d lanes off the diagonal.
+// Transposes a kLanes x kLanes block in registers. At each distance d = kLanes/2, ..., 1, rows i
+// and i + d exchange the blocks of d lanes off the diagonal.
 template <class T>
 LC_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   detail::transpose_steps<T, kLanes<T> / 2>(r, std::make_integer_sequence<int, kLanes<T>>{});

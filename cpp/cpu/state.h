@@ -1,10 +1,12 @@
-// state.h - the state S [K, V] of one head between chunks of tokens, and how heads and columns of it are dealt out to
-// workers. With the weights of decay.h, for the chunk's rows Q, K, V and its masked scores A:
+// state.h - the state S [K, V] of one head between chunks of tokens, and the division of heads and
+// columns of states among workers. With the weights of decay.h, for the chunk's rows Q, K, V and
+// its masked scores A:
 //
 //   output:  O = scale diag(in) Q S + A V
 //   advance: S = total S + (diag(out) K)^T V
 //
-// S is kept as column panels, one register tile wide and contiguous, so that a panel stays in the L1 cache.
+// S is stored as column panels. A panel is one register tile wide and contiguous, so that it stays
+// in the L1 cache.
 #pragma once
 #include <algorithm>
 
@@ -14,18 +16,23 @@
 
 namespace lc::LC_ISA {
 
-// A task is one (sequence, state) pair. Those that would leave workers idle at the end are cut: into parts of their q
-// heads, then pieces of their columns of V. Both repeat a little work (the update of the state; the scores), but tasks
-// never wait for one another.
+// How a call is divided into tasks. A task is one (sequence, state) pair. Pairs that would leave
+// workers idle at the end are cut into parts of their q heads, and then into pieces of their
+// columns of V. Parts repeat the update of the state and pieces repeat the scores, but tasks never
+// wait for one another.
 struct Plan {
-  int64_t whole, parts, pieces, tasks;  // the first `whole` tasks are not cut
+  int64_t whole;   // pairs that are not cut: the first ones
+  int64_t parts;   // of the q heads of each pair that is cut
+  int64_t pieces;  // of the columns of V of each part
+  int64_t tasks;   // number of tasks
 };
 
 LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true) {
   const int64_t states = p.B * p.Hs, most = split_heads ? group(p) : 1;
   Plan plan{states - states % workers, 1, 1, states};
   const int64_t rest = states - plan.whole;
-  // Part 0 writes the state: not while another part may still have to read it.
+  // Part 0 writes the final state. If that is the initial state in place, other parts may still
+  // have to read it.
   if (!p.initial_state || p.initial_state.data != p.final_state.data)
     while (plan.parts < most && !balanced(rest * plan.parts, workers)) ++plan.parts;
   if (plan.parts == most) {
@@ -36,7 +43,8 @@ LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true)
   return plan;
 }
 
-// What one task stands for.
+// One task: sequence b, state head hs, the q heads [first_head, last_head), and a piece of the
+// columns of V.
 struct Task {
   int64_t b, hs, state, first_head, last_head, piece, pieces;
   bool writes_state;
@@ -44,21 +52,25 @@ struct Task {
     const bool cut = task >= plan.whole;
     const int64_t i = cut ? task - plan.whole : 0, parts = cut ? plan.parts : 1, G = group(p);
     const int64_t part = i / plan.pieces % parts;
-    piece = i % plan.pieces, pieces = cut ? plan.pieces : 1;
-    state = cut ? plan.whole + i / plan.pieces / parts : task, hs = state % p.Hs, b = state / p.Hs;
-    first_head = hs * G + G * part / parts, last_head = hs * G + G * (part + 1) / parts;
+    piece = i % plan.pieces;
+    pieces = cut ? plan.pieces : 1;
+    state = cut ? plan.whole + i / plan.pieces / parts : task;
+    hs = state % p.Hs;
+    b = state / p.Hs;
+    first_head = hs * G + G * part / parts;
+    last_head = hs * G + G * (part + 1) / parts;
     writes_state = p.final_state && part == 0;
   }
 };
 
-// Some columns of one state: those of one piece.
+// The columns of one state that belong to one piece: panels [first, last).
 template <class E, class T = Accumulator<E>>
 struct State {
   const Problem& p;
   Panels panels;
-  int first, last;  // panels
+  int first, last;
   T* data;
-  bool live = false;  // not zero
+  bool live = false;  // false: the state is zero, and its memory is not read
 
   static LC_INLINE int64_t size(const Problem& p) { return p.K * padded<T>(p.V); }
 
@@ -69,7 +81,8 @@ struct State {
   LC_INLINE void take(int64_t piece, int64_t pieces) {
     panels = Panels(vectors<T>(p.V));
     panels.count = int(std::max<int64_t>(panels.count, pieces));
-    first = int(panels.count * piece / pieces), last = int(panels.count * (piece + 1) / pieces);
+    first = int(panels.count * piece / pieces);
+    last = int(panels.count * (piece + 1) / pieces);
   }
 
   LC_INLINE int column(int panel) const { return panels.template column<T>(panel); }
@@ -95,18 +108,19 @@ struct State {
       }
   }
 
-  // The chunk's keys must be weighed.
+  // Moves the state over the chunk, whose keys must be weighed (Tokens::weigh_keys).
   LC_INLINE void advance(const Tokens<E>& chunk) { advance(chunk, *this); }
 
-  // The same from another state.
+  // Sets this state to `from`, moved over the chunk.
   LC_INLINE void advance(const Tokens<E>& chunk, const State& from) {
     const T total = chunk.decay.total, rest = chunk.decay.total_rest;
     for (int i = first; i < last; ++i) {
       const Matrix<T> S = panel(i), old = from.panel(i);
       for_tiles<T>(0, int(p.K), panels.begin(i), panels.width(i), [&](auto& acc, int r, int c) {
-        // The chunk's own sum first: adding its tokens to S one by one would round 64 times at the size of S.
+        // The sum over the chunk is formed first. Adding tokens to S one by one would round 64
+        // times at the size of S.
         zero(acc);
-        mma(acc, {chunk.keys + r * C, C}, chunk.v(panels, i, c), chunk.n);
+        mma(acc, operand(chunk.keys + r * C, C), chunk.v(panels, i, c), chunk.n);
         if (from.live)
           map(acc, [&](int row, int j, Vec<T> x) {
             const Vec<T> before = load<T>(old.row(r + row) + j);
@@ -120,11 +134,12 @@ struct State {
 
   LC_INLINE State one_panel(int i) const {
     State s = *this;
-    s.first = i, s.last = i + 1;
+    s.first = i;
+    s.last = i + 1;
     return s;
   }
 
-  // This = 2^log2 before + own; it may be either of them.
+  // Sets this state to 2^log2 before + own. This state may be either of the two.
   LC_INLINE void combine(double log2, const State& before, const State& own) {
     const double factor = std::exp2(log2);
     const T total = T(factor), rest = T(factor - double(total));
@@ -138,8 +153,9 @@ struct State {
   }
 };
 
-// The chunk's output rows of head h in the columns of `state`: mma_state(acc, q, panel, vectors from c on) adds Q S to
-// a tile. copy [C, padded V] is for rows that cannot be written where they belong.
+// Writes the chunk's output rows of head h, in the columns of `state`. mma_state(acc, q, panel)
+// adds Q S to a tile of that panel. `copy` [C, padded V] holds rows that cannot be computed in
+// place.
 template <class E, class T, class F>
 LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
                             int64_t h, T* copy, bool live, F&& mma_state) {
@@ -147,7 +163,10 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
   Matrix<T> o{copy, padded<T>(p.V)};
   bool direct = false;
   if constexpr (std::is_same_v<E, T>)
-    if (p.V % kLanes<T> == 0) o = to, direct = true;
+    if (p.V % kLanes<T> == 0) {
+      o = to;
+      direct = true;
+    }
   const T* in = chunk.decay.in;
   const T scale = T(p.scale);
   for (int panel = state.first; panel < state.last; ++panel) {
@@ -156,10 +175,10 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
       const int j0 = c * kLanes<T>;
       zero(acc);
       if (live) {
-        mma_state(acc, Matrix<const T>{chunk.q.row(i0), chunk.q.ld}, panel);
+        mma_state(acc, operand(chunk.q.row(i0), chunk.q.ld), panel);
         map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
       }
-      mma(acc, {chunk.scores + i0 * C, C}, chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
+      mma(acc, operand(chunk.scores + i0 * C, C), chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
       store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
     });
     if (!direct) {
@@ -172,7 +191,7 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
 template <class E, class T>
 LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
                             int64_t h, T* copy) {
-  write_output(p, chunk, state, s, h, copy, state.live, [&](auto& acc, Matrix<const T> q, int panel) {
+  write_output(p, chunk, state, s, h, copy, state.live, [&](auto& acc, auto q, int panel) {
     const Matrix<T> S = state.panel(panel);
     mma(acc, q, {S.data, S.ld}, int(p.K));
   });
@@ -180,7 +199,7 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
 
 namespace {
 
-// Runs worker.run(task) for all tasks, each Worker<E> with scratch of its own.
+// Runs worker.run(task) for all tasks. Each Worker<E> has scratch of its own.
 template <template <class> class Worker>
 void run_tasks(const Problem& p, int workers) {
   Tasks tasks(p);

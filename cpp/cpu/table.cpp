@@ -1,4 +1,5 @@
-// table.cpp - the CPU rows of methods.def; compiled once per instruction set, like the methods themselves.
+// table.cpp - the CPU rows of methods.def. It is compiled once per instruction set, like the
+// methods themselves.
 #include "../methods.h"
 
 namespace lc::LC_ISA {

@@ -1,5 +1,5 @@
-// threads.cpp - workers on the threads of the process's OpenMP runtime, or else on a pool that survives a fork and does
-// with fewer threads where no more can be made.
+// threads.cpp - runs workers on the threads of the process's OpenMP runtime, or else on a pool of
+// its own. The pool survives a fork, and works with fewer threads if no more can be made.
 #include "threads.h"
 
 #include <chrono>
@@ -28,7 +28,8 @@
 namespace lc {
 namespace {
 
-// Decays underflow by design, and arithmetic on denormals is up to 26 times slower.
+// Flushes denormals to zero while it lives. Decays underflow by design, and arithmetic on denormals
+// is up to 26 times slower.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
@@ -58,8 +59,9 @@ void pause() {
 #endif
 }
 
-// Spins while `condition` holds, for about as long as waking a thread takes: a wait then costs at most twice what the
-// better one of spinning and sleeping does. Returns whether the condition has ended.
+// Spins while `condition` holds, for at most about the time that waking a thread takes. A wait then
+// costs at most twice as much as the better choice between spinning and sleeping. Returns whether
+// the condition has ended.
 template <class F>
 bool spin_while(F&& condition) {
   using Clock = std::chrono::steady_clock;
@@ -67,15 +69,16 @@ bool spin_while(F&& condition) {
   for (const Clock::time_point end = Clock::now() + kMost; condition();) {
     for (int i = 0; i < 16 && condition(); ++i) pause();
     if (Clock::now() > end) return !condition();
-    std::this_thread::yield();  // to whoever else needs this core
+    std::this_thread::yield();  // another thread may need this core
   }
   return true;
 }
 
 #if defined(LC_POSIX)
 
-// Whether `count` threads more can be made now: an OpenMP runtime ends the process where it cannot make one. They are
-// made and ended again, once per calling thread, as the runtime's threads belong to the thread that calls.
+// Whether `count` more threads can be made now. An OpenMP runtime ends the process if it cannot
+// make a thread, so this function makes them first and ends them again. It does so once per calling
+// thread, because each calling thread has runtime threads of its own.
 bool room_for(int count) {
   static thread_local int proven = 0;
   if (count <= proven) return true;
@@ -97,7 +100,7 @@ bool room_for(int count) {
 
 #endif
 
-// What run_workers was asked for, on the stack of the calling thread.
+// The arguments of one run_workers call, on the stack of the calling thread.
 struct Job {
   void (*body)(void* context, int worker, int workers);
   void* context;
@@ -105,22 +108,26 @@ struct Job {
   const Cores* cores;
 };
 
-// One thread of the pool. It spins for its next job for a moment and then sleeps, as its caller does for its end.
+// One thread of the pool. It spins briefly for its next job and then sleeps. Its caller waits for
+// the end of a job in the same way.
 class Thread {
  public:
-  // Whether a thread could be made.
+  // Returns whether the thread could be made.
   bool start() {
 #if defined(LC_POSIX)
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes)) return false;
     pthread_attr_setstacksize(&attributes, kStackBytes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    sigset_t all, before;  // signals are for threads of the program
+    sigset_t all, before;  // the threads of the program handle signals, this one blocks them
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t id;
-    const int failed = pthread_create(
-        &id, &attributes, [](void* self) -> void* { return static_cast<Thread*>(self)->loop(), nullptr; }, this);
+    const auto run = [](void* self) -> void* {
+      static_cast<Thread*>(self)->loop();
+      return nullptr;
+    };
+    const int failed = pthread_create(&id, &attributes, run, this);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
     return !failed;
@@ -135,12 +142,14 @@ class Thread {
   }
 
   void give(const Job& job, int worker) {
-    job_ = &job, worker_ = worker;
+    job_ = &job;
+    worker_ = worker;
     set(kGiven);
   }
 
-  // Takes the job back if this thread has not begun with it: the others have done all of it. Else waits for its end. A
-  // build that counts lets every worker begin, so that counts do not depend on the moment.
+  // Takes the job back if this thread has not begun it, since the other workers have then done all
+  // tasks. Otherwise waits for the end of the job. A build that counts lets every worker begin, so
+  // that counts do not depend on timing.
   void finish() {
 #ifndef LC_COUNT
     int expected = kGiven;
@@ -154,7 +163,7 @@ class Thread {
  private:
   static constexpr size_t kStackBytes = 2 << 20;
 
-  // Its caller gives a job, the thread begins with it and ends it, or its caller takes it back.
+  // The caller gives a job. The thread begins it and ends it, or the caller takes it back.
   enum Phase { kIdle, kGiven, kBegun };
 
   void loop() {
@@ -181,7 +190,7 @@ class Thread {
     changed_.notify_one();
   }
 
-  // To the cores that the caller may use.
+  // Moves this thread to the cores that the caller may use.
   void follow([[maybe_unused]] const Cores& cores) {
 #if defined(__linux__)
     if (!cores.size || (cores.size == cores_.size && !std::memcmp(cores.set, cores_.set, cores.size))) return;
@@ -197,24 +206,29 @@ class Thread {
   Cores cores_ = {};
 };
 
-// The threads that wait for work. A call takes idle ones, has new ones made if the pool is smaller than it wishes for,
-// and does with what it got. A pool is never freed: its threads run until the process ends.
+// The threads of the library. A call takes idle threads and lets the pool grow up to the number it
+// wishes for. It works with as many threads as it gets. A pool is never freed, because its threads
+// run until the process ends.
 class Pool {
  public:
-  // At most `wished` threads, put into `taken`, which has room for them.
+  // Adds idle threads to `taken` until it has `wished` of them or no more are to be had. The caller
+  // has reserved memory in `taken`.
   void take(size_t wished, std::vector<Thread*>& taken) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (taken.size() < wished && !idle_.empty()) taken.push_back(idle_.back()), idle_.pop_back();
+    while (taken.size() < wished && !idle_.empty()) {
+      taken.push_back(idle_.back());
+      idle_.pop_back();
+    }
     while (taken.size() < wished && all_.size() < wished && grow()) taken.push_back(all_.back().get());
   }
 
   void give_back(const std::vector<Thread*>& taken) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = taken.size(); i-- > 0;) idle_.push_back(taken[i]);  // worker 1 is the same thread again
+    for (size_t i = taken.size(); i-- > 0;) idle_.push_back(taken[i]);  // the next call gets the same worker 1
   }
 
  private:
-  // Whether there is one thread more.
+  // Returns whether one more thread was made.
   bool grow() try {
     idle_.reserve(all_.size() + 1);  // so that give_back does not allocate
     all_.push_back(std::make_unique<Thread>());
@@ -230,9 +244,10 @@ class Pool {
   std::vector<Thread*> idle_;
 };
 
-// A forked child has the memory of its parent's pools and none of their threads; a lock in it may be held by a thread
-// that is gone. So the child leaves our pool alone and makes one of its own with its first call, and leaves the OpenMP
-// runtime's pool alone, in which it would wait for ever.
+// The pool of this process. A forked child has the memory of its parent's pools but none of their
+// threads, and a thread that no longer exists may hold a lock. The child therefore drops the
+// parent's pool and makes a new one at its first call. It does not use the OpenMP runtime, which
+// would wait forever for its lost threads.
 std::atomic<Pool*> current{nullptr};
 #if defined(LC_POSIX)
 [[maybe_unused]] const int watches_forks =
@@ -247,21 +262,22 @@ Pool& pool() {
   return *here;
 }
 
-// Runs the job on the threads of the process's OpenMP runtime; false, and nothing done, where they cannot be used.
+// Runs the job on the threads of the process's OpenMP runtime. Returns false, with nothing done, if
+// there is none to use.
 bool run_on_openmp(int wished, const Job& job) {
 #if defined(LC_POSIX)
   const OpenMP* runtime = openmp();
   if (!runtime || forked() || !room_for(wished - 1)) return false;
-  struct Shared {
+  struct Region {
     const OpenMP& runtime;
     const Job& job;
-  } shared = {*runtime, job};
+  } region = {*runtime, job};
   const auto body = [](void* context) {
-    const Shared& s = *static_cast<const Shared*>(context);
+    const Region& r = *static_cast<const Region*>(context);
     const FlushDenormals guard;
-    s.job.body(s.job.context, s.runtime.thread_num(), s.runtime.num_threads());
+    r.job.body(r.job.context, r.runtime.thread_num(), r.runtime.num_threads());
   };
-  runtime->parallel(body, &shared, unsigned(wished), 0);
+  runtime->parallel(body, &region, unsigned(wished), 0);
   return true;
 #else
   return false;

@@ -1,9 +1,10 @@
-// tile.h - the tile verbs of the CPU: load, zero, mma, map, store; the same names and meanings as on the GPU, so that a
-// method's two sources read alike. T is the accumulator's type (float, double), E the storage type of the caller's
-// tensors.
+// tile.h - the tile verbs of the CPU: load, zero, mma, map, store. Names and meanings are those of
+// the GPU's verbs, so that the two sources of a method read alike. T is the type of accumulators
+// (float, double), E the storage type of the caller's tensors, and X the type of a product's
+// operands.
 #pragma once
+#include "counted.h"
 #include "simd.h"
-#include "threads.h"
 
 namespace lc::LC_ISA {
 
@@ -34,20 +35,13 @@ LC_INLINE int padded(int64_t columns) {
   return vectors<T>(columns) * kLanes<T>;
 }
 
-// Row-major memory; ld is the distance of rows in elements.
+// Row-major memory; ld is the distance between rows in elements.
 template <class T>
 struct Matrix {
   T* data;
   int64_t ld;
   LC_INLINE T* row(int64_t i) const { return data + i * ld; }
 };
-
-// What was computed, counted in the build that tests costs (tests/cpp/cost_test.cpp).
-#ifdef LC_COUNT
-LC_INLINE void count_flop(int64_t n) { counted.flop += n; }
-#else
-LC_INLINE void count_flop(int64_t) {}
-#endif
 
 // ---- register tiles: M rows of N vectors --------------------------------------------------------
 
@@ -65,7 +59,8 @@ LC_INLINE void zero(Tile<T, M, N>& c) {
     for (int j = 0; j < N; ++j) c.x[i][j] = Vec<T>{};
 }
 
-// x = f(i, j, x) for row i and the vector that starts at column j, both counted within the tile.
+// Replaces each vector x by f(i, j, x): i is its row and j its first column, both counted within
+// the tile.
 template <class T, int M, int N, class F>
 LC_INLINE void map(Tile<T, M, N>& c, F&& f) {
 #pragma GCC unroll 16
@@ -74,11 +69,41 @@ LC_INLINE void map(Tile<T, M, N>& c, F&& f) {
     for (int j = 0; j < N; ++j) c.x[i][j] = f(i, j * kLanes<T>, c.x[i][j]);
 }
 
-namespace detail {
+// ---- products -----------------------------------------------------------------------------------
 
-// c_i += sum over l of a(i, l) row l of b
-template <class T, int M, int N, class F>
-LC_INLINE void mma(Tile<T, M, N>& c, F&& a, Matrix<const T> b, int depth) {
+// The left operand of a product: rows of X numbers (operand), or columns, that is a transposed
+// matrix (operand_t). X decides which instructions multiply. Today it is the accumulator's type,
+// and the instruction is the vector FMA. Another kind of operand is another X with an mma of its
+// own.
+template <class X>
+struct Rows {
+  using Kind = X;
+  const X* data;
+  int64_t ld;
+  LC_INLINE X at(int i, int l) const { return data[i * ld + l]; }
+};
+template <class X>
+LC_INLINE Rows<X> operand(const X* data, int64_t ld) {
+  return {data, ld};
+}
+
+template <class X>
+struct Columns {
+  using Kind = X;
+  const X* data;
+  int64_t ld;
+  LC_INLINE X at(int i, int l) const { return data[l * ld + i]; }
+};
+template <class X>
+LC_INLINE Columns<X> operand_t(const X* data, int64_t ld) {
+  return {data, ld};
+}
+
+// c += a b over `depth` columns of a and rows of b. Each element is one chain of FMAs in order of
+// depth, so the result does not depend on how the matrix is cut into tiles.
+template <class T, int M, int N, class A>
+LC_INLINE void mma(Tile<T, M, N>& c, A a, Matrix<const typename A::Kind> b, int depth) {
+  static_assert(std::is_same_v<typename A::Kind, T>, "no instruction for operands of this type");
   count_flop(int64_t{2} * M * N * kLanes<T> * depth);
   for (int l = 0; l < depth; ++l) {
     Vec<T> row[N];
@@ -86,27 +111,14 @@ LC_INLINE void mma(Tile<T, M, N>& c, F&& a, Matrix<const T> b, int depth) {
     for (int j = 0; j < N; ++j) row[j] = load<T>(b.data + l * b.ld + j * kLanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vec<T> x = broadcast<T>(a(i, l));
+      const Vec<T> x = broadcast<T>(a.at(i, l));
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) c.x[i][j] = x * row[j] + c.x[i][j];
     }
   }
 }
 
-}  // namespace detail
-
-// c += a b over depth columns of a and rows of b. One chain of FMAs per element, in order of depth: the result does not
-// depend on how the matrix is cut into tiles.
-template <class T, int M, int N>
-LC_INLINE void mma(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
-  detail::mma(c, [&](int i, int l) { return a.data[i * a.ld + l]; }, b, depth);
-}
-
-// c += a^T b over depth rows of a and b, in the same order.
-template <class T, int M, int N>
-LC_INLINE void mma_tn(Tile<T, M, N>& c, Matrix<const T> a, Matrix<const T> b, int depth) {
-  detail::mma(c, [&](int i, int l) { return a.data[l * a.ld + i]; }, b, depth);
-}
+// ---- tiles and memory ---------------------------------------------------------------------------
 
 template <class T, int M, int N>
 LC_INLINE void load(Tile<T, M, N>& c, Matrix<const T> from) {
@@ -120,14 +132,14 @@ LC_INLINE void store(Matrix<T> to, const Tile<T, M, N>& c) {
     for (int j = 0; j < N; ++j) store<T>(to.row(i) + j * kLanes<T>, c.x[i][j]);
 }
 
-// The widest tile, and the tallest of each width, whose accumulators, one row of b and one element of a fit the
-// registers.
+// The largest tiles that fit the registers: the width in vectors, and the height for each width.
+// The registers hold the accumulators, one row of b and one element of a.
 constexpr int kTileWidth = kRegisters == 32 ? 4 : 2;
 constexpr int tile_height(int width) {
   return kRegisters == 32 ? (width == 4 ? 6 : width == 3 ? 8 : 12) : kVectorBytes == 32 ? (width == 2 ? 6 : 8) : 4;
 }
 
-// Cuts columns of vectors [0, n) into panels of almost equal width.
+// The columns [0, n) of a matrix, counted in vectors and cut into panels of almost equal width.
 struct Panels {
   int n, count;
   LC_INLINE explicit Panels(int vectors) : n(vectors), count((vectors + kTileWidth - 1) / kTileWidth) {}
@@ -145,7 +157,7 @@ struct Panels {
 
 namespace detail {
 
-// Not inlined: each size of tile gets registers of its own.
+// It is not inlined, so that the compiler allocates registers for each size of tile alone.
 template <class T, int M, int N, class F>
 __attribute__((noinline)) void one_tile(F& f, int i, int c) {
   Tile<T, M, N> tile;
@@ -168,7 +180,8 @@ LC_INLINE void tiles_of_width(F& f, int i, int end, int c) {
 
 }  // namespace detail
 
-// Calls f(tile, i, c) for the tiles that cover rows [begin, end) and vectors [c, c + width) of a matrix.
+// Calls f(tile, i, c) for the tiles that cover rows [begin, end) and vectors [c, c + width) of a
+// matrix.
 template <class T, class F>
 LC_INLINE void for_tiles(int begin, int end, int c, int width, F&& f) {
   if constexpr (kTileWidth == 4) {
@@ -181,7 +194,7 @@ LC_INLINE void for_tiles(int begin, int end, int c, int width, F&& f) {
 
 // ---- matrices in memory -------------------------------------------------------------------------
 
-// One row, widened to T and padded with zeros to whole vectors.
+// Copies one row, widened to T and padded with zeros to whole vectors.
 template <class T, class E>
 LC_INLINE void load_row(T* to, const E* from, int columns) {
   int j = 0;
@@ -204,7 +217,8 @@ LC_INLINE void store(Matrix<E> to, Matrix<const T> from, int rows, int columns) 
   for (int i = 0; i < rows; ++i) store_row<T>(to.row(i), from.row(i), columns);
 }
 
-// to [columns, padded rows] = transpose of from [rows, columns]; what pads the rows is zero.
+// Writes the transpose of `from` [rows, columns] to `to` [columns, padded rows]. The padding is
+// zero.
 template <class T, class E>
 LC_INLINE void load_transposed(Matrix<T> to, Matrix<const E> from, int rows, int columns) {
   constexpr int L = kLanes<T>;

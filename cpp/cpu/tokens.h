@@ -1,5 +1,6 @@
-// tokens.h - up to C consecutive tokens of one head, ready for matrix products: Q and V row-major, K transposed, as
-// numbers of the accumulator's type T, with their decay weights (decay.h).
+// tokens.h - a chunk of up to C consecutive tokens of one head, ready for matrix products: Q and V
+// row-major, K transposed, all of the accumulator's type T, with the chunk's decay weights
+// (decay.h).
 #pragma once
 #include <algorithm>
 
@@ -7,20 +8,22 @@
 
 namespace lc::LC_ISA {
 
-constexpr int C = 64;      // tokens of a chunk
-constexpr int kBand = 16;  // rows of the scores that share their last column: whole vectors in every type
+constexpr int C = 64;  // tokens of a chunk
+constexpr int kBand =
+    16;  // rows of scores that are computed up to the same column; a whole number of vectors in every type
 
-// How much of each product there is in the chunks of one sequence of n tokens: pairs (i, j), j <= i, of one chunk;
-// tokens that read a state; tokens that enter one.
+// The sizes of the products in the chunks of one sequence.
 struct ChunkWork {
-  double pairs, reads, writes;
+  double pairs;   // pairs (i, j), j <= i, of tokens in the same chunk
+  double reads;   // tokens that read a state
+  double writes;  // tokens that are added to a state
 };
 LC_INLINE ChunkWork chunk_work(double n, bool reads_first, bool writes_last) {
   const double whole = std::floor(n / C), rest = n - whole * C, last = rest > 0 ? rest : std::min<double>(n, C);
   return {whole * C * (C + 1) / 2 + rest * (rest + 1) / 2, n - (reads_first ? 0 : std::min<double>(n, C)),
           n - (writes_last ? 0 : last)};
 }
-// flop of it over all heads of one sequence.
+// The flop of these products over all heads of one sequence.
 LC_INLINE double flop(const Problem& p, const ChunkWork& w) {
   const double KV = 2 * double(p.K * p.V);
   return double(p.H) * (2 * w.pairs * double(p.K + p.V) + w.reads * KV) + double(p.Hs) * w.writes * KV;
@@ -37,7 +40,7 @@ struct Tokens {
 
   LC_INLINE Tokens(Arena& arena, const Problem& p) : Tokens(arena, p, ChunkDecay<T>(arena, p, C)) {}
 
-  // Of tokens that have their weights from other ones, see follow().
+  // A chunk that shares the weights of another one, see follow().
   LC_INLINE Tokens(Arena& arena, const Problem& p, const ChunkDecay<T>& weights)
       : decay(weights),
         keys(arena.take<T>(p.K * C)),
@@ -45,24 +48,30 @@ struct Tokens {
         q_copy_(arena.take<T>(C * padded<T>(p.K))),
         v_copy_(arena.take<T>(C * padded<T>(p.V))) {}
 
-  // V's vectors from c on, within one of the panels it was loaded by.
+  // The columns of V from vector c on, within one of the panels that V was loaded in.
   LC_INLINE Matrix<const T> v(const Panels& panels, int panel, int c) const {
     if (v_ld_) return {v_ + c * kLanes<T>, v_ld_};
     return {v_ + C * panels.template column<T>(panel) + (c - panels.begin(panel)) * kLanes<T>,
             panels.template columns<T>(panel)};
   }
 
-  // Once per worker: products read whole tiles of scores, a little to the right of what score() writes.
+  // Call this once per worker: products read whole tiles of scores, which reach to the right of
+  // what score() writes.
   LC_INLINE void clear_scores() { std::memset(scores, 0, sizeof(T) * C * C); }
 
-  // The tokens [begin, begin + C) of the sequence, or what is left of it.
+  // Selects the tokens [begin, begin + C) of the sequence, or as many as remain.
   LC_INLINE void locate(const Sequence& s, int64_t begin) {
-    t = s.begin + begin, n = int(s.length - begin < C ? s.length - begin : C);
+    t = s.begin + begin;
+    n = int(s.length - begin < C ? s.length - begin : C);
     decay.chunk(t, n);
   }
 
-  // The same tokens as the other ones, whose weights they share.
-  LC_INLINE void follow(const Tokens& other) { decay = other.decay, t = other.t, n = other.n; }
+  // Selects the same tokens as `other`, and shares its weights.
+  LC_INLINE void follow(const Tokens& other) {
+    decay = other.decay;
+    t = other.t;
+    n = other.n;
+  }
 
   LC_INLINE void load_queries(const Problem& p, const Sequence& s, int64_t h) {
     const Matrix<const E> from{p.q.at<const E>(s.row, q_head(p, h), t), p.q.stride[2]};
@@ -79,27 +88,34 @@ struct Tokens {
                        int(p.K));
   }
 
-  // Column panels [first, last) of V, each of them contiguous; a single panel may already be so where it is.
+  // Loads column panels [first, last) of V, each into contiguous memory. V is used in place if it
+  // is a single panel that is contiguous already.
   LC_INLINE void load_values(const Problem& p, const Sequence& s, int64_t hs, const Panels& panels, int first,
                              int last) {
     const Matrix<const E> from{p.v.at<const E>(s.row, v_head(p, hs), t), p.v.stride[2]};
-    v_ = v_copy_, v_ld_ = 0;
     if constexpr (std::is_same_v<E, T>)
-      if (p.V % kLanes<T> == 0 && from.ld == p.V && panels.count == 1) v_ = from.data, v_ld_ = from.ld;
-    if (v_ == v_copy_)
-      for (int i = first; i < last; ++i) {
-        const int column = panels.template column<T>(i), wide = panels.template columns<T>(i);
-        load<T>(Matrix<T>{v_copy_ + C * column, wide}, Matrix<const E>{from.data + column, from.ld}, n,
-                std::min(wide, int(p.V) - column));
+      if (p.V % kLanes<T> == 0 && from.ld == p.V && panels.count == 1) {
+        v_ = from.data;
+        v_ld_ = from.ld;
+        return;
       }
+    v_ = v_copy_;
+    v_ld_ = 0;
+    for (int i = first; i < last; ++i) {
+      const int column = panels.template column<T>(i), wide = panels.template columns<T>(i);
+      load<T>(Matrix<T>{v_copy_ + C * column, wide}, Matrix<const E>{from.data + column, from.ld}, n,
+              std::min(wide, int(p.V) - column));
+    }
   }
 
-  // scores_ij = scale [j <= i] mask_ij q_i.k_j, zero right of the diagonal as far as a band of rows reaches
+  // scores_ij = scale [j <= i] mask_ij q_i.k_j. Zeros are written to the right of the diagonal, up
+  // to the last column of the row's band.
   LC_INLINE void score(const Problem& p) {
     score(p, [](int, int, Vec<T> x, Vec<T> weight) { return x * weight; });
   }
 
-  // The same with f(i, j, x, weight) for products x = q_i.k_j and weights scale mask_ij of the vector at column j.
+  // The same with f(i, j, x, weight) as score, for the vector at column j: x is q_i.k_j and weight
+  // is scale mask_ij.
   template <class F>
   LC_INLINE void score(const Problem& p, F&& f) {
     const auto lanes = iota<T>();
@@ -111,7 +127,7 @@ struct Tokens {
                      [&](auto& a, int i0, int c) {
                        const int j0 = c * kLanes<T>;
                        zero(a);
-                       mma(a, {q.row(i0), q.ld}, {keys + j0, C}, int(p.K));
+                       mma(a, operand(q.row(i0), q.ld), {keys + j0, C}, int(p.K));
                        map(a, [&](int i, int j, Vec<T> x) {
                          x = f(i0 + i, j0 + j, x, load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
                          return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
@@ -132,7 +148,7 @@ struct Tokens {
  private:
   T *q_copy_, *v_copy_;
   const T* v_;
-  int64_t v_ld_;  // 0: panels, each of them contiguous
+  int64_t v_ld_;  // 0: V is a copy whose panels are contiguous
 };
 
 }  // namespace lc::LC_ISA

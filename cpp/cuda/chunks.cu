@@ -39,8 +39,6 @@ double chunk_step_us(const Problem& p) {
 }
 
 const char* walk_refuses(const Problem& p) {
-  if (const char* why = forward_only(p)) return why;
-  if (p.type == Type::f64) return "float64 has no matrix unit that it uses";
   if (p.K > kMostKeyDim) return "K is over 256";
   bool fits = false;
   with_kernel<Aim::outputs>(p, p.K, false,

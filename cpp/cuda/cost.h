@@ -20,8 +20,10 @@ inline Cost predict(const Problem& p, const Work& work, double resident = 2) {
   constexpr double kLaunchUs = 3;
   const double least = least_bytes(p), bytes = least + work.extra_bytes;
   const double waves = std::ceil(work.blocks / (l.processors * resident));
-  const double us = std::max(bytes / l.bytes_per_us, waves * work.steps * work.step_us);
-  return {work.flop, least, bytes, work.depth, kLaunchUs * work.launches + us};
+  const double compute = waves * work.steps * work.step_us, memory = bytes / l.bytes_per_us;
+  const double fixed = kLaunchUs * work.launches, most = std::max(compute, memory);
+  const char* bound = fixed > most ? "overhead" : compute > memory ? "compute" : "memory";
+  return {work.flop, least, bytes, work.depth, fixed + most, bound};
 }
 
 }  // namespace lc::cuda

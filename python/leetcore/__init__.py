@@ -18,21 +18,24 @@ from .api import (
     Gradients,
     build_info,
     decode_step,
-    explain,
     linear_attention,
     linear_attention_backward,
     num_threads,
     set_num_threads,
 )
+from .choice import Candidate, Candidates, candidates, explain
 from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
 __version__ = _core.version
 
 __all__ = [
+    "Candidate",
+    "Candidates",
     "Cost",
     "Gradients",
     "Method",
     "build_info",
+    "candidates",
     "cost",
     "decay",
     "decode_step",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .options import Options
+
 version: str
 
 def forward(
@@ -13,13 +15,8 @@ def forward(
     initial_state: Any,
     cu_seqlens: Any,
     out: Any,
-    scale: float,
-    method: str,
-    bnhd: bool,
-    tf32: bool,
-    stream: int,
-    threads: int,
     return_state: bool,
+    options: Options,
 ) -> Any: ...
 def backward(
     lib: Any,
@@ -31,43 +28,25 @@ def backward(
     cu_seqlens: Any,
     d_o: Any,
     d_final_state: Any,
-    scale: float,
-    bnhd: bool,
-    tf32: bool,
-    stream: int,
-    threads: int,
     wants: tuple[bool, bool, bool, bool, bool],
+    options: Options,
 ) -> tuple[Any, Any, Any, Any, Any]: ...
 def decode(
-    lib: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    state: Any,
-    log_decay: Any,
-    state_indices: Any,
-    out: Any,
-    scale: float,
-    stream: int,
-    threads: int,
+    lib: Any, q: Any, k: Any, v: Any, state: Any, log_decay: Any, state_indices: Any, out: Any, options: Options
 ) -> Any: ...
-def explain(
+def candidates(
     lib: Any,
+    op: int,
     q: Any,
     k: Any,
     v: Any,
     log_decay: Any,
     initial_state: Any,
     cu_seqlens: Any,
-    scale: float,
-    method: str,
-    bnhd: bool,
-    tf32: bool,
-    stream: int,
-    threads: int,
-) -> str: ...
+    return_state: bool,
+    options: Options,
+) -> tuple[int, str, str, list[Any]]: ...
 def cost(
-    method: str,
     shape: tuple[int, ...],
     dtype_code: int,
     dtype_bits: int,
@@ -75,12 +54,12 @@ def cost(
     initial_state: bool,
     final_state: bool,
     cuda: bool,
-    threads: int,
+    options: Options,
 ) -> tuple[str, float, float, float, int, float, float]: ...
 def set_tuning(text: str | None) -> None: ...
 def as_bfloat16(bits: Any) -> Any: ...
 def owned(array: Any, owner: Any) -> Any: ...
-def methods() -> list[tuple[str, str, str, str]]: ...
+def methods() -> list[tuple[str, str, str, str, str]]: ...
 def build_info() -> str: ...
 def set_num_threads(n: int) -> None: ...
 def thread_count(framework: int) -> tuple[int, str]: ...

@@ -15,12 +15,12 @@ import rich.table
 import leetcore
 
 from . import files
-from .api import Layout
 from .bench import machine
 from .bench.check import check
 from .bench.plot import plot
 from .bench.speed import bench
 from .bench.tune import tune
+from .options import Layout
 
 _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
 

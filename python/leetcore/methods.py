@@ -1,4 +1,4 @@
-"""The methods: the table, what each costs, the choice among them, and methods of your own."""
+"""The table of methods, the cost of each, and Python functions as methods."""
 
 from __future__ import annotations
 
@@ -10,30 +10,43 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _core
-from .arrays import TORCH, Array, library_of, threads_of_framework
+from .arrays import TORCH, Array, library_of
+from .options import options
 
 _DTYPES = {"float64": (2, 64), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}  # DLPack's code, bits
 
 
 class Method(NamedTuple):
-    """A row of the table of methods: its name for ``method=``, its device, its idea and where that comes from."""
+    """A row of the table of methods.
+
+    name: for ``method=``.
+    device: "cpu", "cuda", or "python" for a function of `register_method`.
+    idea, paper: a sentence, and its source.
+    serves: the features that the method declares, separated by blanks; it refuses calls that ask
+        for others. The features are operations (forward, backward, decode), dtypes, decays
+        (no_decay, decay_per_head, decay_per_token), and packed, grouped_heads, initial_state,
+        final_state, state_indices, short_states, decay_gradients.
+    """
 
     name: str
     device: str
     idea: str
     paper: str
+    serves: str = ""
 
 
 class Cost(NamedTuple):
-    """What one call costs by one method.
+    """The cost of one call by one method.
 
-    flop: multiplications and additions of its matrix products and updates of states. What weighs or masks them, a few
-        per cent, is left out.
-    least_bytes: every operand read or written once.
-    bytes: operands as often as the method reads or writes them, and states that wait in memory.
+    flop: multiplications and additions of its matrix products and of its updates of states. Weights
+        and masks, a few per cent more, are left out.
+    least_bytes: the bytes of every operand, read or written once.
+    bytes: the bytes of operands as often as the method reads or writes them, and of states in
+        memory.
     workspace: scratch, in bytes.
-    depth: serial depth: products and updates that must wait for one another, however many workers there are.
-    microseconds: predicted, on this machine with this number of threads.
+    depth: serial depth, the number of products and updates that must wait for one another, however
+        many workers there are.
+    microseconds: predicted time, on this machine with this number of threads.
     """
 
     method: str
@@ -47,7 +60,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Registered:
-    """A function as a method."""
+    """A Python function that is a method."""
 
     row: Method
     fn: Callable[..., Any]
@@ -55,12 +68,22 @@ class Registered:
     states: bool
     per_token: bool
 
+    def refusal(self, forward: bool, states: bool, per_token: bool) -> str | None:
+        """Why the function does not serve a call, None if it does."""
+        if not forward:
+            return "computes forward passes only"
+        if states and not self.states:
+            return "was registered without states"
+        if per_token and not self.per_token:
+            return "was registered without data-dependent decays"
+        return None
+
 
 registered: dict[str, Registered] = {}
 
 
 def methods() -> list[Method]:
-    """Every method of this build, and those of register_method (device "python")."""
+    """Every method of this build, and every function of `register_method` (device "python")."""
     return [Method(*row) for row in _core.methods()] + [r.row for r in registered.values()]
 
 
@@ -74,20 +97,25 @@ def register_method(
     idea: str = "",
     paper: str = "",
 ) -> None:
-    """Makes a Python function a method: for ``method=name``, ``leetcore check``, ``bench`` and ``plot``.
+    """Makes a Python function a method: for ``method=name``, ``leetcore check``, ``bench`` and
+    ``plot``.
 
     Args:
-        name: a new name, or one registered before, which is replaced.
-        fn: fn(q, k, v, log_decay, scale) -> o, with q and k [B, H, N, K], v and o [B, H, N, V] of the caller's dtype
-            (as many heads everywhere) and log_decay [B, H] in float32 (float64 with float64 inputs), zeros for none.
-        library: whose arrays fn takes and returns, always on the CPU: arrays on a GPU are copied there and back.
-        states: fn(q, k, v, log_decay, scale, initial_state) -> (o, final_state), with states [B, H, K, V]. Without it
-            the method does not serve calls with an initial_state or return_state.
-        per_token: log_decay is always [B, H, N]. Without it the method does not serve data-dependent decays.
-        idea, paper: for the table of methods.
+        name: a Python identifier; a function that has this name already is replaced.
+        fn: fn(q, k, v, log_decay, scale) -> o, with q and k [B, H, N, K], v and o [B, H, N, V] in
+            the caller's dtype (every array has H heads) and log_decay [B, H] in float32 (float64
+            with float64 inputs), which is 0 where the caller gave none.
+        library: the library of the arrays that fn takes and returns. They are on the CPU: arrays on
+            a GPU are copied there and back.
+        states: whether fn is fn(q, k, v, log_decay, scale, initial_state) -> (o, final_state), with
+            states [B, H, K, V]. Otherwise the method does not serve calls with an initial_state or
+            return_state.
+        per_token: whether log_decay is always [B, H, N]. Otherwise the method does not serve
+            data-dependent decays.
+        idea, paper: a sentence and its source, for the table of methods.
 
     Raises:
-        ValueError, TypeError: name is a built-in method's, or fn cannot be called.
+        ValueError, TypeError: name belongs to a built-in method, or fn cannot be called.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a Python identifier, got {name!r}")
@@ -97,11 +125,15 @@ def register_method(
         raise TypeError(f"fn: expected a function, got {type(fn).__name__}")
     if library not in ("numpy", "torch"):
         raise ValueError(f"library: expected 'numpy' or 'torch', got {library!r}")
-    registered[name] = Registered(Method(name, "python", idea, paper), fn, library, states, per_token)
+    serves = f"forward {' '.join(_DTYPES)} no_decay decay_per_head packed grouped_heads"
+    serves += " decay_per_token" * per_token + " initial_state final_state" * states
+    registered[name] = Registered(Method(name, "python", idea, paper, serves), fn, library, states, per_token)
 
 
 def unregister_method(name: str) -> None:
-    """Forgets a function that register_method made a method."""
+    """Removes a function of `register_method` from the table. Raises ValueError for an unknown
+    name.
+    """
     if name not in registered:
         raise ValueError(f"name: no function {name!r} is registered")
     del registered[name]
@@ -124,19 +156,23 @@ def cost(
     return_state: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Cost:
-    """What linear_attention costs on arrays of these shapes, by a method or by the one that "auto" takes.
+    """The cost of `linear_attention` on arrays of these shapes.
 
     Args:
-        B, H, N, K, V: sequences, heads, tokens, key and value head dims (V: as K).
-        Hq, Hk, Hv: heads of q, k, v where they are not H.
-        dtype: of q, k and v.
-        per_token: a decay for each token, not for each head.
-        initial_state, return_state: whether there is one.
-        device: "cuda" is GPU 0.
+        method: a name of `methods()`; "auto" stands for the method that the call would take.
+        B, H, N, K, V: sequences, heads, tokens, key and value head dims. V is K by default.
+        Hq, Hk, Hv: heads of q, k and v; each is H by default.
+        dtype: the dtype of q, k and v.
+        per_token: whether the call has a decay per token, and not one per head.
+        initial_state, return_state: whether the call has an initial state, and returns the final
+            one.
+        device: "cpu", or "cuda" for GPU 0.
 
     Raises:
-        NotImplementedError: the method does not serve this, or is a registered one: those have no model.
+        NotImplementedError: the method does not serve the call, or is a registered function, which
+            has no cost model.
         RuntimeError: there is no such device, or this build has no CUDA methods.
+        ValueError, TypeError: an argument is not allowed; the text says what is.
     """
     if method in registered:
         raise NotImplementedError(f"method: {method!r} is a registered function, whose cost is not known")
@@ -152,14 +188,7 @@ def cost(
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     return Cost(
         *_core.cost(
-            method,
-            shape,
-            *_DTYPES[dtype],
-            per_token,
-            initial_state,
-            return_state,
-            device == "cuda",
-            threads_of_framework(),
+            shape, *_DTYPES[dtype], per_token, initial_state, return_state, device == "cuda", options(method=method)
         )
     )
 
@@ -177,10 +206,15 @@ def run_registered(
     bnhd: bool,
     out: Array | None,
 ) -> Any:
-    """linear_attention by a registered function; what leetcore refuses by shape and dtype has been refused."""
+    """linear_attention by a registered function. Shapes and dtypes have been validated."""
     (lib, _), name = library_of(("q",), q).at(q, None), method.row.name
-    if (initial_state is not None or return_state) and not method.states:
-        raise NotImplementedError(f"method: {name!r} was registered without states")
+    refusal = method.refusal(
+        forward=True,
+        states=initial_state is not None or return_state,
+        per_token=len(getattr(log_decay, "shape", ())) == 3,
+    )
+    if refusal:
+        raise NotImplementedError(f"method: {name!r} {refusal}")
     Q, K, V = (lib.numpy(x).swapaxes(1, 2) if bnhd else lib.numpy(x) for x in (q, k, v))
     (B, _, N, _), dims = Q.shape, (K.shape[3], V.shape[3])
     Hs = max(K.shape[1], V.shape[1])
@@ -191,8 +225,6 @@ def run_registered(
         raise ValueError(f"log_decay: expected values <= 0, got {g[~(g <= 0)].flat[0]}")
     if g.ndim < 3:
         g = g[..., None]
-    elif not method.per_token:
-        raise NotImplementedError(f"method: {name!r} was registered without data-dependent decays")
     elif bnhd:
         g = g.swapaxes(1, 2)
     g = np.broadcast_to(g, (B, Hs, N if method.per_token else 1)).astype(exact)
@@ -218,7 +250,9 @@ def run_registered(
 
 
 def _call(method: Registered, given: list[Array], scale: float) -> list[Array]:
-    """o and the final state (or what stands for it) of q, k, v, log_decay, state; the shapes are checked."""
+    """Returns [o, final state] for [q, k, v, log_decay, state]; a method without states returns the
+    given state.
+    """
     q, _, v, _, state = given
     if method.library == "torch":
         given = [TORCH.from_numpy(x) for x in given]

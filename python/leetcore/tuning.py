@@ -1,8 +1,9 @@
-"""The table of measured times that corrects what "auto" predicts: `leetcore tune` writes it for this machine.
+"""The table of measured times that corrects the predictions of "auto". `leetcore tune` writes it
+for a machine.
 
-The user's cache directory ($XDG_CACHE_HOME, else ~/.cache) holds one file for each instruction set. It is read when
-leetcore is imported; without one the table that was shipped is used. A file that is broken, or only a part of a table,
-is named in a warning and not used.
+The user's cache directory ($XDG_CACHE_HOME, else ~/.cache) holds one file for each instruction set.
+The file is read when leetcore is imported; without a file the shipped table is used. A file that is
+broken, or that is only a part of a table, is named in a warning and not used.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from pathlib import Path
 
 from . import _core
 
-source = "shipped"  # or the path of the table in use
+source = "shipped"  # the table in use: "shipped", or the path of its file
 
 _MOST_BYTES = 1 << 20
-_COMPLETE = "# complete: "  # the last line of a table: a checksum of the lines before
+_COMPLETE = "# complete: "  # begins the last line of a table, a checksum of the lines before it
 
 
 def path(isa: str) -> Path | None:
-    """Where the table of an instruction set belongs; None where there is no home directory."""
+    """The path of the table of an instruction set; None where there is no home directory."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # as the XDG specification has it
+    if not os.path.isabs(cache):  # the XDG specification ignores relative paths
         home = os.path.expanduser("~")
         if not os.path.isabs(home):
             return None
@@ -35,7 +36,7 @@ def path(isa: str) -> Path | None:
 
 
 def processor() -> str:
-    """The model of the processor, as Linux names it; elsewhere its architecture."""
+    """The model name of the processor on Linux; elsewhere the architecture."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith("model name"):
@@ -44,17 +45,19 @@ def processor() -> str:
 
 
 def header() -> str:
-    """The first line of a table that this version wrote on this processor; others' tables say nothing here."""
+    """The first line of a table. Tables of another version or of another processor are not used."""
     return f"# leetcore {_core.version} on {processor()}"
 
 
 def completed(text: str) -> str:
-    """The text of a table with the last line that tells a whole table from a part of one."""
+    """The text of a table with its last line, which tells a whole table from a part of a table."""
     return f"{text}{_COMPLETE}{zlib.crc32(text.encode()):08x}\n"
 
 
 def use(table: str | None, origin: str = "shipped") -> None:
-    """Replaces the table in use; None: by the shipped one. Raises ValueError for a broken one."""
+    """Replaces the table in use; None stands for the shipped table. Raises ValueError for a broken
+    table.
+    """
     global source
     if table is not None and "\0" in table:
         raise ValueError("tuning: expected text, got a NUL character")
@@ -63,7 +66,9 @@ def use(table: str | None, origin: str = "shipped") -> None:
 
 
 def load(isa: str) -> None:
-    """Uses the table of the cache directory if there is one of this version. Never raises."""
+    """Uses the table of the cache directory if this version wrote it on this processor. Never
+    raises.
+    """
     file = path(isa)
     if file is None:
         return
@@ -78,10 +83,12 @@ def load(isa: str) -> None:
 
 
 def _read(file: Path) -> str | None:
-    """The text of a whole table; None where there is no file, or one of another version or processor."""
+    """The text of a whole table; None where there is no file, or a file of another version or
+    processor.
+    """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for a writer
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with open(file, "rb") as opened:
             data = opened.read(_MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

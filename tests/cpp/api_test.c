@@ -49,7 +49,7 @@ static lc_args tiny(void) {
 
 static char memory[1 << 22];
 
-/* lc_workspace, then lc_run with the scratch it asked for. */
+/* Calls lc_workspace, and lc_run with that scratch. */
 static lc_status run(lc_args* a) {
   size_t bytes = 0;
   const lc_status status = lc_workspace(a, &bytes);
@@ -68,7 +68,7 @@ static void values(void) {
   CHECK(run(&a) == LC_OK);
   CHECK(near(o[0], 48) && near(o[1], 141) && near(state[0], 47));
 
-  a = tiny(); /* scale is no more than a factor of o */
+  a = tiny(); /* scale multiplies o and nothing else */
   a.scale = -2;
   CHECK(run(&a) == LC_OK);
   CHECK(near(o[0], -96) && near(o[1], -282) && near(state[0], 47));
@@ -105,7 +105,7 @@ static void statuses(void) {
   CHECK(starts_with(lc_last_error(), "v: "));
 
   a = tiny();
-  a.op = LC_BACKWARD; /* which has no outputs of LC_FORWARD */
+  a.op = LC_BACKWARD; /* LC_BACKWARD takes no outputs of LC_FORWARD */
   CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && untouched());
   CHECK(starts_with(lc_last_error(), "final_state: "));
 
@@ -155,7 +155,7 @@ static void struct_sizes(void) {
   a.struct_size = 0;
   CHECK(run(&a) == LC_INVALID && lc_run(&a) == LC_INVALID && *lc_last_error() && untouched());
 
-  a = tiny(); /* an older caller: what lies behind its struct is not read */
+  a = tiny(); /* an older caller: memory after its struct is not read */
   CHECK(run(&a) == LC_OK);
   a.struct_size = offsetof(lc_args, stream);
   a.stream = &a;
@@ -222,6 +222,37 @@ static void costs(void) {
   CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") == 0);
   CHECK(lc_set_tuning(NULL) == LC_OK);
   CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && strcmp(cost.method, "parallel") != 0);
+}
+
+static void candidates(void) {
+  lc_candidate row;
+  lc_choice choice;
+  lc_cost cost;
+  lc_args a = tiny();
+  int i, count = 0;
+  double best = -1;
+  while (lc_method(count)) ++count;
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_OK);
+  CHECK(!strcmp(choice.decided_by, "prediction") && !strcmp(choice.table, "shipped"));
+  for (i = 0; i < count; ++i) {
+    CHECK(lc_candidate_at(&a, i, &row, sizeof row) == LC_OK);
+    CHECK(!strcmp(row.method, lc_method(i)->name) && !strcmp(row.device, lc_method(i)->device));
+    if (row.refusal) continue;
+    CHECK(row.microseconds == row.model_us * row.correction);
+    if (best < 0 || row.microseconds < best) best = row.microseconds;
+  }
+  CHECK(lc_candidate_at(&a, choice.index, &row, sizeof row) == LC_OK && row.microseconds == best);
+  CHECK(lc_predict(&a, &cost, sizeof cost) == LC_OK && cost.flop == row.flop && cost.workspace == row.workspace);
+  a.method = row.method;
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_OK && !strcmp(choice.decided_by, "method"));
+  CHECK(lc_candidate_at(&a, count, &row, sizeof row) == LC_INVALID && starts_with(lc_last_error(), "index: "));
+  CHECK(lc_candidate_at(&a, -1, &row, sizeof row) == LC_INVALID && starts_with(lc_last_error(), "index: "));
+  CHECK(lc_candidate_at(&a, 0, NULL, 8) == LC_INVALID && starts_with(lc_last_error(), "candidate: "));
+  CHECK(lc_choose(&a, NULL, 8) == LC_INVALID && starts_with(lc_last_error(), "choice: "));
+  a.method = "fast";
+  CHECK(lc_choose(&a, &choice, sizeof choice) == LC_INVALID && starts_with(lc_last_error(), "method: "));
+  CHECK(strstr(lc_method_serves(0), "forward") && !lc_method_serves(count) && !lc_method_serves(-1));
+  CHECK(untouched());
 }
 
 static void explain(void) {
@@ -292,7 +323,7 @@ static int ask(void* context) {
   return answer;
 }
 
-/* Some tenths of a second of work, which ends early when its caller wants that. */
+/* Work of some tenths of a second ends early when its caller asks for it. */
 static void interrupts(void) {
   enum { H = 16, N = 4096, D = 64 };
   float *x = calloc((size_t)H * N * D, sizeof *x), *y = calloc((size_t)H * N * D, sizeof *y);
@@ -351,6 +382,7 @@ int main(void) {
   statuses();
   struct_sizes();
   last_error();
+  candidates();
   explain();
   costs();
   methods();

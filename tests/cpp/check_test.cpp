@@ -1,5 +1,5 @@
-// check_test.cpp - every rule on arguments: what breaks it is refused, by name, with nothing written; what keeps it is
-// computed.
+// check_test.cpp - every rule for arguments. A call that breaks a rule is refused by the argument's
+// name, and nothing is written; a call that keeps all rules is computed.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -13,8 +13,8 @@ using Spoil = std::function<void(Call&)>;
 
 enum class SeenBy { both, run_only };  // lc_workspace reads no values and does without o
 
-// The call of `spec`, spoilt, fails with `status`; its message starts with the argument's name and has all `parts` in
-// it.
+// Expects that the call of `spec`, after `spoil`, fails with `status`, and that its message begins
+// with the argument's name and contains all `parts`.
 void refused(const Spec& spec, const Spoil& spoil, lc_status status, const std::string& argument,
              const std::vector<std::string>& parts, SeenBy seen_by = SeenBy::both, int line = __builtin_LINE()) {
   SCOPED_TRACE("line " + std::to_string(line) + ": " + describe(spec));
@@ -55,7 +55,7 @@ void invalid(const Spec& spec, const Spoil& spoil, const std::string& argument, 
   refused(spec, spoil, LC_INVALID, argument, parts, seen_by, line);
 }
 
-// The call of `spec`, changed, is served and equals the definition.
+// Expects that the call of `spec`, after `change`, is served and equals the definition.
 void accepted(const Spec& spec, const Spoil& change = nullptr, int line = __builtin_LINE()) {
   SCOPED_TRACE("line " + std::to_string(line) + ": " + describe(spec));
   Call call(spec);
@@ -134,14 +134,14 @@ constexpr Named kAllTensors[] = {{"q", &Call::q},
                                  {"d_v", &Call::d_v},
                                  {"d_log_decay", &Call::d_log_decay},
                                  {"d_initial_state", &Call::d_initial_state}};
-// With the axis that may be broadcast or reversed, but not overlap.
+// Tensors with an axis that may be broadcast or reversed, but must not overlap.
 constexpr Named kGradients[] = {{"d_q", &Call::d_q},
                                 {"d_k", &Call::d_k},
                                 {"d_v", &Call::d_v},
                                 {"d_log_decay", &Call::d_log_decay},
                                 {"d_initial_state", &Call::d_initial_state}};
 
-// Every tensor argument that the call of `spec` has.
+// Every tensor argument of the call of `spec`.
 std::vector<Named> tensors(const Spec& spec) {
   Call call(spec);
   std::vector<Named> present;
@@ -173,7 +173,7 @@ TEST(Accepts, NoTokens) {
   accepted(spec);
 }
 
-// What breaks a tensor's own description, for every tensor of every kind of call.
+// Faults in the description of one tensor, for every tensor of every kind of call.
 TEST(Refuses, BrokenTensors) {
   for (const Spec& spec : all_kinds()) {
     for (const Named& t : tensors(spec)) {
@@ -378,7 +378,7 @@ TEST(Refuses, OutputsThatOverlapThemselves) {
 }
 
 TEST(Refuses, OutputsOverInputs) {
-  // A large buffer, so that any tensor may lie anywhere in it.
+  // A buffer that holds any of the tensors at any of the offsets.
   std::vector<double> buffer(4096);
   const auto move = [&](Tensor& t, size_t bytes) {
     std::memcpy(reinterpret_cast<char*>(buffer.data()) + bytes, static_cast<char*>(t.data) + t.byte_offset,
@@ -397,7 +397,7 @@ TEST(Refuses, OutputsOverInputs) {
           SCOPED_TRACE(t.name);
           Call call(spec);
           ASSERT_EQ(LC_OK, call.make_workspace()) << lc_last_error();
-          // The input begins `shift` bytes into the output; both as long as they are.
+          // The input begins `shift` bytes after the output.
           move(call.*output, 0);
           const size_t longest = (call.*output).memory.size() - 2 * Tensor::kGuard;
           move(call.*t.tensor, std::min(shift, longest - 8));
@@ -419,7 +419,7 @@ TEST(Refuses, OutputsOverInputs) {
   }
 }
 
-// Not two tensors over the same memory, but one lc_tensor in two places.
+// One lc_tensor is two arguments of a call.
 TEST(Refuses, OneTensorAsInputAndOutput) {
   Spec spec = with_states();
   spec.dtype = kF32;
@@ -442,7 +442,7 @@ TEST(Accepts, InPlaceStates) {
   spec = packed();
   spec.in_place = true;
   accepted(spec);
-  // The same memory seen by two tensors.
+  // Two tensors have the same memory.
   accepted(with_states(), [](Call& c) {
     c.final_state.data = c.initial_state.data;
     c.final_state.byte_offset = c.initial_state.byte_offset;
@@ -455,7 +455,7 @@ TEST(Refuses, StatesShiftedAgainstEachOther) {
     invalid(
         spec, [&](Call& c) { c.final_state.data = static_cast<char*>(c.initial_state.data) + bytes; }, "final_state",
         {"initial_state"}, SeenBy::run_only);
-  // The same first element, but heads and sequences change places.
+  // The tensors have the same first element, but heads and sequences change places.
   invalid(
       spec,
       [](Call& c) {
@@ -485,7 +485,7 @@ TEST(Accepts, ViewsOfOneFusedBuffer) {
       }
     };
     accepted(spec, [&](Call& c) { columns(c, spec.N * row, 0); });
-    // o moved by half a head: half of its first one is v's.
+    // o begins half a head early: half of its first head belongs to v.
     const std::vector<float> before = fused;
     invalid(spec, [&](Call& c) { columns(c, spec.N * row, -D / 2); }, "o", {"overlap", "v"}, SeenBy::run_only);
     EXPECT_EQ(before, fused);
@@ -498,7 +498,7 @@ TEST(Refuses, SizesThatOverflow) {
   constexpr int64_t huge = int64_t{1} << 62;
   Spec spec;
   spec.decay = Decay::none;
-  // All agree on N = 2^62, and no address space holds that.
+  // All tensors have N = 2^62 tokens, more than an address space holds.
   for (bool dense : {false, true})
     invalid(spec,
             [&](Call& c) {
@@ -508,7 +508,7 @@ TEST(Refuses, SizesThatOverflow) {
               }
             },
             "q", {});
-  // As far as the strides go, it would be a number of more than 127 bits.
+  // With these strides the extent has more than 127 bits.
   invalid(spec,
           [&](Call& c) {
             for (Tensor* t : {&c.q, &c.k, &c.v, &c.o})
@@ -566,7 +566,7 @@ TEST(Refuses, CuSeqlens) {
     invalid(spec, [](Call& c) { c.cu_seqlens.ndim = 0; }, "cu_seqlens", {});
     invalid(spec, [](Call& c) { c.cu_seqlens.shape[0] = 0; }, "cu_seqlens", {});
   }
-  // B = 1 goes with it.
+  // Packed sequences require B = 1.
   Spec spec = with_states();
   Tensor cu;
   cu.make(kI32, {3});
@@ -675,7 +675,7 @@ TEST(Refuses, DLogDecayUnlikeLogDecay) {
       invalid(spec, [&](Call& c) { c.args.d_log_decay = &donor.d_log_decay; }, "d_log_decay", {"expected shape"});
     }
   }
-  // Its dtype is that of log_decay, whatever that is.
+  // The dtype of d_log_decay is the dtype of log_decay.
   Spec spec = backward();
   spec.dtype = kF64;
   refused(spec, [](Call& c) { c.log_decay.make(kF32, {2}), c.log_decay.fill([] { return -0.25; }); }, LC_DTYPE,

@@ -2,7 +2,7 @@
 // and the last byte of the workspace that was handed out.
 #include <gtest/gtest.h>
 
-#include "../../cpp/cpu/threads.h"
+#include "../../cpp/cpu/counted.h"
 #include "call.h"
 
 namespace {

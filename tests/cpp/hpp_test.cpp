@@ -1,4 +1,5 @@
-// hpp_test.cpp - the C++ face: what it passes on, what it throws, how it reuses scratch.
+// hpp_test.cpp - the C++ interface: arguments it passes on, exceptions it throws, scratch it
+// reuses.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -11,7 +12,8 @@ namespace {
 
 using leetcore::Tensor;
 
-// One head, two tokens, K = V = 1, gamma = 1/2: o = 48, 141 and S = 47 (api_test.c works it out).
+// One head, two tokens, K = V = 1, gamma = 1/2: o = 48, 141 and S = 47 (api_test.c has the
+// arithmetic).
 struct Tiny {
   float q[2] = {2, 3}, k[2] = {4, 5}, v[2] = {6, 7}, o[2] = {-1, -1}, state[1] = {-1};
   const float log_decay = -0.6931472f;
@@ -74,7 +76,8 @@ TEST(Hpp, TheOptionsOfAPromptServeItsDecoding) {
   EXPECT_FLOAT_EQ(47.5, x.state[0]);
 }
 
-// One thread computes while another changes the number of threads, and with it the scratch that a call needs.
+// One thread computes while another changes the number of threads, and with it the scratch that a
+// call needs.
 TEST(Hpp, SettingsMayChangeAtAnyTime) {
   constexpr int64_t H = 4, N = 300, D = 32;
   std::vector<float> x(H * N * D, 0.5f), y(H * N * D);
@@ -228,6 +231,9 @@ TEST(Hpp, WhatThereIs) {
   EXPECT_NE(nullptr, cost.method);
   const std::string text = leetcore::explain(x.tq, x.tk, x.tv, x.tg);
   EXPECT_GE(leetcore::methods().size(), 3u);
+  const std::vector<lc_candidate> candidates = leetcore::candidates(x.tq, x.tk, x.tv, x.tg);
+  ASSERT_EQ(leetcore::methods().size(), candidates.size());
+  EXPECT_STREQ(leetcore::methods()[0].name, candidates[0].method);
   for (const lc_method_info& method : leetcore::methods()) EXPECT_NE(std::string::npos, text.find(method.name)) << text;
   EXPECT_EQ('\n', text.back());
   EXPECT_EQ(std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +

@@ -1,5 +1,5 @@
-// isa.h - tests of what the library computes run with the instruction set that LEETCORE_ISA names, where the machine
-// has it.
+// isa.h - WithIsa: a test that runs with the instruction set that LEETCORE_ISA names, and is skipped on machines that
+// lack it.
 #pragma once
 #include <gtest/gtest.h>
 #include <leetcore/leetcore.h>
@@ -10,7 +10,7 @@
 
 namespace test {
 
-// "key=value" of lc_build_info
+// The value of the line "key=value" of lc_build_info().
 inline std::string build_info(const std::string& key) {
   std::istringstream lines(lc_build_info());
   for (std::string line; std::getline(lines, line);)
@@ -20,14 +20,16 @@ inline std::string build_info(const std::string& key) {
 
 inline bool machine_has(const std::string& isa) {
 #if defined(__x86_64__)
+#define LC_X86_ISAS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == "avx2") return avx2;
-  if (isa == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  return isa == "generic";
+#define HAS(feature) __builtin_cpu_supports(#feature)
+#define ISA(name, needs, flags) \
+  if (isa == #name) return needs;
+#include "../../cpp/cpu/isas.def"
+#undef ISA
+#undef HAS
+  return false;
 }
 
 class WithIsa : public ::testing::Test {

@@ -1,8 +1,9 @@
-// method_test.cpp - every CPU row of lc_method() against the definition, with the instruction set that LEETCORE_ISA
-// names.
+// method_test.cpp - every CPU row of lc_method() against the definition, with the instruction set
+// that LEETCORE_ISA names.
 //
-// Scratch and outputs are full of NaN before each call and have guard bytes around them. What a method refuses must be
-// refused for every number of threads; what it computes must be the same, bit for bit, for every number of threads.
+// Before each call, scratch and outputs are full of NaN and have guard bytes around them. A row
+// serves exactly the calls whose features it declares. Its results are the same, bit for bit, for
+// every number of threads.
 #include <gtest/gtest.h>
 
 #include <set>
@@ -34,13 +35,12 @@ class Methods : public WithIsa {
           if (t != &call.final_state || spec.op == LC_FORWARD) t->poison();
         const auto before = call.memory();
         const lc_status status = call.run();
+        EXPECT_EQ(declares(row, spec), status != LC_UNSUPPORTED) << lc_last_error();
         if (status == LC_UNSUPPORTED) {
-          EXPECT_EQ(1, threads) << "served with fewer threads";
           EXPECT_TRUE(before == call.memory());
-          if (std::strcmp(method->name, "fft") || spec.op == LC_DECODE || spec.decay != Decay::token)
-            refusals_.insert(std::string(method->name) + (spec.op == LC_DECODE ? " decode" : " forward"));
           break;
         }
+        ++served_;
         ASSERT_EQ(LC_OK, status) << lc_last_error();
         EXPECT_TRUE(call.stayed_inside(before)) << "wrote outside of its outputs and workspace";
         if (threads == 1) {
@@ -62,7 +62,15 @@ class Methods : public WithIsa {
     }
   }
 
-  std::set<std::string> refusals_;
+  // Whether the row of a method declares what a call of this kind asks for.
+  static bool declares(int index, const Spec& spec) {
+    const std::string words = " " + std::string(lc_method_serves(index)) + " ";
+    const auto has = [&](const char* word) { return words.find(std::string(" ") + word + " ") != std::string::npos; };
+    if (!has(spec.op == LC_DECODE ? "decode" : "forward")) return false;
+    return spec.decay != Decay::token || has("decay_per_token");
+  }
+
+  int served_ = 0;  // calls
 };
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
@@ -78,7 +86,7 @@ TEST_F(Methods, TokensAndHeadDims) {
         spec.initial = spec.final = true;
         check(spec);
       }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, Decays) {
@@ -92,10 +100,10 @@ TEST_F(Methods, Decays) {
           spec.initial = spec.final = true;
           check(spec);
         }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
-// Slopes at which gamma^-t overflows within a few tokens.
+// With these slopes gamma^-t overflows within a few tokens.
 TEST_F(Methods, SteepDecays) {
   for (lc_dtype dtype : kInputs)
     for (double slope : {2.9, 20.0, 87.0, 1000.0})
@@ -116,7 +124,7 @@ TEST_F(Methods, States) {
         spec.initial = states & 1, spec.final = states & 2, spec.in_place = states == 4;
         check(spec);
       }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, PackedSequences) {
@@ -132,7 +140,7 @@ TEST_F(Methods, PackedSequences) {
             spec.decay = decay, spec.initial = spec.final = true, spec.bnhd = bnhd;
             check(spec);
           }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, GroupedHeads) {
@@ -147,7 +155,7 @@ TEST_F(Methods, GroupedHeads) {
           spec.N = 65, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
           check(spec);
         }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, Layouts) {
@@ -161,10 +169,10 @@ TEST_F(Methods, Layouts) {
             spec.decay = decay, spec.initial = spec.final = true;
             check(spec);
           }
-  EXPECT_TRUE(refusals_.empty()) << *refusals_.begin();
+  EXPECT_GT(served_, 0);
 }
 
-// Large enough that every thread gets work.
+// Calls that are large enough to give every thread work.
 TEST_F(Methods, ManyThreads) {
   for (lc_dtype dtype : kInputs)
     for (const auto& [B, H, N] : {std::tuple{2, 4, 130}, std::tuple{1, 1, 600}, std::tuple{1, 3, 200}}) {
@@ -189,7 +197,7 @@ TEST_F(Methods, Decode) {
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec);
           }
-  EXPECT_EQ(0u, refusals_.count("recurrent decode"));
+  EXPECT_GT(served_, 0);
 }
 
 }  // namespace

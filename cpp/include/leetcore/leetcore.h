@@ -3,16 +3,18 @@
  *     S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T        S in R^{K x V}
  *     o_t = scale * S_t^T q_t                           (token t itself counts, with weight 1)
  *
- * forward (LC_FORWARD), its gradients (LC_BACKWARD), and a few tokens at a time with states in place (LC_DECODE).
- * One validated call by one method: fill an lc_args, ask lc_workspace how much scratch it needs, call lc_run.
- * The library keeps no state between calls, allocates no tensors, never prints, never aborts and throws nothing.
- * Every function may be called from any number of threads at once.
+ * There are three operations: the forward pass (LC_FORWARD), its gradients (LC_BACKWARD), and
+ * decoding, which takes a few tokens at a time and updates states in place (LC_DECODE). A call
+ * fills an lc_args, asks lc_workspace how much scratch it needs, and calls lc_run. The library
+ * keeps no state between calls, allocates no tensors, never prints, never aborts and throws
+ * nothing. Every function may be called from any number of threads at once.
  *
- * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns: it allocates nothing,
- * waits for nothing, reads no tensor on the host, so it may be captured in a CUDA graph (the method fft once it has run
- * with these shapes: it keeps cuFFT's plans). The device that is current does not matter and does not change. All
- * tensors are on one device; a rank-0 log_decay alone is on the host and read at once. Memory, the workspace too, stays
- * valid until the stream has done the work.
+ * On a GPU (tensors with device {LC_CUDA, i}) lc_run puts kernels on lc_args.stream and returns. It
+ * allocates nothing, waits for nothing and reads no tensor on the host, so a CUDA graph may capture
+ * it. (The method fft keeps cuFFT's plans: it may be captured after it has run once with the same
+ * shapes.) The current device does not matter and does not change. All tensors are on one device,
+ * except that a rank-0 log_decay is on the host and is read at once. All memory, the workspace
+ * included, stays valid until the stream has done the work.
  */
 #ifndef LEETCORE_H
 #define LEETCORE_H
@@ -37,11 +39,12 @@ extern "C" {
 typedef enum lc_status {
   LC_OK = 0,
   LC_INVALID = 1,     /* the arguments contradict the contract; nothing was written           */
-  LC_UNSUPPORTED = 2, /* valid, but no method (or not the named one) serves it; nothing written */
-  LC_DEVICE = 3,      /* no such device, too old, not in this build, a kernel did not start: the output is undefined */
-  LC_MEMORY = 4,      /* workspace missing or too small; nothing was written                   */
+  LC_UNSUPPORTED = 2, /* valid, but no method serves it, or the named one does not; nothing was written */
+  LC_DEVICE = 3,      /* the device is missing, too old or not in this build, or a kernel did not start: the outputs
+                         are undefined */
+  LC_MEMORY = 4,      /* the workspace is missing or too small; nothing was written             */
   LC_INTERNAL = 5,    /* a bug in leetcore                                                     */
-  LC_DTYPE = 6,       /* a tensor of a dtype that is not allowed; nothing was written           */
+  LC_DTYPE = 6,       /* a tensor has a dtype that is not allowed; nothing was written          */
   LC_INTERRUPTED = 7  /* lc_args.interrupt asked for the end of the call: the outputs are undefined */
 } lc_status;
 
@@ -53,7 +56,8 @@ enum {
   LC_ALLOW_TF32 = 2   /* float32 products may be rounded to tf32 on matrix units (GPU only)         */
 };
 
-/* The memory layout, and the codes, of DLPack's DLTensor: one may be passed as the other. */
+/* lc_tensor has the memory layout and the codes of DLPack's DLTensor: a pointer to either may be
+ * passed as the other. */
 enum { LC_CPU = 1, LC_CUDA = 2 };                              /* lc_device.type */
 enum { LC_INT = 0, LC_UINT = 1, LC_FLOAT = 2, LC_BFLOAT = 4 }; /* lc_dtype.code  */
 
@@ -73,25 +77,29 @@ typedef struct lc_tensor {
   lc_dtype dtype;
   int64_t* shape;       /* not written */
   int64_t* strides;     /* in elements, not written; NULL: dense row-major */
-  uint64_t byte_offset; /* of the first element from data */
+  uint64_t byte_offset; /* the distance of the first element from data, in bytes */
 } lc_tensor;
 
-/* Zero-initialise, set struct_size, fill what you need: NULL means "absent" for every pointer.
+/* The arguments of a call. Initialise them with zeros, set struct_size, and fill the members that
+ * the call needs: for every pointer NULL means "absent".
  *
- * B sequences, N tokens, K key dim, V value dim. H = max(Hq, Hk, Hv) heads; each of Hq, Hk, Hv divides H, and head h
- * reads q head h * Hq / H, and so on. Hs = max(Hk, Hv) states and decays, each of Hk, Hv divides Hs.
- * Shapes below are for the default layout; LC_LAYOUT_BNHD swaps the axes "H?, N" wherever both stand.
- * Any strides are legal as long as the last dimension of q, k, v, o and of the states is contiguous.
+ * Sizes: B sequences, N tokens, K key dim, V value dim. There are H = max(Hq, Hk, Hv) heads; each
+ * of Hq, Hk, Hv divides H, and head h reads q head h * Hq / H (k and v alike). There are Hs =
+ * max(Hk, Hv) states and decays per sequence; each of Hk, Hv divides Hs. The shapes below are those
+ * of the default layout; LC_LAYOUT_BNHD swaps the axes of heads and tokens in every tensor that has
+ * both. Any strides are allowed if the last dimension of q, k, v, o and of the states is
+ * contiguous.
  *
- * dtypes: q, k, v, o alike: float64, float32, float16 or bfloat16. States: float64 with float64 inputs, else float32
- * (LC_DECODE also takes float16 and bfloat16 pools: rounded once per call). log_decay: float32, or float64 with
- * float64 inputs.
+ * Dtypes: q, k, v and o have the same dtype, float64, float32, float16 or bfloat16. States are
+ * float64 with float64 inputs and float32 otherwise; LC_DECODE also takes float16 and bfloat16
+ * pools, which are rounded once per call. log_decay is float32, or float64 with float64 inputs.
  *
- * LC_BACKWARD reads what LC_FORWARD read and the gradients of what it wrote, d_o and d_final_state (NULL: zeros, but
- * not both), and writes those of d_q, d_k, d_v, d_log_decay and d_initial_state that are not NULL. Each has the shape,
- * the dtype and the rules of its forward twin; o and final_state must be NULL. Heads of q, k, v that several heads
- * share, and decays that tokens, heads or sequences share, get the sum. d_log_decay is 0 where log_decay is -inf. It
- * does not matter which method computed the forward pass. */
+ * LC_BACKWARD reads the inputs of LC_FORWARD and the gradients of its outputs, d_o and
+ * d_final_state (NULL means zeros; one of them is given). It writes those of d_q, d_k, d_v,
+ * d_log_decay and d_initial_state that are not NULL. A gradient has the shape, the dtype and the
+ * rules of the tensor in its name; o and final_state must be NULL. Where several heads share a head
+ * of q, k or v, or tokens, heads or sequences share a decay, the gradient is the sum. d_log_decay
+ * is 0 where log_decay is -inf. The gradients do not depend on the method of the forward pass. */
 typedef struct lc_args {
   uint32_t struct_size; /* sizeof(lc_args): an older, shorter struct is widened with zeros */
   int32_t op;           /* lc_op */
@@ -102,69 +110,103 @@ typedef struct lc_args {
   const lc_tensor* q;             /* [B, Hq, N, K] */
   const lc_tensor* k;             /* [B, Hk, N, K] */
   const lc_tensor* v;             /* [B, Hv, N, V] */
-  const lc_tensor* log_decay;     /* natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or, one per token, [B, Hs, N];
-                                     a rank-0 tensor is read on the host. Absent: no decay */
+  const lc_tensor* log_decay;     /* natural log, <= 0, -inf allowed: [], [Hs], [B, Hs], or one per token, [B, Hs, N].
+                                     A rank-0 tensor is read on the host. Absent: no decay */
   const lc_tensor* initial_state; /* [B, Hs, K, V] ([S, Hs, K, V] with cu_seqlens). Absent: zeros */
-  const lc_tensor* state_indices; /* LC_DECODE: int32 or int64 [B], the slot of each sequence in final_state, -1 skips
-                                     it (its output rows become 0). Absent: sequence b uses slot b */
-  const lc_tensor* cu_seqlens;    /* not LC_DECODE: int32 or int64 [S + 1], 0 = c_0 <= ... <= c_S = N, with B = 1: S
-                                     sequences packed one behind the other along the token axis */
+  const lc_tensor* state_indices; /* LC_DECODE: int32 or int64 [B], the slot of each sequence in final_state. -1 skips a
+                                     sequence: its rows of o become 0. Absent: sequence b uses slot b */
+  const lc_tensor* cu_seqlens;    /* not LC_DECODE: int32 or int64 [S + 1], the start offsets of S sequences that are
+                                     concatenated along the token axis: 0 = c_0 <= ... <= c_S = N. B is 1 */
   const lc_tensor* o;             /* [B, H, N, V], written; not LC_BACKWARD */
   const lc_tensor* final_state; /* LC_FORWARD: [B, Hs, K, V] ([S, ...] with cu_seqlens), written; may be initial_state.
                                    LC_DECODE: the pool [slots, Hs, K, V], read and updated in place */
   const lc_tensor* d_o;         /* LC_BACKWARD: [B, H, N, V], read */
   const lc_tensor* d_final_state;   /* [B, Hs, K, V] ([S, ...] with cu_seqlens), read */
-  const lc_tensor* d_q;             /* [B, Hq, N, K], written; so are the others */
+  const lc_tensor* d_q;             /* [B, Hq, N, K], written like the gradients that follow */
   const lc_tensor* d_k;             /* [B, Hk, N, K] */
   const lc_tensor* d_v;             /* [B, Hv, N, V] */
-  const lc_tensor* d_log_decay;     /* shaped like log_decay, which must be there */
-  const lc_tensor* d_initial_state; /* [B, Hs, K, V]; initial_state need not be there */
-  void* workspace;        /* scratch for this call alone, where the tensors are; aligned to 64 bytes, 256 on a GPU */
-  size_t workspace_bytes; /* at least what lc_workspace says */
-  void* stream;           /* cudaStream_t of the tensors' device; must be NULL on the CPU */
-  int32_t num_threads;    /* threads of the caller's framework, 0: not known. See lc_num_threads */
-  int (*interrupt)(void* context); /* NULL, or asked now and then, by the calling thread, during a call on the CPU that
-                                      takes long: another answer than 0 ends the call with LC_INTERRUPTED */
-  void* interrupt_context;         /* what interrupt is called with */
+  const lc_tensor* d_log_decay;     /* shaped like log_decay, which must not be absent */
+  const lc_tensor* d_initial_state; /* [B, Hs, K, V]; initial_state may be absent */
+  void* workspace; /* scratch for this call alone, on the device of the tensors; aligned to 64 bytes (GPU: 256) */
+  size_t workspace_bytes;          /* the size of workspace: lc_workspace writes how much the call needs */
+  void* stream;                    /* cudaStream_t of the tensors' device; must be NULL on the CPU */
+  int32_t num_threads;             /* threads of the caller's framework, 0: not known. See lc_num_threads */
+  int (*interrupt)(void* context); /* NULL, or a function that the calling thread calls now and then during a long call
+                                      on the CPU; an answer other than 0 ends the call with LC_INTERRUPTED */
+  void* interrupt_context;         /* the argument of interrupt */
 } lc_args;
 
-/* Runs the problem. Everything is validated before anything is written; on a GPU, everything but values there. No value
- * makes a kernel touch memory outside of the tensors, but for right answers the caller sees to these:
+/* Runs the call. Everything is validated before anything is written, except values on a GPU.
+ * Kernels never access memory outside the tensors, whatever the values. On a GPU the caller must
+ * guarantee, for correct results:
  *
- * - log_decay <= 0, and not NaN: else the answers for that head of that sequence, from that token on, are undefined;
- * - cu_seqlens as above: bounds are brought into [0, N], and an end before its begin makes an empty sequence; rows of o
- *   in no sequence are not written, rows in several are undefined;
- * - state_indices all different: else the states and answers of those sequences are undefined. A slot outside of the
- *   pool skips its sequence, as -1 does. */
+ * - log_decay is <= 0 and not NaN. Otherwise the results of that head of that sequence are
+ *   undefined from that token on.
+ * - cu_seqlens is as above. Offsets are clamped to [0, N], and an end before its start makes an
+ *   empty sequence. Rows of o in no sequence are not written; rows in several sequences are
+ *   undefined.
+ * - state_indices name no slot twice. Otherwise the states and results of these sequences are
+ *   undefined. A slot outside the pool skips its sequence, as -1 does. */
 LC_API lc_status lc_run(const lc_args* args);
 
-/* The scratch lc_run needs for these arguments, in bytes. lc_run may need more where another thread has
- * changed the number of threads or the tuning table since: it then returns LC_MEMORY, and the caller asks again. Checks
- * shapes, dtypes, strides and devices but reads no tensor's values; o may be absent (an LC_FORWARD caller can size o,
- * and gradients, from a validated problem). */
+/* Writes the scratch that lc_run needs for these arguments, in bytes. If another thread then
+ * changes the number of threads or the tuning table, lc_run may need more: it returns LC_MEMORY,
+ * and the caller asks again. lc_workspace validates shapes, dtypes, strides and devices, and reads
+ * no tensor's values. o may be absent, so that a caller can validate a call before it allocates o.
+ */
 LC_API lc_status lc_workspace(const lc_args* args, size_t* bytes);
 
-/* What a call costs, by the method that args names or "auto" chooses. */
+/* The cost of a call, by the method that lc_args.method names or that "auto" chooses. */
 typedef struct lc_cost {
   const char* method;
-  double flop;         /* multiplications and additions of matrix products and of updates of states; what weighs or
-                          masks them, a few per cent, is left out */
-  double least_bytes;  /* every operand read or written once */
-  double bytes;        /* operands as often as the method reads or writes them, and states that wait in memory */
-  uint64_t workspace;  /* as lc_workspace says, in bytes */
-  double depth;        /* serial depth: products and updates that must wait for one another, however many workers */
+  double flop;         /* multiplications and additions of matrix products and of updates of states; weights and
+                          masks, a few per cent more, are left out */
+  double least_bytes;  /* bytes of every operand, read or written once */
+  double bytes;        /* bytes of operands as often as the method reads or writes them, and of states in memory */
+  uint64_t workspace;  /* scratch in bytes, as lc_workspace writes it */
+  double depth;        /* serial depth: the number of products and updates that must wait for one another */
   double microseconds; /* predicted, on this machine with this number of threads */
 } lc_cost;
 
-/* Writes the first size bytes of it: pass sizeof(lc_cost). As lc_workspace, it reads no tensor's values. */
+/* Writes the first size bytes of the cost: pass sizeof(lc_cost). Like lc_workspace, it reads no
+ * tensor's values. */
 LC_API lc_status lc_predict(const lc_args* args, lc_cost* cost, size_t size);
 
-/* Writes which method serves the problem, what each one predicts and why others do not, one line a method, as a
- * NUL-terminated string of at most size bytes. */
+/* The answer of one method to a call. */
+typedef struct lc_candidate {
+  const char *method, *device;
+  const char* refusal; /* why the method does not serve the call; NULL: it does. With a refusal all others are 0 */
+  const char* bound;   /* the largest part of the prediction: "compute", "memory" or "overhead" (launches, wake-ups) */
+  double flop, least_bytes, bytes, depth; /* as in lc_cost */
+  uint64_t workspace;                     /* as in lc_cost */
+  double model_us;                        /* microseconds, predicted by the model of the method */
+  double correction;                      /* measured over predicted time, from the tuning table; 1: not measured */
+  double microseconds;                    /* model_us * correction */
+} lc_candidate;
+
+/* Writes what the method lc_method(index) answers, the first size bytes of it: pass
+ * sizeof(lc_candidate). Like lc_workspace, it reads no tensor's values, and args->method does not
+ * matter. */
+LC_API lc_status lc_candidate_at(const lc_args* args, int index, lc_candidate* candidate, size_t size);
+
+/* The method that a call takes, and why. */
+typedef struct lc_choice {
+  int32_t index;          /* of the method, as in lc_method */
+  const char* decided_by; /* "method": lc_args.method names it; "LEETCORE_METHOD": that variable does; "only": no other
+                             method serves the call; "prediction": its predicted time is the shortest */
+  const char* table;      /* the tuning table: "shipped", or "set" by lc_set_tuning */
+} lc_choice;
+
+/* Writes the first size bytes of the choice: pass sizeof(lc_choice). Fails as lc_workspace does. */
+LC_API lc_status lc_choose(const lc_args* args, lc_choice* choice, size_t size);
+
+/* Writes the choice and all candidates as text: a first line, and then one line per method. The
+ * text is NUL-terminated and takes at most size bytes; a longer text is cut. */
 LC_API lc_status lc_explain(const lc_args* args, char* text, size_t size);
 
-/* Replaces, for the whole process, the table of measured times by which "auto" corrects its predictions; NULL restores
- * the one that was shipped. `leetcore tune` writes such a table for a machine; the grammar is in cpp/tuning.cpp. */
+/* Replaces, for the whole process, the table of measured times by which "auto" corrects its
+ * predictions. NULL restores the shipped table. `leetcore tune` writes such a table for a machine;
+ * the grammar is in cpp/tuning.cpp. */
 LC_API lc_status lc_set_tuning(const char* text);
 
 typedef struct lc_method_info {
@@ -173,12 +215,22 @@ typedef struct lc_method_info {
 } lc_method_info;
 
 LC_API const lc_method_info* lc_method(int index); /* in the order of the table; NULL past its end */
-LC_API const char* lc_last_error(void);            /* of this thread, until its next failing call; "" if none failed */
-LC_API int lc_version(void);                       /* LC_VERSION of the library that was loaded */
 
-/* What was built and what was chosen, "key=value" lines: version, compiler, isa (in use), isas (compiled), cuda,
- * threads and threads_source (lc_thread_count). The instruction set is the best that both the build and the machine
- * have, or the one LEETCORE_ISA names. */
+/* The features that a method declares, as words with blanks between them; NULL past the end of the
+ * table. A call that asks for another feature is refused. The words: forward, backward, decode;
+ * float64, float32, float16, bfloat16; no_decay, decay_per_head, decay_per_token; packed
+ * (cu_seqlens), grouped_heads (Hq, Hk, Hv that differ), initial_state, final_state; state_indices
+ * and short_states (float16 and bfloat16 pools) of LC_DECODE; decay_gradients (d_log_decay). */
+LC_API const char* lc_method_serves(int index);
+
+/* The sentence of the last failing call of this thread; "" if no call failed. It is valid until the
+ * next failing call. */
+LC_API const char* lc_last_error(void);
+LC_API int lc_version(void); /* LC_VERSION of the library that was loaded */
+
+/* Facts of the build and of the process as "key=value" lines: version, compiler, isa (in use), isas
+ * (compiled), cuda, threads and threads_source (lc_thread_count). The instruction set is the best
+ * that both the build and the machine have, or the one that LEETCORE_ISA names. */
 LC_API const char* lc_build_info(void);
 
 /* Threads of the CPU methods. The first source that applies decides, at the beginning of each call:
@@ -186,20 +238,23 @@ LC_API const char* lc_build_info(void);
  * 1. one thread inside a parallel region of the process's OpenMP runtime;
  * 2. lc_set_num_threads(n), for the whole process, 1 <= n <= 4096; n < 1 takes the setting back;
  * 3. LEETCORE_NUM_THREADS;
- * 4. lc_args.num_threads, else omp_get_max_threads() of the process's OpenMP runtime, else OMP_NUM_THREADS; each at
- * most OMP_THREAD_LIMIT and at most what 5 says;
- * 5. the cores that the affinity of the calling thread allows, at most the CPU quota of the control groups, rounded up.
+ * 4. lc_args.num_threads, else omp_get_max_threads() of the process's OpenMP runtime, else
+ *    OMP_NUM_THREADS; each is limited by OMP_THREAD_LIMIT and by 5;
+ * 5. the cores that the affinity of the calling thread allows, limited by the CPU quota of the
+ *    control groups, rounded up.
  *
- * A process that has loaded an OpenMP runtime (torch brings one) lends leetcore the threads of that runtime, as idle
- * threads of two pools would fight for the cores. Elsewhere, in a forked child, and where the runtime could not make
- * its threads, leetcore has a pool: its threads are made by the first call that needs them, wait for the next call, and
- * follow the affinity of the thread that calls. Where a thread cannot be made a call uses fewer, and so do calls at the
- * same time, which share the pool. The answers of a method do not depend on the number of threads. */
+ * In a process that has loaded an OpenMP runtime (torch brings one), leetcore runs on the threads
+ * of that runtime, since idle threads of two pools would compete for the cores. In other processes,
+ * in a forked child, and where the runtime could not create its threads, leetcore has a pool of its
+ * own. The first call that needs the pool creates its threads; they wait for the next call, and
+ * follow the affinity of the calling thread. A call uses fewer threads where one cannot be created,
+ * and where calls at the same time share the pool. The results of a method do not depend on the
+ * number of threads. */
 LC_API void lc_set_num_threads(int n);
 LC_API int lc_num_threads(void); /* lc_thread_count(0, NULL) */
 
-/* The number of threads of a call with lc_args.num_threads = framework, and, unless source is NULL, where it is from:
- * a few words. */
+/* Returns the number of threads of a call with lc_args.num_threads = framework. Unless source is
+ * NULL, *source becomes the source of the number in a few words. */
 LC_API int lc_thread_count(int32_t framework, const char** source);
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-// leetcore.hpp - the C++17 face of leetcore.h: header-only, throws, owns nothing but scratch.
+// leetcore.hpp - the C++17 interface of leetcore.h: header-only, reports errors by exceptions, and
+// owns only scratch.
 //
 //     const leetcore::Tensor q(q_data, {B, Hq, N, K});
 //     const leetcore::Tensor k(k_data, {B, Hk, N, K});
@@ -7,11 +8,13 @@
 //     const leetcore::Tensor log_decay(g_data, {Hs});
 //     leetcore::linear_attention(q, k, v, log_decay, o);
 //
-// A Tensor is a view of the caller's memory. Every function may be called from any number of threads at once, with a
-// Workspace for each. Shapes, dtypes and what is refused: leetcore.h.
+// A Tensor is a view of the caller's memory. Every function may be called from any number of
+// threads at once, if each thread has its own Workspace. leetcore.h documents shapes, dtypes and
+// refusals.
 //
-// On a GPU: Tensor(data, shape, {}, {LC_CUDA, 0}) for every tensor but a scalar, Options::stream, and a Workspace of
-// the caller's device memory where a method needs scratch. Calls return before their work is done.
+// On a GPU every tensor except a scalar is Tensor(data, shape, {}, {LC_CUDA, 0}), Options::stream
+// is the stream, and a method that needs scratch takes a Workspace of the caller's device memory.
+// Calls return before their work is done.
 #ifndef LEETCORE_HPP
 #define LEETCORE_HPP
 #include <leetcore/leetcore.h>
@@ -39,7 +42,8 @@ class Error : public std::runtime_error {
   lc_status status_;
 };
 
-// The 16-bit formats are storage only: cast a pointer to your own such type to one of these.
+// Storage types of the 16-bit formats. A pointer to another such type may be cast to a pointer to
+// these.
 struct half {
   std::uint16_t bits;
 };
@@ -47,7 +51,7 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// The dtype of an element type; specialise it for your own types.
+// The dtype of an element type. A program may specialise it for its own types.
 template <class T>
 struct dtype_of;
 template <>
@@ -103,7 +107,8 @@ class Tensor {
 
   explicit operator bool() const noexcept { return dtype_.bits != 0; }  // present?
 
-  // The same as the C ABI has it; valid as long as this Tensor. The library writes neither shape nor strides.
+  // This Tensor for the C ABI; valid as long as this Tensor. The library writes neither shape nor
+  // strides.
   lc_tensor c_tensor() const noexcept {
     lc_tensor t = {};
     t.data = data_;
@@ -124,9 +129,10 @@ class Tensor {
   std::int64_t shape_[kMaxRank] = {}, strides_[kMaxRank] = {};
 };
 
-// Scratch, one call at a time. Of its own: host memory, 64-byte aligned, that grows when it must and is freed at the
-// end. Or the caller's, which stays as it is: on a GPU, where this library allocates nothing, aligned to 256 bytes and
-// free again when the stream has done the call.
+// Scratch for one call at a time. A default Workspace owns host memory, aligned to 64 bytes, which
+// grows on demand. A Workspace of the caller's memory never grows. On a GPU, where the library
+// allocates nothing, that memory is aligned to 256 bytes and may be used again after the stream has
+// done the call.
 class Workspace {
  public:
   Workspace() = default;
@@ -156,23 +162,24 @@ class Workspace {
   bool is_given_ = false;
 };
 
-enum class Layout { bhnd, bnhd };  // order of heads and tokens in every tensor that has both
+enum class Layout { bhnd, bnhd };  // the order of heads and tokens in every tensor that has both
 
-// What most calls leave alone. bhnd shapes; S is B, or with cu_seqlens the number of packed sequences. decode_step
-// reads scale, layout, state_indices, workspace and what follows it, so the Options of a prompt serve its decoding too.
+// Options that most calls leave at their defaults. Shapes are those of layout bhnd; S is B, or with
+// cu_seqlens the number of packed sequences. decode_step reads scale, layout, state_indices, and
+// all members from workspace on, so the Options of a prompt may be passed to its decode steps.
 struct Options {
-  double scale = 1;             // o is multiplied by it
+  double scale = 1;             // multiplies o
   const char* method = "auto";  // a name of methods()
   Layout layout = Layout::bhnd;
   bool allow_tf32 = false;         // GPU: float32 products rounded to tf32
-  Tensor initial_state;            // [S, Hs, K, V], zeros when absent
+  Tensor initial_state;            // [S, Hs, K, V]; absent: zeros
   Tensor final_state;              // linear_attention: [S, Hs, K, V], written; may be initial_state
-  Tensor cu_seqlens;               // int32 or int64 [S + 1], packed sequences, B = 1
+  Tensor cu_seqlens;               // int32 or int64 [S + 1]: offsets of packed sequences, B = 1
   Tensor state_indices;            // decode_step: int32 or int64 [B], slot of each sequence, -1 skips; absent: slot b
-  Workspace* workspace = nullptr;  // reused from call to call; absent: allocated for this one, on the CPU
+  Workspace* workspace = nullptr;  // nullptr: the call allocates its scratch (CPU only)
   void* stream = nullptr;          // cudaStream_t; nullptr on the CPU
-  int num_threads = 0;             // of the caller's framework, 0: not known; see lc_num_threads
-  int (*interrupt)(void*) = nullptr;  // asked during a call that takes long; not 0: Error LC_INTERRUPTED
+  int num_threads = 0;             // threads of the caller's framework, 0: not known; see lc_num_threads
+  int (*interrupt)(void*) = nullptr;  // called during a long call; an answer other than 0 throws Error LC_INTERRUPTED
   void* interrupt_context = nullptr;
 };
 
@@ -225,8 +232,8 @@ class Call {
   void run(Workspace* workspace) {
     Workspace local;
     if (!workspace) workspace = &local;
-    // Another thread may change settings between the two calls: the call is then asked again, in scratch that only
-    // grows.
+    // Another thread may change settings between lc_workspace and lc_run: lc_workspace is then
+    // asked again.
     for (int tries = 1;; ++tries) {
       if (const std::size_t bytes = workspace_bytes()) {
         if (args.q->device.type != LC_CPU && !workspace->is_given())
@@ -243,16 +250,17 @@ class Call {
   lc_args args = {};
 
  private:
-  lc_tensor tensors_[15];  // as many as the members of lc_args set here and in run's callers
+  lc_tensor tensors_[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
   std::size_t used_ = 0;
 };
 
 }  // namespace detail
 
 // o_t = scale * q_t^T S_t with S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, for all tokens.
-//   q [B, Hq, N, K], k [B, Hk, N, K], v [B, Hv, N, V], o [B, H, N, V] (written), H = max(Hq, Hk, Hv), Hs = max(Hk, Hv)
-//   log_decay: natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or [B, Hs, N]; Tensor() for no decay
-// Throws Error, and then has written nothing.
+//   q [B, Hq, N, K], k [B, Hk, N, K], v [B, Hv, N, V], o [B, H, N, V] (written), H = max(Hq, Hk,
+//   Hv), Hs = max(Hk, Hv) log_decay: natural log, <= 0, -inf allowed: [], [Hs], [B, Hs] or [B, Hs,
+//   N]; Tensor() for no decay
+// Throws Error before it writes anything.
 inline void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                              const Tensor& o, const Options& options = {}) {
   detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
@@ -260,15 +268,15 @@ inline void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   call.run(options.workspace);
 }
 
-// What linear_attention_backward reads and writes: gradients of a loss, each with the shape and dtype of what it is
-// named after.
+// The gradients that linear_attention_backward reads and writes. Each has the shape and the dtype
+// of the tensor in its name.
 struct Gradients {
-  Tensor d_o, d_final_state;                           // read; zeros when absent, but not both
+  Tensor d_o, d_final_state;                           // read; absent means zeros, and one of them is present
   Tensor d_q, d_k, d_v, d_log_decay, d_initial_state;  // written where present
 };
 
-// The gradients of linear_attention, whichever method computed it.
-// Throws Error, and then has written nothing.
+// The gradients of linear_attention, whichever method computed the forward pass.
+// Throws Error before it writes anything.
 inline void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                                       const Gradients& gradients, const Options& options = {}) {
   detail::Call call(LC_BACKWARD, q, k, v, log_decay, options);
@@ -282,8 +290,8 @@ inline void linear_attention_backward(const Tensor& q, const Tensor& k, const Te
   call.run(options.workspace);
 }
 
-// linear_attention for a few new tokens of each sequence; state [slots, Hs, K, V] is read and updated in place.
-// Throws Error, and then has written nothing.
+// linear_attention for a few new tokens of each sequence; state [slots, Hs, K, V] is read and
+// updated in place. Throws Error before it writes anything.
 inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay, const Tensor& state,
                         const Tensor& o, const Options& options = {}) {
   detail::Call call(LC_DECODE, q, k, v, log_decay, options);
@@ -292,7 +300,8 @@ inline void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const
   call.run(options.workspace);
 }
 
-// The scratch that these calls need, in bytes: for memory on a GPU, which the caller allocates once for the largest.
+// The scratch that a call needs, in bytes. On a GPU the caller allocates scratch once, for its
+// largest call.
 inline std::size_t linear_attention_workspace(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Tensor& log_decay = {}, const Options& options = {}) {
   return detail::Call(LC_FORWARD, q, k, v, log_decay, options).workspace_bytes();
@@ -304,7 +313,8 @@ inline std::size_t decode_step_workspace(const Tensor& q, const Tensor& k, const
   return call.workspace_bytes();
 }
 
-// What this linear_attention call costs by options.method ("auto": the one it would take).
+// The cost of this linear_attention call by options.method; "auto" stands for the method that the
+// call would take.
 inline lc_cost cost(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
                     const Options& options = {}) {
   const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
@@ -313,7 +323,22 @@ inline lc_cost cost(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   return result;
 }
 
-// Which method serves this linear_attention call, what each one predicts, and why others do not: one line a method.
+// What each method of methods() answers to this linear_attention call, in that order;
+// options.method does not matter.
+inline std::vector<lc_candidate> candidates(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& log_decay = {}, const Options& options = {}) {
+  const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
+  std::vector<lc_candidate> all;
+  while (lc_method(static_cast<int>(all.size()))) {
+    lc_candidate row;
+    detail::Call::require(lc_candidate_at(&call.args, static_cast<int>(all.size()), &row, sizeof row));
+    all.push_back(row);
+  }
+  return all;
+}
+
+// Which method serves this linear_attention call, what decided, and the candidates: one line per
+// method.
 inline std::string explain(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay = {},
                            const Options& options = {}) {
   const detail::Call call(LC_FORWARD, q, k, v, log_decay, options);
@@ -326,14 +351,14 @@ inline std::string explain(const Tensor& q, const Tensor& k, const Tensor& v, co
   }
 }
 
-// The methods that this build has, on every device: name, device, idea, paper.
+// The methods of this build, on every device.
 inline std::vector<lc_method_info> methods() {
   std::vector<lc_method_info> all;
   while (const lc_method_info* info = lc_method(static_cast<int>(all.size()))) all.push_back(*info);
   return all;
 }
 
-// Of the library that was loaded: "0.1.0".
+// The version of the library that was loaded, as "0.1.0".
 inline std::string version() {
   const int n = lc_version();
   return std::to_string(n / 10000) + "." + std::to_string(n / 100 % 100) + "." + std::to_string(n % 100);

@@ -1,16 +1,17 @@
-// block.cpp - CPU: block after block of C tokens; in each block all heads, whose states wait in memory in between.
+// block.cpp - CPU: block after block of C tokens, all heads in each; states wait in memory.
 //
-//   for each block:  for each head:  O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j
-//                                    S = total S + (diag(out) K)^T V         weights in, mask, out, total: cpu/decay.h
+//   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j    for each head of a block
+//   S = total S + (diag(out) K)^T V                       weights in, mask, out, total: cpu/decay.h
 //
-//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V], one for each (sequence, head), in the workspace
-//   B H N ((C+1)(K+V) + 4KV) flop, as chunk; but every state goes to memory and back in every block: tokens are read
-//   in the order in which they lie in [B, N, H, D], once for all heads
-//   workers: (sequence, state) pairs, or pieces of their columns, dealt out once: nobody waits
-//   block-based method of LeetDecoding, arXiv:2501.02573; TransNormerLLM's inference, arXiv:2307.14995
+//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V], one per (sequence, head), in the workspace
+//   B H N ((C+1)(K+V) + 4KV) flop, as chunk. Every state goes to memory and back in every block.
+//   Tokens are read once for all heads, in the order of their memory in a [B, N, H, D] tensor.
+//   tasks: the (sequence, state) pairs of one worker, or pieces of their columns; they never wait
+//   LeetDecoding (block-based), arXiv:2501.02573; TransNormerLLM (inference), arXiv:2307.14995
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../cpu/threads.h"
 #include "../../methods.h"
 
 namespace lc::LC_ISA {
@@ -21,13 +22,13 @@ double flop(const Problem& p) {
 }
 
 template <class E>
-struct Worker {
+struct BlockWorker {
   using T = Accumulator<E>;
   const Problem& p;
   Tokens<E> chunk;
   T* o_copy;
 
-  Worker(const Problem& problem, Arena& arena)
+  BlockWorker(const Problem& problem, Arena& arena)
       : p(problem), chunk(arena, p), o_copy(arena.take<T>(C * padded<T>(p.V))) {}
 
   State<E> state(T* states, const Task& task) const {
@@ -36,6 +37,7 @@ struct Worker {
     return s;
   }
 
+  // The outputs and the new state of the block of one task that begins at token t.
   void block(const Task& task, State<E>& state, const Sequence& s, int64_t t) {
     chunk.decay.begin_head(p, s, task.hs);
     chunk.locate(s, t);
@@ -46,9 +48,13 @@ struct Worker {
       chunk.score(p);
       write_output(p, chunk, state, s, h, o_copy);
     }
-    if (t + C < s.length || task.writes_state) chunk.weigh_keys(p), state.advance(chunk);
+    if (t + C < s.length || task.writes_state) {
+      chunk.weigh_keys(p);
+      state.advance(chunk);
+    }
   }
 
+  // The tasks first, first + step, ... of the plan: initial states, all blocks, final states.
   void run(T* states, const Plan& plan, int64_t first, int64_t step) {
     int64_t longest = 0;
     for (int64_t i = first; i < plan.tasks; i += step) {
@@ -78,12 +84,14 @@ struct Worker {
 int workers(const Problem& p) { return workers_for(p, p.B * p.Hs * vectors<float>(p.V), flop(p)); }
 
 template <class E>
-struct Shared {
+struct BlockStates {
   Accumulator<E>* states;
-  Shared(const Problem& p, Arena& arena) : states(arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p))) {}
+  BlockStates(const Problem& p, Arena& arena) : states(arena.take<Accumulator<E>>(p.B * p.Hs * State<E>::size(p))) {}
 };
 
-size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) {
+  return scratch_bytes<BlockStates>(p, 1) + scratch_bytes<BlockWorker>(p, workers(p));
+}
 
 void run(const Problem& p) {
   Tasks shares(p);
@@ -92,10 +100,10 @@ void run(const Problem& p) {
     run_workers(workers(p), [&](int index, int granted) {
       const Plan plan = make_plan(p, granted, /*split_heads=*/false);
       Arena arena(p.workspace);
-      const Shared<E> shared(p, arena);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      const BlockStates<E> shared(p, arena);
+      BlockWorker<E> worker = cut<BlockWorker, E>(p, arena, index);
       worker.chunk.clear_scores();
-      // A share goes to whoever comes first: a worker may never begin.
+      // Shares are tasks, since a worker may never begin: another one then takes its share.
       shares.each(granted, index, granted, [&](int64_t share) { worker.run(shared.states, plan, share, granted); });
     });
   });
@@ -113,7 +121,8 @@ Cost cost(const Problem& p) {
 
 extern const Method block_cpu = {
     {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -49,6 +49,7 @@ size_t workspace(const Problem& p) { return blocks(p) > 1 ? size_t(2 * numbers(p
 
 extern const Method block_cuda = {
     {"block", "cuda", "blocks of 256 tokens, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
     walk_refuses,
     cost,
     workspace,

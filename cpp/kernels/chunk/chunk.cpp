@@ -1,15 +1,16 @@
-// chunk.cpp - CPU: the sequence in chunks of C tokens; matrix products inside a chunk, one state between chunks.
+// chunk.cpp - CPU: chunks of C tokens, matrix products inside a chunk, one state between chunks.
 //
 //   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
 //   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cpu/decay.h
 //
-//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] kept as column panels, one register tile wide
-//   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers, whatever N
-//   workers: (sequence, state) pairs; where those are few, their q heads, then columns of V, one task each
+//   Q, K [C, K]   V, O [C, V]   A [C, C]   S [K, V] in column panels, one register tile wide
+//   B H N ((C+1)(K+V) + 4KV) flop; scratch per worker K V + C (C + 2K + 2V) numbers for every N
+//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then of V's columns
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../cpu/threads.h"
 #include "../../methods.h"
 #include "chunk_backward.h"
 
@@ -21,14 +22,14 @@ double flop(const Problem& p) {
 }
 
 template <class E>
-struct Worker {
+struct ChunkWorker {
   using T = Accumulator<E>;
   const Problem& p;
   Tokens<E> chunk;
   State<E> state;
   T* o_copy;
 
-  Worker(const Problem& problem, Arena& arena)
+  ChunkWorker(const Problem& problem, Arena& arena)
       : p(problem),
         chunk(arena, p),
         state(p, arena.take<T>(State<E>::size(p))),
@@ -48,7 +49,10 @@ struct Worker {
         chunk.score(p);
         write_output(p, chunk, state, s, h, o_copy);
       }
-      if (t + C < s.length || task.writes_state) chunk.weigh_keys(p), state.advance(chunk);
+      if (t + C < s.length || task.writes_state) {
+        chunk.weigh_keys(p);
+        state.advance(chunk);
+      }
     }
     if (task.writes_state) state.store_final(task.b, task.hs);
   }
@@ -57,12 +61,10 @@ struct Worker {
 int workers(const Problem& p) { return workers_for(p, p.B * p.H * vectors<float>(p.V), flop(p)); }
 
 size_t workspace(const Problem& p) {
-  return p.op == LC_BACKWARD ? backward::workspace(p) : scratch_bytes<Worker>(p, workers(p));
+  return p.op == LC_BACKWARD ? backward::workspace(p) : scratch_bytes<ChunkWorker>(p, workers(p));
 }
 
-void run(const Problem& p) { p.op == LC_BACKWARD ? backward::run(p) : run_tasks<Worker>(p, workers(p)); }
-
-const char* refuses(const Problem& p) { return p.op == LC_DECODE ? forward_only(p) : nullptr; }
+void run(const Problem& p) { p.op == LC_BACKWARD ? backward::run(p) : run_tasks<ChunkWorker>(p, workers(p)); }
 
 Cost cost(const Problem& p) {
   if (p.op == LC_BACKWARD) return backward::cost(p);
@@ -75,7 +77,8 @@ Cost cost(const Problem& p) {
 extern const Method chunk_cpu = {
     {"chunk", "cpu", "chunks of 64 tokens: matrix products inside, one state in cache between",
      "Lightning Attention-2, arXiv:2401.04658"},
-    refuses,
+    {Feature::forward | Feature::backward | Feature::decay_gradients | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run,

@@ -39,6 +39,8 @@ size_t workspace(const Problem& p) { return p.op == LC_BACKWARD ? backward::work
 extern const Method chunk_cuda = {
     {"chunk", "cuda", "chunks of 64 tokens: matrix products inside, one state in registers between",
      "Lightning Attention-2, arXiv:2401.04658"},
+    {Feature::forward | Feature::backward | Feature::decay_gradients | kMatrixUnitTypes | kAllDecays | kSequences,
+     {Feature::float64, "does not compute in float64 on a GPU; on the CPU it does"}},
     refuses,
     cost,
     workspace,

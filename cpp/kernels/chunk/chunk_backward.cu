@@ -134,7 +134,6 @@ void sum_heads(const Problem& p, const View& from, const View& to, int64_t b, in
 }  // namespace
 
 const char* refuses(const Problem& p) {
-  if (p.type == Type::f64) return "has gradients of float64 on the CPU only";
   const char* why = gradients_refuse(p);
   return why || !p.d_log_decay ? why : decays_refuse(p);
 }

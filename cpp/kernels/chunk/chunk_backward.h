@@ -1,5 +1,5 @@
-// chunk_backward.h - the gradients of every method, as the row `chunk` serves them: on the CPU (chunk_backward.cpp), on
-// a GPU (chunk_backward.cu).
+// chunk_backward.h - the gradients of every method, which the row `chunk` serves: on the CPU
+// (chunk_backward.cpp) and on a GPU (chunk_backward.cu).
 #pragma once
 #include "../../methods.h"
 

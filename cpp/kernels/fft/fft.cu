@@ -109,11 +109,7 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) {
-  if (const char* why = forward_only(p)) return why;
-  if (p.decay == Decay::per_token) return "its Toeplitz mask needs one decay a head, not one a token";
-  return cufft_missing();
-}
+const char* refuses(const Problem&) { return cufft_missing(); }
 
 Cost cost(const Problem& p) {
   if (transforms_nothing(p)) return predict(p, {});
@@ -134,6 +130,8 @@ Cost cost(const Problem& p) {
 extern const Method fft_cuda = {
     {"fft", "cuda", "a Toeplitz mask times each rank's values, by Fourier transforms of cuFFT",
      "Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749"},
+    {Feature::forward | kAllTypes | kDecaysPerHead | kSequences,
+     {Feature::decay_per_token, "its Toeplitz mask needs one decay per head, not one per token"}},
     refuses,
     cost,
     workspace,

@@ -47,11 +47,7 @@ void run(const Problem& p) {
   });
 }
 
-const char* refuses(const Problem& p) {
-  if (const char* why = forward_only(p)) return why;
-  if (p.K > kMostKeyDim) return "K is over 256";
-  return nullptr;
-}
+const char* refuses(const Problem& p) { return p.K > kMostKeyDim ? "K is over 256" : nullptr; }
 
 Cost cost(const Problem& p) {
   const int C = lane_columns(p);
@@ -69,6 +65,7 @@ size_t workspace(const Problem&) { return 0; }
 
 extern const Method fleet_cuda = {{"fleet", "cuda", "rank by rank: decayed cumulative sums, a warp for 16 ranks",
                                    "Wang et al. 2025 (LeetDecoding), arXiv:2501.02573"},
+                                  {Feature::forward | kAllTypes | kAllDecays | kSequences},
                                   refuses,
                                   cost,
                                   workspace,

@@ -1,15 +1,16 @@
-// parallel.cpp - CPU: the quadratic form, in blocks of C x C scores, so that no N x N array exists.
+// parallel.cpp - CPU: the quadratic form in blocks of C x C scores, so that no N x N array exists.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2 decays
-//   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)
+//   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0                     G: sums of log2 decays
 //
-//   The weight between a block I and an earlier one J is in_i (product of the totals between) out_j: factors <= 1 that
-//   start anew at each block, whatever N (cpu/decay.h)
+//   The weight of token j of an earlier block at token i is in_i (product of the totals between)
+//   out_j. All factors are <= 1 and restart at each block, whatever N is (cpu/decay.h).
 //   B H N (N+1)(K+V) flop; scratch per worker 2KV + 2C (C + 2K + V) numbers
-//   workers: row blocks of every head, the longest first; then the final states
-//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
+//   tasks: row blocks of every head, the longest ones first; then the final states
+//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention, arXiv:2307.08621
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tokens.h"
 #include "../../methods.h"
 
@@ -25,14 +26,15 @@ double flop(const Problem& p) {
 int64_t blocks(const Sequence& s) { return (s.length + C - 1) / C; }
 
 template <class E>
-struct Worker {
+struct ParallelWorker {
   using T = Accumulator<E>;
   const Problem& p;
   const Panels panels;
   Tokens<E> rows, others;
-  T *result, *state;  // [C, V] or [K, V], and S_0 padded to whole vectors
+  T* result;  // [C, V] or [K, V]
+  T* state;   // S_0, padded to whole vectors
 
-  Worker(const Problem& problem, Arena& arena)
+  ParallelWorker(const Problem& problem, Arena& arena)
       : p(problem),
         panels(vectors<T>(p.V)),
         rows(arena, p),
@@ -40,8 +42,9 @@ struct Worker {
         result(arena.take<T>(std::max<int64_t>(C, p.K) * padded<T>(p.V))),
         state(arena.take<T>(p.K * padded<T>(p.V))) {}
 
-  // result (+)= weight(row) a b, where b(panel, c) are b's vectors from c on; first: a is square, and zero right of its
-  // diagonal as far as tiles reach
+  // Adds weight(row) a b to the result. b(panel, c) gives the columns of b from vector c on. With
+  // `first` the result is overwritten, and a is square and lower triangular, with zeros to the
+  // right of its diagonal as far as tiles reach.
   template <class B, class Weight>
   void accumulate(Matrix<const T> a, B&& b, int m, int depth, bool first, Weight weight) const {
     const Matrix<T> to{result, padded<T>(p.V)};
@@ -49,7 +52,7 @@ struct Worker {
       for_tiles<T>(0, m, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
         const int j0 = c * kLanes<T>;
         zero(acc);
-        mma(acc, {a.row(i0), a.ld}, b(panel, c), first ? std::min(depth, i0 + acc.M) : depth);
+        mma(acc, operand(a.row(i0), a.ld), b(panel, c), first ? std::min(depth, i0 + acc.M) : depth);
         map(acc, [&](int i, int j, Vec<T> x) {
           x = x * weight(i0 + i);
           return first ? x : x + load<T>(to.row(i0 + i) + j0 + j);
@@ -69,32 +72,41 @@ struct Worker {
     return {copy.data, copy.ld};
   }
 
+  // Loads keys and values of one block.
+  void load_block(Tokens<E>& tokens, const Sequence& s, int64_t hs, int64_t block) {
+    tokens.locate(s, block * C);
+    tokens.load_keys(p, s, hs);
+    tokens.load_values(p, s, hs, panels, 0, panels.count);
+  }
+
+  // The scores of the row block's queries with the weighed keys of an earlier block.
+  void score_others() {
+    const Panels across(vectors<T>(C));
+    for (int panel = 0; panel < across.count; ++panel)
+      for_tiles<T>(0, rows.n, across.begin(panel), across.width(panel), [&](auto& a, int i0, int c) {
+        zero(a);
+        mma(a, operand(rows.q.row(i0), rows.q.ld), {others.keys + c * kLanes<T>, C}, int(p.K));
+        store(Matrix<T>{others.scores + i0 * C + c * kLanes<T>, C}, a);
+      });
+  }
+
+  // The outputs of one block of rows, from its own block and all earlier ones.
   void output_rows(int64_t b, const Sequence& s, int64_t h, int64_t block) {
     const int64_t hs = h / group(p);
     const T scale = T(p.scale);
-    rows.decay.begin_head(p, s, hs), others.decay.begin_head(p, s, hs);
-    rows.locate(s, block * C);
-    rows.load_keys(p, s, hs);
-    rows.load_values(p, s, hs, panels, 0, panels.count);
+    rows.decay.begin_head(p, s, hs);
+    others.decay.begin_head(p, s, hs);
+    load_block(rows, s, hs, block);
     rows.load_queries(p, s, h);
     rows.score(p);
     accumulate({rows.scores, C}, values(rows), rows.n, rows.n, true, [](int) { return T(1); });
 
     const T* in = rows.decay.in;
-    const Panels across(vectors<T>(C));
     double between = 1;
     for (int64_t j = block - 1; j >= 0; --j) {
-      others.locate(s, j * C);
-      others.load_keys(p, s, hs);
-      others.load_values(p, s, hs, panels, 0, panels.count);
+      load_block(others, s, hs, j);
       others.weigh_keys(p, T(between));
-      for (int panel = 0; panel < across.count; ++panel) {
-        for_tiles<T>(0, rows.n, across.begin(panel), across.width(panel), [&](auto& a, int i0, int c) {
-          zero(a);
-          mma(a, {rows.q.row(i0), rows.q.ld}, {others.keys + c * kLanes<T>, C}, int(p.K));
-          store(Matrix<T>{others.scores + i0 * C + c * kLanes<T>, C}, a);
-        });
-      }
+      score_others();
       accumulate({others.scores, C}, values(others), rows.n, others.n, false, [&](int i) { return in[i] * scale; });
       between *= double(others.decay.total) + double(others.decay.total_rest);
     }
@@ -113,9 +125,7 @@ struct Worker {
     double after = 1;
     std::memset(result, 0, sizeof(T) * size_t(p.K) * size_t(padded<T>(p.V)));
     for (int64_t j = blocks(s) - 1; j >= 0; --j) {
-      others.locate(s, j * C);
-      others.load_keys(p, s, hs);
-      others.load_values(p, s, hs, panels, 0, panels.count);
+      load_block(others, s, hs, j);
       others.weigh_keys(p, T(after));
       accumulate({others.keys, C}, values(others), int(p.K), others.n, false, one);
       after *= double(others.decay.total) + double(others.decay.total_rest);
@@ -132,10 +142,10 @@ struct Worker {
 
 int workers(const Problem& p) { return workers_for(p, p.H * (tokens(p) / C + p.B), flop(p)); }
 
-size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) { return scratch_bytes<ParallelWorker>(p, workers(p)); }
 
-// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final states come last: they
-// may overwrite the initial ones.
+// Every (sequence, head) one after the other; its row blocks from the last, longest one. Final
+// states come last: they may overwrite the initial ones.
 void run(const Problem& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.B; ++b) longest = std::max(longest, blocks(sequence(p, b)));
@@ -145,7 +155,7 @@ void run(const Problem& p) {
     using E = decltype(e);
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      ParallelWorker<E> worker = cut<ParallelWorker, E>(p, arena, index);
       worker.rows.clear_scores();
       rows.each(longest * p.B * p.H, index, granted, [&](int64_t i) {
         const int64_t b = i / p.H % p.B, h = i % p.H, block = longest - 1 - i / p.H / p.B;
@@ -172,7 +182,8 @@ Cost cost(const Problem& p) {
 extern const Method parallel_cpu = {
     {"parallel", "cpu", "every pair of tokens: masked scores times values, block by block",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

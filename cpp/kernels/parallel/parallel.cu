@@ -53,7 +53,8 @@ size_t workspace(const Problem&) { return 0; }
 extern const Method parallel_cuda = {
     {"parallel", "cuda", "every pair of tokens: masked scores times values, tile by tile",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

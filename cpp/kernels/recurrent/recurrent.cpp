@@ -1,16 +1,19 @@
-// recurrent.cpp - CPU: token by token, as the operator is defined; the one method that decodes, in a pool of states.
+// recurrent.cpp - CPU: token by token, as the operator is defined. Only this method decodes.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t          L: log2 decays
 //
-//   Rows of S do not depend on one another: blocks of rows that fit the L1 cache go through a tile of tokens, four at a
-//   time while a piece of a row is in registers, so that memory sees each state once per tile and once per decode call.
-//   B (H 2KV + Hs 3KV) flop a token; scratch per worker K V + T (K (G+1) + V (G+1)) numbers, T <= 64 tokens, G = H / Hs
-//   workers: (sequence, state) pairs; with few of those, the columns of V as well
+//   Rows of S do not depend on one another. A block of rows that fits the L1 cache goes through a
+//   tile of tokens, four at a time while a piece of a row is in registers. Each state is thus read
+//   from memory once per tile, and once per decode call.
+//   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (K+V) (G+1) numbers, T <= 64
+//   tokens, G = H / Hs
+//   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include <cmath>
 
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
 #include "../../methods.h"
 
@@ -22,9 +25,9 @@ constexpr int64_t kBlockBytes = 16384;
 
 double flop(const Problem& p) { return double(tokens(p)) * double(p.K * p.V) * (2. * double(p.H) + 3. * double(p.Hs)); }
 
-// The tokens one pass over a block of rows takes: decay, k and q per row, v and the sums o in registers.
+// The operands of one pass of tokens over a block of rows of S. v and the sums o stay in registers.
 template <class T>
-struct Pass {
+struct RowPass {
   const T* decay;     // [tokens]: 2^L, or 2^L - 1
   Matrix<const T> k;  // [tokens, K]
   Matrix<const T> v;  // [tokens, V]
@@ -32,13 +35,15 @@ struct Pass {
   Matrix<T> o;        // [tokens or heads, V]
 };
 
-// What a pass does to S before it is read. A decay close to 1 is given as 2^L - 1 and added as (2^L - 1) S + k v: the
-// rounding error of 2^L itself would be raised to the power of the number of tokens, and that of 2^L S is biased.
+// The update of S before it is read. With `times` it is 2^L S + k v. With `plus`, for decays close
+// to 1, it is S + ((2^L - 1) S + k v): the rounding error of 2^L would be raised to the power of
+// the number of tokens, and the rounding error of 2^L S is biased.
 enum class Update { none, times, plus };
 
-// rows x N vectors of S at (r0, c): kTokens tokens of one q head, or one token of kHeads q heads.
+// Updates `rows` rows x N vectors of S from (r0, c) on, by kTokens tokens of one q head or one
+// token of kHeads q heads.
 template <class T, int kTokens, int kHeads, int N, Update kUpdate>
-__attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c) {
+__attribute__((noinline)) void update_rows(Matrix<T> S, const RowPass<T>& a, int64_t r0, int64_t rows, int c) {
   constexpr int kSums = kTokens * kHeads;
   count_flop(rows * N * kLanes<T> * (2 * kSums + (kUpdate != Update::none ? 3 * kTokens : 0)));
   Vec<T> v[kTokens][N], o[kSums][N];
@@ -86,18 +91,19 @@ __attribute__((noinline)) void pass(Matrix<T> S, const Pass<T>& a, int64_t r0, i
     for (int j = 0; j < N; ++j) store<T>(a.o.row(i) + c + j * kLanes<T>, o[i][j]);
 }
 
-// The same for vectors [c, end), as wide as the registers allow.
+// The same for all vectors [c, end), as many at a time as the registers allow.
 template <class T, int kTokens, int kHeads, Update kUpdate>
-LC_INLINE void pass_over(Matrix<T> S, const Pass<T>& a, int64_t r0, int64_t rows, int c, int end) {
+LC_INLINE void update_columns(Matrix<T> S, const RowPass<T>& a, int64_t r0, int64_t rows, int c, int end) {
   constexpr int kWidest = (kRegisters / 2) / (kTokens * (kHeads + 1)) ? (kRegisters / 2) / (kTokens * (kHeads + 1)) : 1;
   constexpr int kFirst = kWidest >= 8 ? 8 : kWidest >= 4 ? 4 : kWidest >= 2 ? 2 : 1;
-  for (; c + kFirst <= end; c += kFirst) pass<T, kTokens, kHeads, kFirst, kUpdate>(S, a, r0, rows, c * kLanes<T>);
+  for (; c + kFirst <= end; c += kFirst)
+    update_rows<T, kTokens, kHeads, kFirst, kUpdate>(S, a, r0, rows, c * kLanes<T>);
   if constexpr (kFirst > 4)
-    for (; c + 4 <= end; c += 4) pass<T, kTokens, kHeads, 4, kUpdate>(S, a, r0, rows, c * kLanes<T>);
+    for (; c + 4 <= end; c += 4) update_rows<T, kTokens, kHeads, 4, kUpdate>(S, a, r0, rows, c * kLanes<T>);
   if constexpr (kFirst > 2)
-    for (; c + 2 <= end; c += 2) pass<T, kTokens, kHeads, 2, kUpdate>(S, a, r0, rows, c * kLanes<T>);
+    for (; c + 2 <= end; c += 2) update_rows<T, kTokens, kHeads, 2, kUpdate>(S, a, r0, rows, c * kLanes<T>);
   if constexpr (kFirst > 1)
-    for (; c < end; ++c) pass<T, kTokens, kHeads, 1, kUpdate>(S, a, r0, rows, c * kLanes<T>);
+    for (; c < end; ++c) update_rows<T, kTokens, kHeads, 1, kUpdate>(S, a, r0, rows, c * kLanes<T>);
 }
 
 int64_t tile_tokens(const Problem& p) {
@@ -106,16 +112,20 @@ int64_t tile_tokens(const Problem& p) {
 }
 
 template <class E>
-struct Worker {
+struct RecurrentWorker {
   using T = Accumulator<E>;
   const Problem& p;
-  const int64_t tile, G;
+  const int64_t tile;  // most tokens of a tile
+  const int64_t G;     // q heads per state
+  const int Kp, Vp;    // K and V padded to whole vectors
   T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums;
 
-  Worker(const Problem& problem, Arena& arena)
+  RecurrentWorker(const Problem& problem, Arena& arena)
       : p(problem),
         tile(tile_tokens(p)),
         G(group(p)),
+        Kp(padded<T>(p.K)),
+        Vp(padded<T>(p.V)),
         state(arena.take<T>(p.K * padded<T>(p.V))),
         decay(arena.take<T>(tile)),
         decay_minus_1(arena.take<T>(tile)),
@@ -124,117 +134,157 @@ struct Worker {
         v_copy(arena.take<T>(tile * padded<T>(p.V))),
         sums(arena.take<T>(tile * G * padded<T>(p.V))) {}
 
-  // A token that forgets no more than 1 %. (Where more is forgotten, every few tokens, there are no old errors.)
+  // Columns of V that a task computes: the vectors [c0, c1).
+  struct Span {
+    int c0, c1;
+    int begin;    // first column
+    int columns;  // number of columns
+  };
+  Span span(int c0, int c1) const {
+    const int begin = c0 * kLanes<T>;
+    return {c0, c1, begin, std::min(int(p.V), c1 * kLanes<T>) - begin};
+  }
+
+  // Whether token i of the tile forgets at most 1 %. If more is forgotten every few tokens, old
+  // errors do not last.
   bool slow(int i) const { return decay[i] > T(0.99); }
 
-  // Tokens [t, t + n) of (s, hs) for the vectors [c0, c1) of columns; block(r0, m, f) calls f with rows [r0, r0 + m) of
-  // the state.
-  template <class Block>
-  void tokens_through(const Sequence& s, int64_t hs, int64_t t, int n, int c0, int c1, Block&& block) {
-    const int Kp = padded<T>(p.K), Vp = padded<T>(p.V);
-    const int begin = c0 * kLanes<T>, columns = std::min(int(p.V), c1 * kLanes<T>) - begin;
+  bool four_alike(int i, int n) const {
+    return i + 4 <= n && slow(i) == slow(i + 1) && slow(i) == slow(i + 2) && slow(i) == slow(i + 3);
+  }
+
+  // Loads a tile: q, k, v and the decays of tokens [t, t + n), and zeros for the sums.
+  void load_tile(const Sequence& s, int64_t hs, int64_t t, int n, const Span& at) {
     load<T>(Matrix<T>{k_copy, Kp}, Matrix<const E>{p.k.at<const E>(s.row, k_head(p, hs), t), p.k.stride[2]}, n,
             int(p.K));
-    load<T>(Matrix<T>{v_copy + begin, Vp},
-            Matrix<const E>{p.v.at<const E>(s.row, v_head(p, hs), t) + begin, p.v.stride[2]}, n, columns);
+    load<T>(Matrix<T>{v_copy + at.begin, Vp},
+            Matrix<const E>{p.v.at<const E>(s.row, v_head(p, hs), t) + at.begin, p.v.stride[2]}, n, at.columns);
     for (int64_t g = 0; g < G; ++g)  // [token, head]
       load<T>(Matrix<T>{q_copy + g * Kp, G * Kp},
               Matrix<const E>{p.q.at<const E>(s.row, q_head(p, hs * G + g), t), p.q.stride[2]}, n, int(p.K));
     for (int i = 0; i < n; ++i) {
       if (i && p.decay != Decay::per_token) {
-        decay[i] = decay[0], decay_minus_1[i] = decay_minus_1[0];
+        decay[i] = decay[0];
+        decay_minus_1[i] = decay_minus_1[0];
       } else {
         const double x = log2_decay(p, s.row, hs, t + i);
-        decay[i] = T(std::exp2(x)), decay_minus_1[i] = T(std::expm1(x / kLog2e));
+        decay[i] = T(std::exp2(x));
+        decay_minus_1[i] = T(std::expm1(x / kLog2e));
       }
-      for (int64_t g = 0; g < G; ++g) std::memset(sums + (i * G + g) * Vp + begin, 0, size_t(c1 - c0) * kVectorBytes);
+      for (int64_t g = 0; g < G; ++g)
+        std::memset(sums + (i * G + g) * Vp + at.begin, 0, size_t(at.c1 - at.c0) * kVectorBytes);
     }
+  }
 
-    const int64_t rows = std::max<int64_t>(1, kBlockBytes / int64_t(sizeof(T)) / Vp);
-    for (int64_t r0 = 0; r0 < p.K; r0 += rows) {
-      const int64_t m = std::min(rows, p.K - r0);
-      block(r0, m, [&](Matrix<T> S) {
-        const auto at = [&](int i, int64_t g, bool plus) {
-          return Pass<T>{(plus ? decay_minus_1 : decay) + i,
-                         {k_copy + i * Kp, Kp},
-                         {v_copy + i * Vp, Vp},
-                         {q_copy + (i * G + g) * Kp, Kp},
-                         {sums + (i * G + g) * Vp, Vp}};
-        };
-        const auto four_alike = [&](int i) {
-          return i + 4 <= n && slow(i) == slow(i + 1) && slow(i) == slow(i + 2) && slow(i) == slow(i + 3);
-        };
-        for (int i = 0; i < n;) {
-          if (G == 1 && four_alike(i)) {
-            if (slow(i))
-              pass_over<T, 4, 1, Update::plus>(S, at(i, 0, true), r0, m, c0, c1);
-            else
-              pass_over<T, 4, 1, Update::times>(S, at(i, 0, false), r0, m, c0, c1);
-            i += 4;
-            continue;
-          }
-          if (slow(i))
-            pass_over<T, 1, 1, Update::plus>(S, at(i, 0, true), r0, m, c0, c1);
-          else
-            pass_over<T, 1, 1, Update::times>(S, at(i, 0, false), r0, m, c0, c1);
-          int64_t g = 1;
-          for (; g + 4 <= G; g += 4) pass_over<T, 1, 4, Update::none>(S, at(i, g, false), r0, m, c0, c1);
-          for (; g < G; ++g) pass_over<T, 1, 1, Update::none>(S, at(i, g, false), r0, m, c0, c1);
-          ++i;
-        }
-      });
+  RowPass<T> row_pass(int i, int64_t g, bool plus) const {
+    return {(plus ? decay_minus_1 : decay) + i,
+            {k_copy + i * Kp, Kp},
+            {v_copy + i * Vp, Vp},
+            {q_copy + (i * G + g) * Kp, Kp},
+            {sums + (i * G + g) * Vp, Vp}};
+  }
+
+  // Updates by kTokens tokens from i on, as fast or slow as token i, and reads by their first q
+  // head.
+  template <int kTokens>
+  void update(Matrix<T> S, int i, int64_t r0, int64_t rows, const Span& at) const {
+    if (slow(i))
+      update_columns<T, kTokens, 1, Update::plus>(S, row_pass(i, 0, true), r0, rows, at.c0, at.c1);
+    else
+      update_columns<T, kTokens, 1, Update::times>(S, row_pass(i, 0, false), r0, rows, at.c0, at.c1);
+  }
+
+  // Moves rows [r0, r0 + rows) of the state, which are at S, over the n tokens of the tile.
+  void tile_through(Matrix<T> S, int n, int64_t r0, int64_t rows, const Span& at) const {
+    for (int i = 0; i < n;) {
+      if (G == 1 && four_alike(i, n)) {
+        update<4>(S, i, r0, rows, at);
+        i += 4;
+        continue;
+      }
+      update<1>(S, i, r0, rows, at);
+      int64_t g = 1;
+      for (; g + 4 <= G; g += 4)
+        update_columns<T, 1, 4, Update::none>(S, row_pass(i, g, false), r0, rows, at.c0, at.c1);
+      for (; g < G; ++g) update_columns<T, 1, 1, Update::none>(S, row_pass(i, g, false), r0, rows, at.c0, at.c1);
+      ++i;
     }
+  }
 
+  void store_outputs(const Sequence& s, int64_t hs, int64_t t, int n, const Span& at) const {
     const Vec<T> scale = broadcast<T>(T(p.scale));
     for (int i = 0; i < n; ++i)
       for (int64_t g = 0; g < G; ++g) {
-        T* sum = sums + (i * G + g) * Vp + begin;
-        for (int j = 0; j < columns; j += kLanes<T>) store<T>(sum + j, load<T>(sum + j) * scale);
-        store_row<T>(p.o.at<E>(s.row, hs * G + g, t + i) + begin, sum, columns);
+        T* sum = sums + (i * G + g) * Vp + at.begin;
+        for (int j = 0; j < at.columns; j += kLanes<T>) store<T>(sum + j, load<T>(sum + j) * scale);
+        store_row<T>(p.o.at<E>(s.row, hs * G + g, t + i) + at.begin, sum, at.columns);
       }
   }
 
-  // The state in scratch for the whole sequence.
-  void forward(int64_t b, int64_t hs, int c0, int c1) {
+  // Computes tokens [t, t + n) of (s, hs). block(r0, rows, f) calls f with rows [r0, r0 + rows) of
+  // the state.
+  template <class Block>
+  void tokens_through(const Sequence& s, int64_t hs, int64_t t, int n, const Span& at, Block&& block) {
+    load_tile(s, hs, t, n, at);
+    const int64_t rows = std::max<int64_t>(1, kBlockBytes / int64_t(sizeof(T)) / Vp);
+    for (int64_t r0 = 0; r0 < p.K; r0 += rows) {
+      const int64_t m = std::min(rows, p.K - r0);
+      block(r0, m, [&](Matrix<T> S) { tile_through(S, n, r0, m, at); });
+    }
+    store_outputs(s, hs, t, n, at);
+  }
+
+  // A whole sequence, with the state in scratch.
+  void forward(int64_t b, int64_t hs, const Span& at) {
     const Sequence s = sequence(p, b);
-    const int Vp = padded<T>(p.V), begin = c0 * kLanes<T>, columns = std::min(int(p.V), c1 * kLanes<T>) - begin;
     for (int64_t r = 0; r < p.K; ++r) {
       if (p.initial_state)
-        load_row<T>(state + r * Vp + begin, p.initial_state.at<const T>(b, hs, r) + begin, columns);
+        load_row<T>(state + r * Vp + at.begin, p.initial_state.at<const T>(b, hs, r) + at.begin, at.columns);
       else
-        std::memset(state + r * Vp + begin, 0, size_t(c1 - c0) * kVectorBytes);
+        std::memset(state + r * Vp + at.begin, 0, size_t(at.c1 - at.c0) * kVectorBytes);
     }
     for (int64_t t = 0; t < s.length; t += tile)
-      tokens_through(s, hs, s.begin + t, int(std::min(tile, s.length - t)), c0, c1,
+      tokens_through(s, hs, s.begin + t, int(std::min(tile, s.length - t)), at,
                      [&](int64_t r0, int64_t, auto&& f) { f(Matrix<T>{state + r0 * Vp, Vp}); });
     if (p.final_state)
       for (int64_t r = 0; r < p.K; ++r)
-        store_row<T>(p.final_state.at<T>(b, hs, r) + begin, state + r * Vp + begin, columns);
+        store_row<T>(p.final_state.at<T>(b, hs, r) + at.begin, state + r * Vp + at.begin, at.columns);
   }
 
-  // The state in its slot of the pool, in storage type P: in place, or a block of rows at a time through scratch.
+  // A decode call, with the state in its slot of the pool, stored as type P. The state is updated
+  // in place, or a block of rows at a time through scratch.
   template <class P>
-  void decode(int64_t b, int64_t hs, int c0, int c1) {
-    const int Vp = padded<T>(p.V), begin = c0 * kLanes<T>, columns = std::min(int(p.V), c1 * kLanes<T>) - begin;
-    const int64_t at = slot(p, b);
-    if (at < 0) {
+  void decode(int64_t b, int64_t hs, const Span& at) {
+    const int64_t state_slot = slot(p, b);
+    if (state_slot < 0) {
       for (int64_t h = hs * G; h < (hs + 1) * G; ++h)
-        for (int64_t t = 0; t < p.N; ++t) std::memset(p.o.at<E>(b, h, t) + begin, 0, sizeof(E) * size_t(columns));
+        for (int64_t t = 0; t < p.N; ++t) std::memset(p.o.at<E>(b, h, t) + at.begin, 0, sizeof(E) * size_t(at.columns));
       return;
     }
-    tokens_through(sequence(p, b), hs, 0, int(p.N), c0, c1, [&](int64_t r0, int64_t m, auto&& f) {
-      const Matrix<P> pool{p.final_state.at<P>(at, hs, r0), p.final_state.stride[2]};
+    tokens_through(sequence(p, b), hs, 0, int(p.N), at, [&](int64_t r0, int64_t m, auto&& f) {
+      const Matrix<P> pool{p.final_state.at<P>(state_slot, hs, r0), p.final_state.stride[2]};
       if constexpr (std::is_same_v<P, T>)
-        if (columns == (c1 - c0) * kLanes<T>) return f(pool);
+        if (at.columns == (at.c1 - at.c0) * kLanes<T>) return f(pool);
       const Matrix<T> copy{state, Vp};
-      load<T>(Matrix<T>{copy.data + begin, Vp}, Matrix<const P>{pool.data + begin, pool.ld}, int(m), columns);
+      load<T>(Matrix<T>{copy.data + at.begin, Vp}, Matrix<const P>{pool.data + at.begin, pool.ld}, int(m), at.columns);
       f(copy);
-      store<T>(Matrix<P>{pool.data + begin, pool.ld}, Matrix<const T>{copy.data + begin, Vp}, int(m), columns);
+      store<T>(Matrix<P>{pool.data + at.begin, pool.ld}, Matrix<const T>{copy.data + at.begin, Vp}, int(m), at.columns);
+    });
+  }
+
+  // Piece `part` of `parts` of the columns of one state.
+  void run(int64_t b, int64_t hs, int64_t part, int64_t parts) {
+    const int64_t n = vectors<T>(p.V);
+    const Span at = span(int(n * part / parts), int(n * (part + 1) / parts));
+    if (p.op != LC_DECODE) return forward(b, hs, at);
+    with_type(p.state_type, [&](auto s) {
+      using P = decltype(s);
+      if constexpr (std::is_same_v<P, T> || (sizeof(P) == 2 && sizeof(T) == 4)) decode<P>(b, hs, at);
     });
   }
 };
 
-// Pieces the columns of one state are cut into.
+// The number of pieces that the columns of one state are cut into.
 int64_t splits(const Problem& p, int workers) {
   const int64_t states = p.B * p.Hs, most = vectors<float>(p.V);
   return balanced(states, workers) ? 1 : std::min<int64_t>(most, workers);
@@ -244,34 +294,21 @@ int workers(const Problem& p) {
   return workers_for(p, p.B * p.Hs * vectors<float>(p.V), std::max(flop(p), least_bytes(p) * 4));
 }
 
-size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) { return scratch_bytes<RecurrentWorker>(p, workers(p)); }
 
 void run(const Problem& p) {
   Tasks tasks(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
-    using T = Accumulator<E>;
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
-      const int64_t parts = splits(p, granted), n = vectors<T>(p.V);
-      tasks.each(p.B * p.Hs * parts, index, granted, [&](int64_t i) {
-        const int64_t part = i % parts, hs = i / parts % p.Hs, b = i / parts / p.Hs;
-        const int c0 = int(n * part / parts), c1 = int(n * (part + 1) / parts);
-        if (p.op != LC_DECODE)
-          worker.forward(b, hs, c0, c1);
-        else
-          with_type(p.state_type, [&](auto s) {
-            using P = decltype(s);
-            if constexpr (std::is_same_v<P, T> || (sizeof(P) == 2 && sizeof(T) == 4))
-              worker.template decode<P>(b, hs, c0, c1);
-          });
-      });
+      RecurrentWorker<E> worker = cut<RecurrentWorker, E>(p, arena, index);
+      const int64_t parts = splits(p, granted);
+      tasks.each(p.B * p.Hs * parts, index, granted,
+                 [&](int64_t i) { worker.run(i / parts / p.Hs, i / parts % p.Hs, i % parts, parts); });
     });
   });
 }
-
-const char* refuses(const Problem& p) { return p.op == LC_BACKWARD ? forward_only(p) : nullptr; }
 
 Cost cost(const Problem& p) {
   return predict(p, {flop(p), /*extra_bytes=*/0, /*depth=*/mean_length(p), /*tasks=*/double(p.B * p.H)},
@@ -282,7 +319,9 @@ Cost cost(const Problem& p) {
 
 extern const Method recurrent_cpu = {
     {"recurrent", "cpu", "token by token, as defined; decodes in place", "Katharopoulos et al. 2020, arXiv:2006.16236"},
-    refuses,
+    {Feature::forward | Feature::decode | Feature::state_indices | Feature::short_states | kAllTypes | kAllDecays |
+     kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -82,7 +82,6 @@ void decode(const Problem& p) {
 void run(const Problem& p) { p.op == LC_DECODE ? decode(p) : forward(p); }
 
 const char* refuses(const Problem& p) {
-  if (p.op == LC_BACKWARD) return forward_only(p);
   bool fits = true;
   const int most = limits(p.device.id).shared_block;
   if (p.op == LC_DECODE)
@@ -117,6 +116,8 @@ size_t workspace(const Problem&) { return 0; }
 extern const Method recurrent_cuda = {
     {"recurrent", "cuda", "32 tokens at a time, each number of the state by a scan over a warp; decodes in place",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
+    {Feature::forward | Feature::decode | Feature::state_indices | Feature::short_states | kAllTypes | kAllDecays |
+     kSequences},
     refuses,
     cost,
     workspace,

@@ -1,16 +1,18 @@
-// recursive.cpp - CPU: divide and conquer. The right half of a sequence sees the left half through the left's state:
+// recursive.cpp - CPU: divide and conquer: right halves see left halves through their states.
 //
 //   O(right)_i += scale 2^(cum_i) q_i S(left),   S(whole) = 2^(sum L over right) S(left) + S(right)
 //
-//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). They are visited in order, with
-//   a stack of the states of all finished left halves, like the bits of a binary counter; each output is written once,
-//   as  O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)  in Horner's form: no factor exceeds 1
-//   B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop, about; scratch per worker K V log2(N/C) numbers and a chunk's
-//   workers: (sequence, state) pairs; where those are few, their q heads, then columns of V, one task each
+//   Leaves are chunks of C tokens: O = scale A V, S = (diag(out) K)^T V (cpu/decay.h). A stack has
+//   the states of finished left halves, like bits of a binary counter. Outputs are written once,
+//   as O = scale (diag(in) Q (... (2^g2 (2^g1 S_1) + S_2) ...) + A V)   (Horner: all factors <= 1)
+//   about B N (H ((C+1)(K+V) + KV log2(N/C)) + Hs 4KV) flop
+//   scratch per worker: a chunk and K V log2(N/C) numbers
+//   tasks: (sequence, state) pairs; if those are few, parts of their q heads, then of V's columns
 //   recursive method of LeetDecoding, arXiv:2501.02573
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../cpu/threads.h"
 #include "../../methods.h"
 
 namespace lc::LC_ISA {
@@ -18,18 +20,20 @@ namespace {
 
 constexpr int kMostLevels = 64;
 
-// States that the stack holds at the most: one for each bit of the number of finished leaves, and the initial one.
+// The most states on the stack: one for each bit of the number of finished leaves, and the initial
+// state.
 int levels(const Problem& p) {
   int n = 1;
   for (int64_t leaves = p.N / C; leaves; leaves /= 2) ++n;
   return n + 1;
 }
 
-// Tokens times the states that they read: a leaf reads one for each bit set in its number.
+// The number of (token, state) pairs in which the token reads the state. A leaf reads one state for
+// each set bit of its number.
 double reads(double n) {
   double sum = 0;
   const int64_t leaves = int64_t(n / C);
-  for (int64_t bit = 1; bit <= leaves; bit *= 2) {  // leaves below `leaves` that have this bit
+  for (int64_t bit = 1; bit <= leaves; bit *= 2) {  // whole leaves whose number has this bit
     sum += double(leaves / (2 * bit) * bit + std::max<int64_t>(0, leaves % (2 * bit) - bit)) * C;
     if (leaves & bit) sum += n - double(leaves) * C;
   }
@@ -44,16 +48,16 @@ double flop(const Problem& p) {
 }
 
 template <class E>
-struct Worker {
+struct RecursiveWorker {
   using T = Accumulator<E>;
   const Problem& p;
   Tokens<E> chunk;
   T *o_copy, *stack;
-  double gap[kMostLevels];      // log2 of the decay over the tokens of this entry
-  int64_t leaves[kMostLevels];  // chunks of this entry; 0: the initial state, which is never merged
+  double gap[kMostLevels];      // log2 of the decay over the tokens of this stack entry
+  int64_t leaves[kMostLevels];  // chunks in this stack entry; 0: the initial state, which is never merged
   int top = 0;
 
-  Worker(const Problem& problem, Arena& arena)
+  RecursiveWorker(const Problem& problem, Arena& arena)
       : p(problem),
         chunk(arena, p),
         o_copy(arena.take<T>(C * padded<T>(p.V))),
@@ -72,7 +76,11 @@ struct Worker {
     columns.take(task);
     columns.load_initial(task.b, task.hs);
     top = 0;
-    if (columns.live) gap[top] = 0, leaves[top] = 0, ++top;
+    if (columns.live) {
+      gap[top] = 0;
+      leaves[top] = 0;
+      ++top;
+    }
     chunk.decay.begin_head(p, s, task.hs);
     for (int64_t t = 0; t < s.length; t += C) {
       chunk.locate(s, t);
@@ -81,48 +89,58 @@ struct Worker {
       for (int64_t h = task.first_head; h < task.last_head; ++h) {
         chunk.load_queries(p, s, h);
         chunk.score(p);
-        write_output(p, chunk, columns, s, h, o_copy, top > 0, [&](auto& acc, Matrix<const T> q, int panel) {
-          for (int i = 0; i < top; ++i) {
-            if (i) scale(acc, T(std::exp2(gap[i])));
-            const Matrix<T> S = entry(i, columns).panel(panel);
-            mma(acc, q, {S.data, S.ld}, int(p.K));
-          }
-        });
+        write_output(p, chunk, columns, s, h, o_copy, top > 0,
+                     [&](auto& acc, auto q, int panel) { mma_stack(acc, q, columns, panel); });
       }
       if (t + C < s.length || task.writes_state) push(columns);
     }
-    if (!task.writes_state) return;
+    if (task.writes_state) store_final(task, columns);
+  }
+
+  // Adds q times the sum of all states on the stack to a tile: Horner's form, from the oldest state
+  // on.
+  template <class Acc, class Q>
+  LC_INLINE void mma_stack(Acc& acc, Q q, const State<E>& columns, int panel) const {
+    for (int i = 0; i < top; ++i) {
+      if (i) {
+        const T factor = T(std::exp2(gap[i]));
+        map(acc, [&](int, int, Vec<T> x) { return x * factor; });
+      }
+      const Matrix<T> S = entry(i, columns).panel(panel);
+      mma(acc, q, {S.data, S.ld}, int(p.K));
+    }
+  }
+
+  void store_final(const Task& task, const State<E>& columns) {
     State<E> all = entry(0, columns);
     all.live = top > 0;
     for (int i = 1; i < top; ++i) all.combine(gap[i], all, entry(i, columns));
     all.store_final(task.b, task.hs);
   }
 
-  template <class Acc>
-  static LC_INLINE void scale(Acc& acc, T factor) {
-    map(acc, [&](int, int, Vec<T> x) { return x * factor; });
-  }
-
-  // The chunk becomes the newest entry; entries of equal size become one.
+  // Pushes the chunk as the newest entry, then merges entries of equal size.
   void push(const State<E>& columns) {
     State<E> leaf = entry(top, columns);
     leaf.live = false;
     chunk.weigh_keys(p);
     leaf.advance(chunk);
-    gap[top] = chunk.decay.log2_total, leaves[top] = 1, ++top;
+    gap[top] = chunk.decay.log2_total;
+    leaves[top] = 1;
+    ++top;
     for (; top > 1 && leaves[top - 2] == leaves[top - 1]; --top) {
       State<E> left = entry(top - 2, columns);
       left.combine(gap[top - 1], left, entry(top - 1, columns));
-      gap[top - 2] += gap[top - 1], leaves[top - 2] *= 2;
+      gap[top - 2] += gap[top - 1];
+      leaves[top - 2] *= 2;
     }
   }
 };
 
 int workers(const Problem& p) { return workers_for(p, p.B * p.H * vectors<float>(p.V), flop(p)); }
 
-size_t workspace(const Problem& p) { return scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) { return scratch_bytes<RecursiveWorker>(p, workers(p)); }
 
-void run(const Problem& p) { run_tasks<Worker>(p, workers(p)); }
+void run(const Problem& p) { run_tasks<RecursiveWorker>(p, workers(p)); }
 
 Cost cost(const Problem& p) {
   const double leaves = double(tokens(p)) / C;
@@ -137,7 +155,8 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cpu = {
     {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
      "LeetDecoding, arXiv:2501.02573"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

@@ -88,6 +88,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cuda = {
     {"recursive", "cuda", "divide and conquer: leaves see the states of the left halves before them",
      "LeetDecoding, arXiv:2501.02573"},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
     walk_refuses,
     cost,
     workspace,

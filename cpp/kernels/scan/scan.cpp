@@ -1,16 +1,17 @@
-// scan.cpp - CPU: segments of a sequence in parallel. Three passes, with a barrier between them:
+// scan.cpp - CPU: segments of a sequence in parallel, in three passes with barriers between them:
 //
-//   1. every segment i but the last, from zero, chunk by chunk:  S_i+1 <- total S_i+1 + (diag(out) K)^T V
-//   2. a scan over them, for panels of columns:                  S_i+1 <- 2^(sum L over segment i) S_i + S_i+1
-//   3. every segment, from the state before it, as chunk does:  O = scale (diag(in) Q S + A V), and S as in 1
+//   1. segments i but the last, from zero, by chunks:  S_i+1 <- total S_i+1 + (diag(out) K)^T V
+//   2. a scan over segments, by panels of columns:     S_i+1 <- 2^(sum L of segment i) S_i + S_i+1
+//   3. every segment from S_i, as method chunk does:   O = scale (diag(in) Q S + A V), S as in 1
 //
-//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, half of the last term more than chunk: for few heads and long N, where
-//   chunk has too few tasks. At most 16 segments of at least 4 chunks, whatever the number of workers: answers do not
-//   depend on it. Workspace: K V numbers for each segment, and a chunk's for each worker
-//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+//   B N (H ((C+1)(K+V) + 2KV) + Hs 4KV) flop, Hs 2KV more than chunk: for few heads and long N,
+//   where chunk has too few tasks. There are at most 16 segments, each of 4 or more chunks. Their
+//   number does not depend on the workers, nor do answers. Workspace: K V numbers per segment
+//   Mamba-2 (state passing), arXiv:2405.21060; Martin and Cundy 2018 (scans), arXiv:1709.04057
 #include "../../cpu/cost.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/state.h"
+#include "../../cpu/threads.h"
 #include "../../methods.h"
 
 namespace lc::LC_ISA {
@@ -24,14 +25,14 @@ struct Segment {
   int64_t begin, end;
 };
 
-// Whole chunks but for the last segment of a sequence.
+// Segment i of a sequence: whole chunks, except at the end of the sequence.
 Segment segment(int64_t length, int64_t i) {
   const int64_t n = segments(length), chunks = (length + C - 1) / C;
   return {chunks * i / n * C, std::min(length, chunks * (i + 1) / n * C)};
 }
 
-// Where the states of the segments of sequence b begin, and (b = B) how many there may be at the most: the lengths of
-// packed sequences need not be known for that.
+// The index of the first segment of sequence b among all segments; for b = B an upper bound of
+// their number. The upper bound does not depend on the lengths of packed sequences.
 int64_t base(const Problem& p, int64_t b) {
   if (!p.cu_bits) return b * segments(p.N);
   if (kMostSegments * p.B <= p.B + p.N / kLeastTokens) return b * kMostSegments;
@@ -51,15 +52,16 @@ double flop(const Problem& p) {
   return double(p.B) * sum;
 }
 
-// What all workers share: the state before each segment, and the log2 of the segment's decay.
+// The state before each segment and the log2 of each segment's decay, in memory that all workers
+// share.
 template <class E>
-struct Shared {
+struct SegmentStates {
   using T = Accumulator<E>;
   const Problem& p;
   T* states;
   double* log2;
 
-  Shared(const Problem& problem, Arena& arena)
+  SegmentStates(const Problem& problem, Arena& arena)
       : p(problem),
         states(arena.take<T>(base(p, p.B) * p.Hs * State<E>::size(p))),
         log2(arena.take<double>(base(p, p.B) * p.Hs)) {}
@@ -73,17 +75,17 @@ struct Shared {
 };
 
 template <class E>
-struct Worker {
+struct ScanWorker {
   using T = Accumulator<E>;
   const Problem& p;
   Tokens<E> chunk;
   T* o_copy;
 
-  Worker(const Problem& problem, Arena& arena)
+  ScanWorker(const Problem& problem, Arena& arena)
       : p(problem), chunk(arena, p), o_copy(arena.take<T>(C * padded<T>(p.V))) {}
 
-  // The state of the tokens of one segment alone.
-  void summarise(const Shared<E>& shared, int64_t i, int64_t b, int64_t hs) {
+  // Pass 1: the state of the tokens of segment i alone.
+  void summarise(const SegmentStates<E>& shared, int64_t i, int64_t b, int64_t hs) {
     const Sequence s = sequence(p, b);
     if (i + 1 >= segments(s.length)) return;
     const Segment part = segment(s.length, i);
@@ -102,8 +104,9 @@ struct Worker {
     shared.log2[shared.at(b, hs, i)] = log2;
   }
 
-  // Own states of segments become states before segments, in one panel of columns.
-  void accumulate(const Shared<E>& shared, int64_t b, int64_t hs, int panel) {
+  // Pass 2: turns the states of single segments into the states before segments, in one panel of
+  // columns.
+  void accumulate(const SegmentStates<E>& shared, int64_t b, int64_t hs, int panel) {
     const int64_t n = segments(sequence(p, b).length);
     if (n == 1) return;
     shared.state(shared.at(b, hs, 0)).one_panel(panel).load_initial(b, hs);
@@ -115,7 +118,8 @@ struct Worker {
     }
   }
 
-  void outputs(const Shared<E>& shared, int64_t i, int64_t b, int64_t hs) {
+  // Pass 3: the outputs of segment i, and the final state if it is the last segment.
+  void outputs(const SegmentStates<E>& shared, int64_t i, int64_t b, int64_t hs) {
     const Sequence s = sequence(p, b);
     if (i >= segments(s.length)) return;
     const Segment part = segment(s.length, i);
@@ -135,7 +139,10 @@ struct Worker {
         chunk.score(p);
         write_output(p, chunk, state, s, h, o_copy);
       }
-      if (t + C < part.end || (last && p.final_state)) chunk.weigh_keys(p), state.advance(chunk);
+      if (t + C < part.end || (last && p.final_state)) {
+        chunk.weigh_keys(p);
+        state.advance(chunk);
+      }
     }
     if (last && p.final_state) state.store_final(b, hs);
   }
@@ -143,7 +150,9 @@ struct Worker {
 
 int workers(const Problem& p) { return workers_for(p, base(p, p.B) * p.Hs, flop(p)); }
 
-size_t workspace(const Problem& p) { return scratch_bytes<Shared>(p, 1) + scratch_bytes<Worker>(p, workers(p)); }
+size_t workspace(const Problem& p) {
+  return scratch_bytes<SegmentStates>(p, 1) + scratch_bytes<ScanWorker>(p, workers(p));
+}
 
 void run(const Problem& p) {
   Tasks segment_states(p), prefixes(p), segment_outputs(p);
@@ -154,8 +163,8 @@ void run(const Problem& p) {
     const int64_t panels = Panels(vectors<Accumulator<E>>(p.V)).count;
     run_workers(workers(p), [&](int index, int granted) {
       Arena arena(p.workspace);
-      const Shared<E> shared(p, arena);
-      Worker<E> worker = cut<Worker, E>(p, arena, index);
+      const SegmentStates<E> shared(p, arena);
+      ScanWorker<E> worker = cut<ScanWorker, E>(p, arena, index);
       worker.chunk.clear_scores();
       segment_states.each(states * (most - 1), index, granted,
                           [&](int64_t i) { worker.summarise(shared, i / states, i % states / p.Hs, i % p.Hs); });
@@ -184,7 +193,8 @@ Cost cost(const Problem& p) {
 
 extern const Method scan_cpu = {
     {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    forward_only,
+    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    refuses_nothing,
     cost,
     workspace,
     run};

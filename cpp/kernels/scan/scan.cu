@@ -65,6 +65,7 @@ size_t workspace(const Problem& p) { return Workspace(p).bytes; }
 
 extern const Method scan_cuda = {
     {"scan", "cuda", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
     walk_refuses,
     cost,
     workspace,

@@ -23,7 +23,7 @@ import rich.table
 import leetcore
 
 from .. import arrays, reference
-from ..api import Layout
+from ..options import Layout
 from . import options
 from . import results as results_file
 from .problems import DECAYS, DTYPES, TOLERANCE, Case, refusal, wrong_kind

@@ -150,7 +150,9 @@ def _points(group: list[Timing], method: str) -> list[Timing]:
     return sorted({t.shape.N: t for t in group if t.method == method}.values(), key=lambda t: t.shape.N)
 
 
-def _floors(axes: Any, group: list[Timing], lengths: list[int], value: Callable[[int, float], float]) -> None:
+def _floors(
+    axes: Any, group: list[Timing], lengths: list[int], label: str, value: Callable[[int, float], float]
+) -> None:
     """Draws the floors of a problem: that of its bytes, and the lowest one by flop of the methods
     shown."""
     for name, style in (("memory", (0, (1, 1))), ("compute", (0, (4, 2)))):
@@ -162,7 +164,7 @@ def _floors(axes: Any, group: list[Timing], lengths: list[int], value: Callable[
         points = [(N, value(N, least[N])) for N in lengths if N in least]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color="#777777", linewidth=1, linestyle=style, label=f"{name} floor", zorder=1)
+            axes.plot(x, y, color="#777777", linewidth=1, linestyle=style, label=label.format(name), zorder=1)
 
 
 def time(found: Measurements, styles: Styles) -> Figures:
@@ -177,7 +179,7 @@ def time(found: Measurements, styles: Styles) -> Figures:
             label = method if power is None else f"{method}: $N^{{{power:.2f}}}$"
             spread = ([t.seconds - t.low for t in points], [t.high - t.seconds for t in points])
             axes.errorbar(x, y, spread, label=label, capsize=1.5, elinewidth=0.8, **styles.of(method))
-        _floors(axes, group, lengths, lambda N, floor: floor)
+        _floors(axes, group, lengths, "{} floor", lambda N, floor: floor)
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of a call (s)")
         axes.set_title(title, loc="left")
         _lengths_axis(axes, lengths)
@@ -195,7 +197,7 @@ def throughput(found: Measurements, styles: Styles) -> Figures:
             points = _points(group, method)
             y = [t.shape.N / t.seconds for t in points]
             axes.plot([t.shape.N for t in points], y, label=LABELS.get(method, method), **styles.of(method))
-        _floors(axes, group, lengths, lambda N, floor: N / floor)
+        _floors(axes, group, lengths, "limit by {}", lambda N, floor: N / floor)
         axes.set(xscale="log", yscale="log", xlabel="length of the sequence N (tokens)", ylabel="tokens per second")
         axes.set_title(title, loc="left")
         _lengths_axis(axes, lengths)

@@ -12,7 +12,7 @@ import numpy as np
 import leetcore
 
 from .. import reference
-from ..api import Layout
+from ..options import Layout
 
 Array = Any
 

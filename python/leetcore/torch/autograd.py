@@ -1,0 +1,162 @@
+"""Gradients of the operators: their kernels of the dispatch key Autograd.
+
+torch.library.register_autograd makes such kernels too. Its kernels fail in torch.func's transforms and cost
+100 us per call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import api
+from .inputs import BackwardInputs, DecodeInputs, ForwardInputs
+
+# leetcore.torch uses the private names of torch below and no others. Each says what happens without the name.
+
+# The guard with which an operator's autograd kernel calls the kernel below it. torch has no public name for it.
+# Without it, the import fails.
+if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
+    raise ImportError(
+        "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
+        f"{torch.__version__}; install an older torch or a newer leetcore"
+    )
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+# Derivatives inside of torch.func's transforms need the three names that torch's own functions use there. Without
+# one of the three, such a derivative raises NotImplementedError. Without the name that tells whether a transform is
+# active, torch raises an error.
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError:
+    _SingleLevelFunction = None  # type: ignore[assignment, misc]
+
+
+def _forward_mode_is_on() -> bool:
+    """Whether a tensor may have a tangent. Without the private name, every call looks for tangents."""
+    return bool(getattr(forward_ad, "_current_level", 0) >= 0)
+
+
+_operators: Any = torch.ops.leetcore
+# The inputs of the operator that have gradients, in the order of the gradients.
+_DIFFERENTIABLE = tuple(name.removeprefix("d_") for name in api.Gradients._fields)
+_SHARED = tuple(name for name in BackwardInputs._fields if name in ForwardInputs._fields)
+_NO_GRADIENTS: Any = ForwardInputs(*[None for _ in ForwardInputs._fields])  # type: ignore[arg-type]
+
+
+def forward_kernel(*inputs: Any) -> Any:
+    if not _is_differentiated(inputs):
+        return _run(_operators.linear_attention.default, inputs)
+    return _apply(_Forward, ForwardInputs(*inputs))
+
+
+def backward_kernel(*inputs: Any) -> Any:
+    if not _is_differentiated(inputs):
+        return _run(_operators.linear_attention_backward.default, inputs)
+    return _apply(_Backward, inputs)
+
+
+def decode_kernel(*inputs: Any) -> Any:
+    if _is_differentiated(inputs):
+        raise NotImplementedError(
+            "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
+            "or torch.no_grad(); linear_attention with initial_state computes gradients"
+        )
+    state = DecodeInputs(*inputs).state
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return _run(_operators.decode_step.default, inputs)
+
+
+def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
+    """Whether a gradient is asked for. Raises if an input has a tangent, which would be lost."""
+    if _forward_mode_is_on() and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise NotImplementedError(
+            "leetcore.torch has no forward mode; expected tensors without tangents, and torch.autograd.grad, "
+            "torch.func.grad, vjp or jacrev for derivatives"
+        )
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    with _below_autograd():
+        return operator(*inputs)
+
+
+class _Forward:
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.set_materialize_grads(False)
+        return _run_in_function(_operators.linear_attention.default, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> Any:
+        """The gradients of all inputs, None for inputs that have none."""
+        saved = zip(ctx.saved_tensors, ctx.options, strict=True)
+        inputs = ForwardInputs(*(option if tensor is None else tensor for tensor, option in saved))
+        d_final_state = d_final_state if inputs.return_state else None
+        if d_o is None and d_final_state is None:
+            return _NO_GRADIENTS
+        needed = ForwardInputs(*ctx.needs_input_grad)
+        wants = [getattr(needed, name) for name in _DIFFERENTIABLE]
+        shared = {name: getattr(inputs, name) for name in _SHARED}
+        gradients = _operators.linear_attention_backward.default(
+            *BackwardInputs(**shared, d_o=d_o, d_final_state=d_final_state, wants=wants)
+        )
+        found = zip(_DIFFERENTIABLE, gradients, wants, strict=True)
+        return _NO_GRADIENTS._replace(**{name: d for name, d, wanted in found if wanted})
+
+
+class _Backward:
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        return _run_in_function(_operators.linear_attention_backward.default, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        raise NotImplementedError(
+            "leetcore.torch.linear_attention has first derivatives only; expected no gradient of its gradient"
+        )
+
+
+def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
+    """Runs the two passes as a torch.autograd.Function. torch.func's transforms call a kernel once per level."""
+    if not _transforms_are_active():
+        return _function(passes, torch.autograd.Function).apply(*inputs)
+    if _SingleLevelFunction is None:
+        raise NotImplementedError(
+            f"torch.func: expected a torch whose transforms leetcore.torch knows, got {torch.__version__}; take "
+            "torch.autograd.grad, or a newer leetcore"
+        )
+    with enable_single_level_autograd_function():
+        return _function(passes, _SingleLevelFunction).apply(*inputs)
+
+
+@functools.cache
+def _function(passes: type, base: type) -> Any:
+    return type(passes.__name__, (passes, base), {})
+
+
+def _run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """Runs an operator inside of `forward`, where torch turns all derivatives off.
+
+    The derivatives of outer levels are turned on again for the operator.
+    """
+    if not _transforms_are_active():
+        return _run(operator, inputs)
+    with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        return _run(operator, inputs)

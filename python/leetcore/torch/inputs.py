@@ -1,0 +1,83 @@
+"""The inputs of the operators `torch.ops.leetcore.*`: one NamedTuple per operator.
+
+The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads is
+made from their names, types and defaults; kernels, gradients and rules receive the tuple.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+Updated = Annotated[Tensor, "updated in place"]
+
+_TYPES_OF_SCHEMAS: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Updated: "Tensor(a!)",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list[bool]: "bool[]",
+}
+
+
+class ForwardInputs(NamedTuple):
+    """Inputs of `linear_attention`, with the names of `leetcore.linear_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    initial_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    scale: float = 1.0
+    return_state: bool = False
+    layout: str = "bhnd"
+    method: str = "auto"
+    tf32: bool = False  # whether precision is "tf32"
+
+
+class BackwardInputs(NamedTuple):
+    """Inputs of `linear_attention_backward`. Fields that `ForwardInputs` has too have the same values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    d_o: Tensor | None
+    d_final_state: Tensor | None
+    scale: float
+    layout: str
+    tf32: bool
+    wants: list[bool]  # which fields of `leetcore.Gradients` to compute
+
+
+class DecodeInputs(NamedTuple):
+    """Inputs of `decode_step`, with the names of `leetcore.decode_step`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Updated
+    log_decay: Tensor | None = None
+    state_indices: Tensor | None = None
+    scale: float = 1.0
+
+
+def schema(name: str, inputs: Any, results: str) -> str:
+    """The text that defines an operator for torch: `name(inputs) -> results`."""
+    defaults = inputs._field_defaults
+    arguments = (
+        f"{_TYPES_OF_SCHEMAS[kind]} {field}" + (f"={defaults[field]!r}" if field in defaults else "")
+        for field, kind in get_type_hints(inputs, include_extras=True).items()
+    )
+    return f"{name}({', '.join(arguments)}) -> {results}"
+
+
+def head_axis(layout: str) -> int:
+    """The axis of heads in q, k and v."""
+    return 2 if layout == "bnhd" else 1
