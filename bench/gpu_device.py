@@ -1,4 +1,7 @@
-"""The GPU as the benchmark sees it: a clock of its time, what it can do, what it is. `Cpu` stands in without one."""
+"""The GPU of the benchmark: its clock, its ceilings, its name.
+
+`Cpu` runs the same benchmark without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import leetcore
-import machine
 import torch
-from harness import CPU, Call, Timer
-from leetcore.bench.machine import extra_memory
+from leetcore.bench.ceilings import Ceilings
+from leetcore.bench.machine import cores, extra_memory, processor
+from leetcore.bench.timing import CPU, Call, Timer, stats
 
 SAMPLE_S = 0.002
-COLD_BYTES = 1 << 28  # at least; four times the L2 cache where that is more
+COLD_BYTES = 1 << 28  # or four times the L2 cache where that is more
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
-MOST_READS = 50  # of the cold buffer, ahead of one call
+MOST_READS = 50  # of the cold buffer before one call
 
 
 class Gpu:
@@ -40,15 +42,18 @@ class Gpu:
         self.timer = Timer(self.clock, SAMPLE_S, 0.0)
         self.copies: list[float] = []
         self.products: list[float] = []
-        self.copy(), self.matmul()
-        self.copies.clear(), self.products.clear()
+        self.copy()
+        self.matmul()
+        self.copies.clear()
+        self.products.clear()
 
     def read(self) -> None:
-        """Leaves lines in the L2 cache that are of no use and need not be written back."""
+        """Fills the L2 cache with useless lines that need not be written back."""
         torch.sum(self.cold, 0, out=self.sink)
 
     def between(self, call: Call, reps: int = 1, reads: int = 0) -> list[float]:
-        """Seconds of GPU time of each of `reps` calls, `reads` reads of the cold buffer ahead of it."""
+        """Seconds of GPU time of each of `reps` calls; `reads` reads of the cold buffer precede
+        each of them."""
         events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(reps)]
         call()
         for start, stop in events:
@@ -61,12 +66,15 @@ class Gpu:
         return [1e-3 * start.elapsed_time(stop) for start, stop in events]
 
     def clock(self, call: Call, reps: int = 1) -> float:
-        """Seconds of GPU time a call: its data is not in the cache, the GPU is busy until the host has queued it."""
+        """Seconds of GPU time per call.
+
+        Its data are not in the cache; the GPU is busy until the call is queued.
+        """
         reads = 1 + math.ceil(self.host(call)[0] / self.read_s)
         return statistics.fmean(self.between(call, reps, min(reads, MOST_READS)))
 
     def host(self, call: Call, reps: int = 1) -> list[float]:
-        """Seconds until each call returns, of a GPU with nothing to do."""
+        """Seconds until each call returns; the GPU has nothing else to do."""
         samples = []
         for _ in range(reps):
             torch.cuda.synchronize()
@@ -87,8 +95,10 @@ class Gpu:
         self.products.append(2 * MATMUL_SIZE**3 / min(seconds))
         return self.products[-1]
 
+    round = copy
+
     def peak(self, call: Call) -> int | None:
-        """Bytes that torch has given out during a call at the most, beside those of before."""
+        """The most bytes that torch has allocated during a call, less those allocated before it."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -100,17 +110,21 @@ class Gpu:
         return size < torch.cuda.mem_get_info()[0]
 
     def lost(self) -> bool:
-        """Whether a kernel has broken this process's context: nothing will run in it any more."""
+        """Whether a kernel has broken the context of this process, so that no other kernel can run
+        in it."""
         try:
             torch.cuda.synchronize()
         except RuntimeError:
             return True
         return False
 
+    def to_json(self) -> dict[str, Any]:
+        return {"best": "torch", "matmul": {"torch": stats(self.products)}, "copy": stats(self.copies)}
+
     def facts(self) -> dict[str, str]:
         p = torch.cuda.get_device_properties(torch.cuda.current_device())
         return {
-            "name": p.name,
+            "processor": p.name,
             "capability": f"{p.major}.{p.minor}",
             "processors": str(p.multi_processor_count),
             "memory": f"{p.total_memory / 2**30:.0f} GiB",
@@ -121,22 +135,16 @@ class Gpu:
 
 
 class Cpu:
-    """Runs the same benchmark on the CPU methods, to see that it works; its figures mean nothing."""
+    """Runs the same benchmark on the CPU methods, as a test of the benchmark; its figures mean
+    nothing."""
 
     name = "cpu"
     timer = CPU
 
     def __init__(self) -> None:
-        self.ceilings = harness.Ceilings()
-        self.copies: list[float] = []
-        self.products = self.ceilings.matmul_rates
-
-    def copy(self) -> float:
-        self.copies.append(self.ceilings.copy())
-        return self.copies[-1]
-
-    def matmul(self) -> float:
-        return self.ceilings.matmul()
+        self.ceilings = Ceilings(cores(), ("torch",))
+        self.copy = self.round = self.ceilings.copy
+        self.matmul, self.to_json = self.ceilings.matmul, self.ceilings.to_json
 
     def host(self, call: Call, reps: int = 1) -> list[float]:
         return [CPU.clock(call, 1) for _ in range(reps)]
@@ -151,14 +159,14 @@ class Cpu:
         return False
 
     def facts(self) -> dict[str, str]:
-        return {"name": machine.device()["cpu"], "cuda": leetcore.build_info()["cuda"]}
+        return {"processor": processor(), "cuda": leetcore.build_info()["cuda"]}
 
 
 DEVICES: dict[str, Callable[[], Any]] = {"cuda": Gpu, "cpu": Cpu}
 
 
 def driver() -> str:
-    """The version that nvidia-smi names."""
+    """The version of the driver, from nvidia-smi."""
     try:
         done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

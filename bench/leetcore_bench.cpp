@@ -1,10 +1,12 @@
-// leetcore_bench.cpp - every method of the table under Google Benchmark: forward passes over N, decode steps over B.
+// leetcore_bench.cpp - every method of the table under Google Benchmark: forward passes over N,
+// decode steps over B.
 //
-// Built with CUDA (as CUDA C++, by CMake), the methods of the GPU are there too where there is one: its time by events,
-// their data not in its cache.
+// Where it is built with CUDA (by CMake, as CUDA C++) and there is a GPU, it also has the methods
+// of the GPU. Their time is taken by events, with data outside the GPU's cache.
 //
-// Rates are of the same count of work for every method, so that they compare: flop/s of the chunkwise algorithm's exact
-// causal count (chunks of 64; a decode step: the update of the state and the output), bytes/s of every operand once.
+// Rates use the same count of work for every method, so that they compare. flop/s counts the causal
+// chunkwise algorithm with chunks of 64 tokens; for a decode step, the update of the state and the
+// output. bytes/s counts every operand once.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -26,7 +28,7 @@
 namespace {
 
 constexpr int64_t kHeads = 8, kMaxTokens = 16384, kMaxSequences = 256;
-constexpr double kMaxMicroseconds = 1e6;  // predicted, of one call; a longer one is not registered
+constexpr double kMaxMicroseconds = 1e6;  // sizes with a longer predicted call are not registered
 
 struct Sizes {
   int64_t B, H, N, K, V;
@@ -38,18 +40,19 @@ double flop(lc_op op, const Sizes& s) {
   return double(s.B * s.H * s.N) * (inside + 4 * double(s.K * s.V));
 }
 
-// Unit variance; over and over, as drawing all numbers would take longer than the calls.
+// Numbers of unit variance. Callers repeat them, as drawing all numbers would take longer than the
+// calls.
 template <class T>
 const std::vector<T>& normals() {
   static const std::vector<T> table = [] {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
-    std::vector<T> x(65537);  // a prime: rows differ
+    std::vector<T> x(65537);  // a prime number, so that rows differ
     for (T& value : x) {
       const float number = normal(random);
       if constexpr (std::is_same_v<T, float>) {
         value = number;
-      } else {  // bfloat16, to nearest even
+      } else {  // bfloat16, rounded to nearest even
         uint32_t bits;
         std::memcpy(&bits, &number, sizeof bits);
         value.bits = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -83,15 +86,16 @@ bool gpu_write(void* to, const void* from, size_t bytes) {
   return cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice) == cudaSuccess;
 }
 
-// Reads: lines that it leaves in the cache need not be written back while others are timed.
+// Fills the cache with lines that need not be written back while a call is timed.
 __global__ void read_all(const float4* from, size_t count, float* sum) {
   float own = 0;
   for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
     own += from[i].x;
-  if (own != 0) *sum = own;  // it is 0; the compiler does not know
+  if (own != 0) *sum = own;  // own is 0, but the compiler does not know
 }
 
-// Seconds of GPU time of what `call` puts on the default stream, none of its data in the cache; negative: it failed.
+// Seconds of GPU time of the work that `call` puts on the default stream; its data are outside the
+// cache. Negative where the call failed.
 template <class F>
 double gpu_seconds(F&& call) {
   static cudaEvent_t start = nullptr, stop = nullptr;
@@ -125,7 +129,7 @@ double gpu_seconds(F&&) {
 
 // ---- one call -----------------------------------------------------------------------------------
 
-// Memory of a device, aligned as a workspace has to be.
+// Memory of a device, with the alignment of a workspace.
 class Memory {
  public:
   Memory() = default;
@@ -139,7 +143,7 @@ class Memory {
   void* gpu_ = nullptr;
 };
 
-// One call; it has no memory before fill(), only addresses.
+// One call. Before fill() its tensors have addresses, but no memory.
 template <class T>
 class Call {
  public:
@@ -160,7 +164,7 @@ class Call {
 
   lc_status predict(lc_cost* cost) const { return lc_predict(&args_, cost, sizeof *cost); }
 
-  // Memory, and contents; false: there is no more of it.
+  // Allocates and fills the tensors; false where memory is short.
   bool fill() {
     for (Operand* x : {&q_, &k_, &v_}) {
       const std::vector<T>& table = normals<T>();
@@ -171,7 +175,7 @@ class Call {
     }
     for (Operand* x : {&o_, &state_})
       if (!write(*x, std::vector<char>(x->bytes).data())) return false;
-    std::vector<float> slopes(size_t(sizes_.H));  // ALiBi's
+    std::vector<float> slopes(size_t(sizes_.H));  // slopes of ALiBi
     for (size_t h = 0; h < slopes.size(); ++h) slopes[h] = -std::exp2(-8 * float(h + 1) / float(sizes_.H));
     if (!write(log_decay_, slopes.data())) return false;
     if (lc_workspace(&args_, &args_.workspace_bytes) != LC_OK) return false;
@@ -189,11 +193,14 @@ class Call {
     Memory memory;
   };
 
-  // At an address that nobody reads, far from the others: what is written must not overlap.
+  // The address is never read, and far from other tensors: outputs must not overlap.
   template <class E>
   const lc_tensor* make(Operand& x, std::initializer_list<int64_t> shape) {
     x.bytes = sizeof(E);
-    for (int64_t n : shape) x.shape[x.tensor.ndim++] = n, x.bytes *= size_t(n);
+    for (int64_t n : shape) {
+      x.shape[x.tensor.ndim++] = n;
+      x.bytes *= size_t(n);
+    }
     x.tensor.data = reinterpret_cast<void*>(++addresses_ << 58);
     x.tensor.device = {gpu_ ? LC_CUDA : LC_CPU, 0};
     x.tensor.dtype = leetcore::dtype_of<E>::value;
@@ -218,7 +225,7 @@ class Call {
   Memory workspace_;
 };
 
-// ---- what is measured ---------------------------------------------------------------------------
+// ---- the benchmarks -----------------------------------------------------------------------------
 
 template <class T>
 void measure(benchmark::State& state, bool gpu, lc_op op, const char* method) {
@@ -226,7 +233,7 @@ void measure(benchmark::State& state, bool gpu, lc_op op, const char* method) {
   Call<T> call(gpu, op, method, sizes);
   lc_cost cost = {};
   if (!call.fill()) return state.SkipWithError("not enough memory");
-  if (call.predict(&cost) != LC_OK || call.run() != LC_OK)  // the first one is not timed
+  if (call.predict(&cost) != LC_OK || call.run() != LC_OK)  // the first call is not timed
     return state.SkipWithError(lc_last_error());
   for (auto _ : state) {
     if (gpu) {
@@ -244,7 +251,7 @@ void measure(benchmark::State& state, bool gpu, lc_op op, const char* method) {
   if (op == LC_FORWARD) state.SetComplexityN(sizes.N);
 }
 
-// A family: the sizes of `all` that the method serves in reasonable time.
+// Registers a family of benchmarks: the sizes of `all` that the method serves in reasonable time.
 template <class T>
 void add(bool gpu, lc_op op, const char* method, const char* dtype, const std::vector<Sizes>& all) {
   std::vector<Sizes> served;
@@ -260,7 +267,7 @@ void add(bool gpu, lc_op op, const char* method, const char* dtype, const std::v
       benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { measure<T>(state, gpu, op, method); });
   family->ArgNames({"B", "H", "N", "K", "V"})->Unit(benchmark::kMicrosecond);
   if (gpu)
-    family->UseManualTime()->MinTime(0.05);  // the reads between them take longer than many calls
+    family->UseManualTime()->MinTime(0.05);  // the reads between calls take longer than many calls
   else
     family->UseRealTime();
   for (const Sizes& s : served) family->Args({s.B, s.H, s.N, s.K, s.V});
@@ -279,7 +286,7 @@ void add_all(bool gpu, const char* method) {
   }
 }
 
-// The lines key=value of lc_build_info, and the device.
+// Adds the lines key=value of lc_build_info, and the device.
 void add_context() {
   const std::string info = lc_build_info();
   for (size_t start = 0, end; start < info.size(); start = end + 1) {
@@ -297,7 +304,7 @@ void add_context() {
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  if (!lc_method(0)) {  // such as a wrong LEETCORE_ISA
+  if (!lc_method(0)) {  // for example a wrong LEETCORE_ISA
     std::fprintf(stderr, "%s\n", lc_last_error());
     return 1;
   }

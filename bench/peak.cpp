@@ -1,5 +1,5 @@
-// fp32 FMA peak: prints flop/s of all threads together. Built and run by machine.py; what no matrix product can exceed.
-// Usage: peak THREADS
+// Measures the float32 FMA peak, which no matrix product can exceed: prints the flop/s of all
+// threads together. peak.py builds and runs it. Usage: peak THREADS
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ static float multiply_add(long rounds) {
   Vec sum[kSums], x = Vec{} + 0.999f, y = Vec{} + 0.001f;
 #pragma GCC unroll 24
   for (int i = 0; i < kSums; i++) sum[i] = Vec{} + 0.01f * i;
-  // Every loop over sums is unrolled: one that is not would put them on the stack.
+  // Every loop over the sums is unrolled, as any other loop would put the sums on the stack.
   for (long r = 0; r < rounds; r++) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; i++) {

@@ -1,141 +1,156 @@
-"""How far "auto" is from the best method: `python bench/regret.py -o bench/results/NAME.json`.
+"""How far "auto" is from the best method: `python bench/regret.py -o FILE.json`.
 
-Over shapes that the tuning grid does not contain, every method that could be the best is timed, in turn; the regret is
-the time of the method that "auto" takes over that of the fastest one, less 1. Times of the same round are compared, and
-the median over the rounds counts, so that a machine that is slow for a while is so for all.
+On shapes that the tuning grid does not contain, every method that may be the best is timed in turn
+with the others. The regret is the time of the method that "auto" takes over that of the fastest
+method, less 1. Times of the same round are compared, and the median over the rounds counts, so that
+a slow moment of the machine slows all methods alike.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import leetcore
-import ml_dtypes
 import numpy as np
 import rich.progress
-from leetcore.bench.timing import Call, clock
+from leetcore.bench import machine, options, tables
+from leetcore.bench import results as of
+from leetcore.bench.ceilings import Ceilings
+from leetcore.bench.problems import Case, Shape
+from leetcore.bench.session import Row, Session
+from leetcore.bench.speed import collect
+from leetcore.bench.timing import CPU, clock, interleave
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
-# B, H, K, V; unlike the grid's: other head counts, unequal and odd dims.
+HERE = Path(__file__).parent
+# B, H, K, V that differ from the grid's: other head counts, unequal and odd dims.
 SIZES = [(1, 1, 64, 64), (1, 1, 128, 128), (3, 5, 24, 24), (1, 12, 80, 96), (2, 16, 64, 128), (1, 3, 192, 192)]
-LENGTHS = (2, 10, 40, 100, 700, 3000, 12000)
+LENGTHS = (100, 3000, 10, 700, 40, 12000, 2)  # in order of worth, as time may run out
 MOST_FLOP = 4e10
-CANDIDATES = 6.0  # times the least prediction: slower ones are not timed
+CANDIDATES = 6.0  # methods predicted to take more than this many times the least prediction are not timed
 SAMPLE_S = 0.004
 
 
-def measure(shape: tuple[int, ...], dtype: str, per_token: bool, rounds: int) -> dict[str, Any]:
-    """One row: the choice, and by method medians of microseconds and of the time over that of the choice."""
-    B, H, N, K, V = shape
-    rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((B, H, N, K)).astype(DTYPES[dtype]) for _ in range(2))
-    v = rng.standard_normal((B, H, N, V)).astype(DTYPES[dtype])
-    log_decay = -rng.random((B, H, N), np.float32) if per_token else leetcore.decay.alibi(H)
-    out = np.empty_like(v)
-    asked = {"B": B, "H": H, "N": N, "K": K, "V": V, "dtype": dtype, "per_token": per_token}
-    predicted = {}
+def cases() -> Iterator[tuple[Shape, str, str]]:
+    """Shape, dtype, decay."""
+    for N, (B, H, K, V) in itertools.product(LENGTHS, SIZES):
+        shape = Shape(B, H, N, K, V)
+        if leetcore.cost("chunk", **vars(shape)).flop > MOST_FLOP:
+            continue
+        yield shape, "float32", "alibi"
+        if N in (10, 100, 3000):
+            yield shape, "bfloat16", "alibi"
+        if N in (40, 700):
+            yield shape, "float32", "token"
+            yield shape, "float64", "alibi"
+
+
+def measure(session: Session, shape: Shape, dtype: str, decay: str) -> None:
+    """Adds a row for each candidate, and the choice and its regret to the facts."""
+    given = Case.of(shape, dtype, decay).arguments()
+    out = np.empty_like(given["v"])
+    rows: dict[str, Row] = {}
     for method in leetcore.methods():
         try:
-            predicted[method.name] = leetcore.cost(method.name, **asked).microseconds
+            cost = leetcore.cost(method.name, **vars(shape), dtype=dtype, per_token=decay == "token")
         except NotImplementedError:
             continue
-    methods = [m for m, us in predicted.items() if us <= CANDIDATES * min(predicted.values())]
+        rows[method.name] = Row(method.name, "leetcore", shape, dtype, decay, "regret", cost=cost, work=cost.flop)
+    least = min(row.cost.microseconds for row in rows.values())
+    rows = {name: row for name, row in rows.items() if row.cost.microseconds <= CANDIDATES * least}
+    for name, row in rows.items():
+        row.call = lambda name=name: leetcore.linear_attention(**given, method=name, out=out)
+        clock(row.call)
+    # No ceiling beside each sample, as there is a session-wide one: the rows of a round are
+    # compared with each other.
+    matmul, copy = session.ceilings.matmul(), session.ceilings.copy()
+    timer = type(CPU)(clock, SAMPLE_S, 0.0)
+    interleave(list(rows.values()), session.rounds, lambda: matmul, lambda: copy, timer=timer)
+    chosen = leetcore.cost("auto", **vars(shape), dtype=dtype, per_token=decay == "token").method
+    ratios = {
+        name: float(np.median([a / b for a, b in zip(row.seconds, rows[chosen].seconds, strict=False)]))
+        for name, row in rows.items()
+    }
+    best = min(ratios, key=lambda name: ratios[name])
+    problem = {**vars(shape), "dtype": dtype, "decay": decay}
+    found = problem | {"chosen": chosen, "best": best, "regret": round(1 / ratios[best] - 1, 4)}
+    session.facts.setdefault("choices", []).append(found)
+    session.rows += rows.values()
+    for row in rows.values():
+        row.call = None
 
-    def caller(method: str) -> Call:
-        return lambda: leetcore.linear_attention(q, k, v, log_decay, method=method, out=out)
 
-    calls = {m: caller(m) for m in methods}
-    reps = {}
-    for m, call in calls.items():
-        clock(call)
-        reps[m] = max(1, round(SAMPLE_S / clock(call)))
-    samples = {m: np.empty(rounds) for m in methods}
-    for i in range(rounds):
-        for m in methods[i % len(methods) :] + methods[: i % len(methods)]:
-            samples[m][i] = clock(calls[m], reps[m])
-    chosen = leetcore.cost("auto", **asked).method
-    us = {m: round(float(np.median(x)) * 1e6, 2) for m, x in samples.items()}
-    ratios = {m: round(float(np.median(x / samples[chosen])), 4) for m, x in samples.items()}
-    best = min(ratios, key=lambda m: ratios[m])
-    regret = round(1 / ratios[best] - 1, 4)
-    return asked | {"chosen": chosen, "best": best, "regret": regret, "us": us, "ratios": ratios}
+def run(rounds: int, seconds: float = math.inf) -> dict[str, Any]:
+    """The file of results; nothing is begun after `seconds`."""
+    session = Session(rounds, Ceilings(leetcore.num_threads()), deadline=time.monotonic() + seconds)
+    interrupted = False
+    try:
+        for shape, dtype, decay in rich.progress.track(list(cases()), "regret"):
+            if session.late():
+                session.facts.setdefault("not reached", []).append(f"{shape} {dtype} {decay}")
+            else:
+                measure(session, shape, dtype, decay)
+    except KeyboardInterrupt:
+        interrupted = True
+    return collect(session, "regret", HERE, interrupted=interrupted)
 
 
 def summary(results: dict[str, Any]) -> str:
     """One sentence."""
-    regrets = [r["regret"] for r in results["rows"]]
-    near = sum(r <= 0.1 for r in regrets)
+    regrets = [choice["regret"] for choice in results["facts"]["choices"]]
+    near = sum(regret <= 0.1 for regret in regrets)
     return (
-        f"Within 10 % of the best method on {near} of {len(regrets)} shapes ({near / len(regrets):.1%}); "
+        f"Within 10 % of the best method on {near} of {len(regrets)} problems ({near / len(regrets):.1%}); "
         f"largest regret {max(regrets):.0%}, median {np.median(regrets):.1%}."
     )
 
 
+def table(results: dict[str, Any], least: float = -1.0) -> str:
+    """Problems with a regret above `least`."""
+    rows = {(*of.problem(row)[1:], row["method"]): row for row in results["rows"]}
+    body = []
+    for c in sorted(
+        results["facts"]["choices"], key=lambda c: (c["dtype"], c["decay"], c["K"] * c["V"], c["H"], c["N"])
+    ):
+        problem = (of.shape(c), c["dtype"], c["decay"])
+        chosen, best = (rows[(*problem, c[name])] for name in ("chosen", "best"))
+        times = [tables.duration(row["seconds"]["median"]) for row in (chosen, best)]
+        floors = [tables.duration(x) or "-" for x in of.floors(results, chosen)]
+        regret = f"**{c['regret']:.1%}**" if c["regret"] > 0.1 else f"{c['regret']:.1%}"
+        if c["regret"] > least:
+            names = [f"`{c['chosen']}`", times[0], f"`{c['best']}`", times[1]]
+            body.append([",".join(map(str, of.shape(c))), c["dtype"], c["decay"], *names, *floors, regret])
+    head = ["B,H,N,K,V", "dtype", "decay", "chosen", "time", "best", "time", "memory floor", "compute floor", "regret"]
+    return tables.markdown_table(head, body)
+
+
 def markdown(results: dict[str, Any]) -> str:
-    rows = results["rows"]
-    lines = [
-        '# How far "auto" is from the best method',
-        "",
-        f"{results['device']}; leetcore {results['leetcore']}, {results['isa']}, {results['threads']} threads, "
-        f"table: {results['tuning']}; {results['date']}. Written by bench/regret.py.",
-        "",
-        f"**{summary(results)}**",
-        "",
-        "Regret: time of the chosen method over that of the fastest, less 1; the median over rounds in which all are "
-        "timed in turn, calls from Python included. Methods predicted to take over "
-        f"{CANDIDATES:g} times the least were not timed.",
-        "",
-        "| B, H, N, K, V | dtype | decay | chosen | best | us, chosen | us, best | regret |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in sorted(rows, key=lambda r: (r["dtype"], r["per_token"], r["K"] * r["V"], r["H"], r["N"])):
-        shape = ", ".join(str(r[name]) for name in "BHNKV")
-        decay = "per token" if r["per_token"] else "per head"
-        regret = f"**{r['regret']:.1%}**" if r["regret"] > 0.1 else f"{r['regret']:.1%}"
-        us = r["us"]
-        lines.append(
-            f"| {shape} | {r['dtype']} | {decay} | {r['chosen']} | {r['best']} | {us[r['chosen']]:.1f} "
-            f"| {us[r['best']]:.1f} | {regret} |"
-        )
-    return "\n".join(lines) + "\n"
+    return (
+        f'# How far "auto" is from the best method\n\n{of.origin(results)}\n\n**{summary(results)}**\n\n'
+        "Regret: time of the chosen method over that of the fastest method, less 1; the median over rounds in which all"
+        " methods are timed in turn, with calls from Python. Methods predicted to take more than"
+        f" {CANDIDATES:g} times the least prediction were not timed.\n\n{table(results)}\n"
+    )
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--rounds", default=15, show_default=True)
-def main(output: Path, rounds: int) -> None:
-    """Times the methods over the grid; writes the JSON and the table beside it."""
-    import machine
-
-    device = machine.device()
-    cases = []
-    for (B, H, K, V), N in itertools.product(SIZES, LENGTHS):
-        if leetcore.cost("chunk", B=B, H=H, N=N, K=K, V=V).flop > MOST_FLOP:
-            continue
-        cases.append(((B, H, N, K, V), "float32", False))
-        if N in (10, 100, 3000):
-            cases.append(((B, H, N, K, V), "bfloat16", False))
-        if N in (40, 700):
-            cases += [((B, H, N, K, V), "float32", True), ((B, H, N, K, V), "float64", False)]
-    info = leetcore.build_info()
-    results = {
-        "device": device["cpu"],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": machine.commit(),
-        "leetcore": info["version"],
-        "isa": info["isa"],
-        "threads": info["threads"],
-        "tuning": leetcore.tuning.source.rsplit("/", 1)[-1],
-        "rows": [measure(*case, rounds) for case in rich.progress.track(cases)],
-    }
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(results))
-    print(summary(results))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON.")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Samples per method.")
+@click.option("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="Begin nothing after this time.")
+def main(output: Path, rounds: int, time_limit: float) -> None:
+    """Time the methods on the grid; write the JSON and its table (.md)."""
+    machine.restart_undisturbed()
+    options.require_writable(output)
+    results = run(rounds, time_limit)
+    of.write(output, results)
+    if results["facts"].get("choices"):
+        options.write(output.with_suffix(".md"), markdown(results))
+        click.echo(summary(results))
 
 
 if __name__ == "__main__":

@@ -1,77 +1,100 @@
-"""The CPU benchmark of leetcore: `python bench/run.py --help`; how to read it is in bench/README.md."""
+"""The CPU benchmark of leetcore: `python bench/run.py --help`; bench/README.md says how to read
+it."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
+import math
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-import machine
-from leetcore.bench.machine import ENVIRONMENT, restart_undisturbed
+from leetcore.bench import machine, options
+from leetcore.bench import results as of
+from leetcore.bench.problems import Shape
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from session import Session
-
-TABLES = ("forward", "decode", "isa")
-PROPERTIES = ("gamma", "odd", "growth", "one_head", "threads", "overhead", "workspace")
-QUICK = ("forward", "decode", "gamma", "odd", "overhead")
-
-
-def listed(text: str) -> list[str]:
-    return [part for part in text.replace(",", " ").split() if part]
+HERE = Path(__file__).parent
+# In order of worth, as time may run out; with the share of the time after which each one ends.
+SECTIONS = {
+    **{"forward": 0.55, "decode": 0.6, "training": 0.72, "growth": 0.82, "gamma": 1.0, "one_head": 1.0},
+    **{"overhead": 1.0, "odd": 1.0, "isa": 1.0, "threads": 1.0, "workspace": 1.0},
+}
+QUICK = ("forward", "decode", "training", "gamma", "odd", "overhead")
 
 
-def collect(session: Session, peak: float | None, interrupted: bool) -> dict[str, Any]:
-    """All that is written: conditions, every row that got anywhere, facts."""
-    import leetcore
-    import ours
-    from harness import stats
+def measure(
+    sections: list[str],
+    shapes: list[Shape],
+    dtypes: list[str],
+    rounds: int,
+    quick: bool = False,
+    methods: str = "*",
+    seconds: float = math.inf,
+) -> dict[str, Any]:
+    """Measures the sections; returns the file of results. `seconds`: nothing is begun later."""
+    # Only now, as the program may restart itself before.
+    import lab
+    import properties
+    import sections as tables
+    from leetcore.bench.ceilings import Ceilings
+    from leetcore.bench.speed import collect
+    from peak import FmaPeak
 
-    versions = {"python": sys.version.split()[0], "leetcore": leetcore.__version__}
-    for name in ("torch", "numpy", "transformers"):
+    threads = machine.cores()
+    lab.set_threads(threads)
+    argv = ["--dtypes", ",".join(dtypes), "--rounds", str(rounds), *(["--quick"] if quick else [])]
+    session = lab.Session(
+        rounds, Ceilings(threads, ("torch",)), quick=quick, pattern=methods, shapes=shapes, dtypes=dtypes, argv=argv
+    )
+    peak = FmaPeak(threads)
+    peak.measure()
+    interrupted = False
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("[dim]{task.completed} steps"))
+    begun = time.monotonic()
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        session.say = lambda text: progress.update(task, description=text)
+        session.tick = lambda: progress.advance(task)
         try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": machine.commit(),
-        "device": machine.device(),
-        "versions": versions,
-        "leetcore": {key: leetcore.build_info()[key] for key in ("compiler", "isa", "isas")},
-        "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
-        "threads": ours.available_threads(),
-        "chunk": session.chunk,
-        "fma_peak": peak,
-        "matmul": stats(session.ceilings.matmul_rates),
-        "interrupted": interrupted,
-        "rows": [row.to_json() for row in session.rows] + session.imported,
-        "facts": session.facts,
-        "left_out": session.left_out,
-    }
+            for name in sections:
+                start = time.monotonic()
+                session.deadline = begun + SECTIONS[name] * seconds
+                try:
+                    getattr(tables if hasattr(tables, name) else properties, name)(session)
+                except Exception as error:  # the other sections are measured still; the report names this one
+                    session.facts.setdefault("failed", {})[name] = options.sentence(error)
+                    console.print_exception()
+                peak.measure()
+                session.facts.setdefault("took_seconds", {})[name] = round(time.monotonic() - start, 1)
+        except KeyboardInterrupt:
+            interrupted = True
+            console.print("Interrupted: what was measured so far is kept.")
+    session.facts |= {"fma_peak": peak.best, "chunk": session.chunk}
+    results = collect(session, "cpu", HERE, interrupted=interrupted)
+    results["rows"] += session.imported
+    return results
 
 
 @click.command()
 @click.option(
-    "--shapes", multiple=True, help="B,H,N,K,V of the forward tables; repeat for more. Default: eight shapes."
+    "--shapes", multiple=True, help="B,H,N,K,V of the forward tables; may be repeated.  [default: eight shapes]"
 )
 @click.option(
-    "--dtypes", default="float32,bfloat16", show_default=True, help="float32, bfloat16, float16; comma-separated."
+    "--dtypes", default="float32,bfloat16", show_default=True, help="Comma-separated: float32, bfloat16, float16."
 )
-@click.option("--sections", default="", help=f"Comma-separated, of: {', '.join(TABLES + PROPERTIES)}. Default: all.")
-@click.option("--methods", default="*", help="Glob of the methods to time, e.g. 'leetcore*' or 'torch*'.")
-@click.option("--rounds", default=0, help="Samples per method. Default: 11, or 5 with --quick.")
-@click.option("--quick", is_flag=True, help="Three shapes, fewer sections, candidates and rounds: under a minute.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON; the .md goes beside it.")
+@click.option("--sections", default="", help=f"Comma-separated, of {', '.join(SECTIONS)}.  [default: all]")
+@click.option("--methods", default="*", help="Glob of the methods to time, such as 'leetcore*' or 'torch*'.")
+@click.option("--rounds", type=click.IntRange(min=0), default=0, help="Samples per method.  [default: 11; 5 if quick]")
+@click.option("--quick", is_flag=True, help="Three shapes, fewer sections, variants and rounds: about a minute.")
+@click.option("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="Begin nothing after this time.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON; the tables (.md) go next to it."
+)
 @click.option("--no-report", is_flag=True, help="Write the JSON alone.")
 def main(
     shapes: tuple[str, ...],
@@ -80,73 +103,31 @@ def main(
     methods: str,
     rounds: int,
     quick: bool,
+    time_limit: float,
     output: Path | None,
     no_report: bool,
 ) -> None:
-    """Times leetcore against its rivals on this CPU, in one process, sample by sample in turn."""
-    restart_undisturbed()
-    # Only now: torch need not be loaded twice.
-    import ours
-    import properties
+    """Time leetcore and its rivals on this CPU, in one process, sample by sample in turn."""
+    machine.restart_undisturbed()
     import report
     import sections as tables
-    from harness import DTYPES, Shape
-    from session import Session
+    from lab import DTYPES
 
-    chosen = listed(sections) or list(QUICK if quick else TABLES + PROPERTIES)
-    for name in chosen:
-        if name not in TABLES + PROPERTIES:
-            raise click.BadParameter(f"{name!r}: allowed are {', '.join(TABLES + PROPERTIES)}", param_hint="--sections")
-    for name in listed(dtypes):
-        if name not in DTYPES:
-            raise click.BadParameter(f"{name!r}: allowed are {', '.join(DTYPES)}", param_hint="--dtypes")
-    try:
-        parsed = [Shape.parse(text) for text in shapes or (tables.QUICK_SHAPES if quick else tables.SHAPES)]
-    except ValueError as e:
-        raise click.BadParameter(str(e), param_hint="--shapes") from e
-    rounds = rounds or (5 if quick else 11)
-    ours.set_threads(ours.available_threads())
-    session = Session(
-        shapes=parsed,
-        decode_shapes=[Shape.parse(text) for text in tables.DECODE_SHAPES],
-        dtypes=listed(dtypes),
-        rounds=rounds,
-        quick=quick,
-        pattern=methods,
-        argv=["--dtypes", dtypes, "--rounds", str(rounds), *(["--quick"] if quick else [])],
-    )
-    peak = machine.FmaPeak(ours.available_threads())
-    peak.measure()
-    interrupted = False
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("[dim]{task.completed} steps"))
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        session.say = lambda text: progress.update(task, description=text)
-        session.tick = lambda: progress.advance(task)
-        try:
-            for name in chosen:
-                start = time.monotonic()
-                try:
-                    getattr(tables if name in TABLES else properties, name)(session)
-                except Exception as e:  # the other sections are worth having; the report names this one
-                    session.facts.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
-                    console.print_exception()
-                peak.measure()
-                session.facts.setdefault("took_s", {})[name] = round(time.monotonic() - start, 1)
-        except KeyboardInterrupt:
-            interrupted = True
-            console.print("Interrupted: what was measured so far is kept.")
-
-    results = collect(session, peak.best, interrupted)
-    if output is None:
-        output = machine.HERE / "results" / ("quick.json" if quick else "cpu.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    chosen = options.choose(sections or ",".join(QUICK if quick else SECTIONS), SECTIONS, "--sections")
+    kinds = options.choose(dtypes, DTYPES, "--dtypes")
+    texts = shapes or (tables.QUICK_SHAPES if quick else tables.SHAPES)
+    parsed = options.parsed(texts, Shape.parse, "--shapes")
+    file = output or HERE / "out" / ("quick.json" if quick else "cpu.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    options.require_writable(file)
+    results = measure(chosen, parsed, kinds, rounds or (5 if quick else 11), quick, methods, time_limit)
+    of.write(file, results)
     if not no_report:
-        output.with_suffix(".md").write_text(report.markdown(results))
+        options.write(file.with_suffix(".md"), report.markdown(results))
         Console().print(Markdown(report.goals_section(results)))
-        console.print(f"Written: {output} and {output.with_suffix('.md').name}")
+        Console(stderr=True).print(f"Written: {file} and {file.with_suffix('.md').name}")
+    if results["interrupted"]:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The tables: leetcore against its rivals, forward and decode, and leetcore on each instruction set."""
+"""The tables of the CPU benchmark: leetcore against its rivals, and leetcore on each instruction
+set."""
 
 from __future__ import annotations
 
@@ -10,81 +11,106 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import ours
+import lab
+import leetcore
 import torch
-from harness import DTYPES, DecodeProblem, Problem, Row, alibi, copy_rate
-from session import Session
+from lab import DTYPES, DecodeProblem, Problem, Session, TrainingProblem
+from leetcore.bench.machine import extra_memory
+from leetcore.bench.problems import Shape
+from leetcore.bench.session import Row
+from leetcore.bench.timing import clock_ceiling
 
 SHAPES = (
-    "1,8,512,64,64",
     "1,8,2048,64,64",
     "1,32,1024,128,128",
-    "1,32,2048,128,128",
     "1,8,8192,128,128",
+    "1,8,512,64,64",
+    "2,12,1000,80,96",
+    "1,32,2048,128,128",
     "1,4,32768,64,64",
     "1,1,65536,128,128",
-    "2,12,1000,80,96",
 )
-QUICK_SHAPES = SHAPES[:3]
-DECODE_SHAPES = ("16,32,1,128,128",)
+QUICK_SHAPES = (SHAPES[3], SHAPES[0], SHAPES[1])
+DECODE = "16,32,1,128,128"
+TRAINING = ("1,8,2048,64,64", "1,32,1024,128,128", "1,8,8192,128,128")
+MAX_PREDICTED_S = 1.0  # slower methods are skipped
 
 
 def leetcore_rows(session: Session, p: Problem) -> list[Row]:
-    """The chunk method with fresh and with reused output, and every other method that is fast enough to wait for."""
-    limit = ours.MAX_PREDICTED_S / (10 if session.quick else 1)
+    """Rows of chunk, with a fresh and with a reused output, and of every other method that is fast
+    enough."""
+    limit = MAX_PREDICTED_S / (10 if session.quick else 1)
     rows = []
-    for method, reuse_out in [("chunk", False), ("chunk", True), *((m, False) for m in ours.methods() if m != "chunk")]:
-        if not session.wants(ours.label(method, reuse_out)):
-            continue
-        seconds = 1e-6 * (ours.explained(p, method, "predicted") or 0.0)
-        if seconds > limit:
-            status = f"skipped: predicted {seconds:.1f} s"
-            rows.append(session.row("forward", ours.label(method), p, status=status))
-        else:
-            rows.append(session.leetcore("forward", p, method, reuse_out))
+    for method in lab.methods():
+        for reuse in (False, True) if method == "chunk" else (False,):
+            if not session.wants(f"{method} out=" if reuse else method):
+                continue
+            seconds = 1e-6 * lab.predicted(p, method).microseconds
+            if seconds > limit:
+                rows.append(session.row("forward", method, p, status=f"skipped: predicted {seconds:.1f} s"))
+            else:
+                rows.append(session.leetcore("forward", p, method, reuse))
     return rows
 
 
 def forward(session: Session) -> None:
-    """Every method of a shape, all dtypes of it, in one interleaved group."""
+    """Every method on a shape, in all dtypes, sampled in turn."""
     for shape in session.shapes:
         rows: list[Row] = []
+        if not session.begin(f"forward {shape}"):
+            continue
         for dtype in session.dtypes:
-            session.say(f"forward {shape} {dtype}: oracle, gate and tuning")
-            p = Problem(shape, DTYPES[dtype], alibi(shape.H))
-            rows += leetcore_rows(session, p)
-            rows += session.rival_rows("forward", p)
-            p.__dict__.pop("references", None)
-        session.say(f"forward {shape}: {len(rows)} methods in turn")
+            p = Problem(shape, DTYPES[dtype])
+            rows += leetcore_rows(session, p) + session.rival_rows("forward", p)
+            p.__dict__.pop("wanted", None)
         session.measure(rows)
 
 
 def decode(session: Session) -> None:
-    """One token a sequence; the ceiling is a copy of a buffer as large as the state pool."""
-    for shape in session.decode_shapes:
-        pool, other = (torch.ones(shape.state_bytes() // 4) for _ in range(2))
-        rows: list[Row] = []
-        for dtype in session.dtypes:
-            session.say(f"decode {shape} {dtype}: gate and tuning")
-            p = DecodeProblem(shape, DTYPES[dtype], alibi(shape.H))
-            rows += [session.leetcore("decode", p), session.leetcore("decode", p, reuse_out=True)]
-            rows += session.rival_rows("decode", p)
-        rows.append(session.row("decode", "(torch mul_ of the pool, in place)", p, call=partial(pool.mul_, 1.0)))
-        session.say(f"decode {shape}: {len(rows)} methods in turn")
-        session.measure(rows, 2 * session.rounds, ceiling=partial(copy_rate, pool, other))
+    """One token per sequence. The ceiling is a copy of a buffer as large as all states."""
+    if not session.begin(f"decode {DECODE}"):
+        return
+    shape = Shape.parse(DECODE)
+    pool, other = (torch.ones(shape.state_bytes() // 4) for _ in range(2))
+    rows: list[Row] = []
+    for dtype in session.dtypes:
+        p = DecodeProblem(shape, DTYPES[dtype])
+        rows += [session.leetcore("decode", p, "decode_step", reuse) for reuse in (False, True)]
+        rows += session.rival_rows("decode", p)
+    rows.append(session.row("decode", "(mul_ of all states)", p, "rival", call=partial(pool.mul_, 1.0)))
+
+    def copy() -> float:
+        return 2 * pool.nbytes / clock_ceiling(lambda: other.copy_(pool))
+
+    session.measure(rows, 2 * session.rounds, ceiling=copy)
+
+
+def training(session: Session) -> None:
+    """A forward and a backward pass by autograd; the backward pass alone.
+
+    Memory includes results.
+    """
+    for text in TRAINING[:1] if session.quick else TRAINING:
+        if not session.begin(f"training {text}"):
+            continue
+        p = TrainingProblem(Shape.parse(text), torch.float32)
+        rows = [session.leetcore("training", p, method) for method in ("training", "backward")]
+        rows += session.rival_rows("training", p)
+        for row in rows:
+            row.peak_bytes = extra_memory(row.call) if row.call else None
+        session.measure(rows)
 
 
 def isa(session: Session) -> None:
-    """The chunk method on the instruction sets not in use here: a child process each, as the choice is made at load."""
-    used, available = ours.isas()
-    for name in available:
-        if name == used:
+    """chunk on the other instruction sets: a child process each, as the set is chosen when leetcore
+    is loaded."""
+    info = leetcore.build_info()
+    for name in info["isas"].split():
+        if name == info["isa"] or not session.begin(f"instruction set {name}"):
             continue
-        # The portable code is there to be right: one small shape tells enough.
-        shapes = [s for s in session.shapes if name != "generic"] or [
-            min(session.shapes, key=lambda s: s.exact_flop(64))
-        ]
-        session.say(f"isa {name}: {len(shapes)} shapes in a child process")
+        # The generic code is there to be right: one small shape is enough.
+        smallest = min(session.shapes, key=lambda s: s.exact_flop(64))
+        shapes = [smallest] if name == "generic" else session.shapes[:3]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "isa.json"
             command = [sys.executable, str(Path(__file__).with_name("run.py")), *session.argv, "--sections", "forward"]
@@ -95,5 +121,5 @@ def isa(session: Session) -> None:
                 session.facts.setdefault("failed", {})[f"isa {name}"] = done.stderr.strip().splitlines()[-1]
                 continue
             child = json.loads(path.read_text())
-        assert child["leetcore"]["isa"] == name, "the child measured another instruction set"
+        assert child["isa"] == name, "the child measured another instruction set"
         session.imported += [row | {"section": f"isa {name}"} for row in child["rows"]]

@@ -1,4 +1,5 @@
-"""The GPU benchmark without a GPU: its whole way on the CPU methods, a device that breaks, a clock, its report."""
+"""The GPU benchmark without a GPU: a whole run with the CPU methods, a device that breaks, its
+clock, its report."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from typing import Any
 import gpu
 import gpu_device
 import gpu_report
-import harness
-import ours
+import lab
 import pytest
 import torch
-from harness import Row, Shape
-from leetcore.bench.timing import CPU
+from lab import Problem, TrainingProblem
+from leetcore.bench.problems import Shape
+from leetcore.bench.results import Results, complete, new, read
+from leetcore.bench.session import NOT_FINITE, Row
+from leetcore.bench.timing import CPU, stats
 
 PROGRAM = Path(__file__).with_name("gpu.py")
 
@@ -31,11 +34,11 @@ def test_everything_on_the_cpu(tmp_path: Path) -> None:
         "--device=cpu", "--tiny", "--rounds=1", "--sections=forward,growth,backward,gated", "--commit=abc", "-o", out
     )
     assert ran.returncode == 0, ran.stderr
-    results = json.loads(out.read_text())
-    assert results["commit"] == "abc" and len(results["facts"]["done"]) == 5
-    timed = {row["method"] for row in results["rows"] if row["section"] == "forward" and row["ms"]}
-    assert {ours.label(m) for m in ("auto", *ours.methods())} < timed and any(m.startswith("torch") for m in timed)
-    assert all(row["host_us"] for row in results["rows"] if row["section"] == "forward")
+    results = read(out)
+    assert results["commit"] == "abc" and not results["dirty"] and len(results["facts"]["done"]) == 5
+    timed = {row["method"] for row in results["rows"] if row["section"] == "forward" and row["seconds"]}
+    assert {"auto", *lab.methods()} < timed and any(m.startswith("torch") for m in timed)
+    assert all(row["host_seconds"] for row in results["rows"] if row["section"] == "forward" and row["seconds"])
     text = out.with_suffix(".md").read_text()
     assert text == gpu_report.markdown(results)
     assert "Forward, B,H,N,K,V = 1,2,200,16,24" in text and "Growth with N" in text and "Regret" in text
@@ -43,7 +46,7 @@ def test_everything_on_the_cpu(tmp_path: Path) -> None:
         rows = [row for row in results["rows"] if row["section"] == section]
         assert {gpu_report.STEP, gpu_report.BACKWARD} < {row["method"] for row in rows}
         assert any(row["method"].startswith("torch autograd") for row in rows)
-        assert all(row["ms"] and row["host_us"] and row["peak_bytes"] is not None for row in rows)
+        assert all(row["seconds"] and row["host_seconds"] and row["peak_bytes"] is not None for row in rows)
     assert text.count("Training, forward and backward") == 2
     assert "| rows of leetcore that are wrong or failed | <= 0 | 0 | met |" in text
 
@@ -53,7 +56,7 @@ def test_no_time_left_is_said_and_resumed(tmp_path: Path) -> None:
     assert bench("--device=cpu", "--tiny", "--time-limit=-1", "--sections=growth", "-o", out).returncode == 0
     assert len(json.loads(out.read_text())["facts"]["not reached"]) == 2
     again = bench("--device=cpu", "--tiny", "--rounds=1", "--sections=growth", "--resume", "-o", out)
-    results = json.loads(out.read_text())
+    results = read(out)
     assert again.returncode == 0 and "not reached" not in results["facts"] and len(results["rows"]) > 2
 
 
@@ -64,7 +67,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_the_clock_hides_the_host_behind_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events stand right around the call; the GPU reads for as long as the host takes to queue it, within bounds."""
+    """Events stand right around the call; the GPU reads for as long as the host takes to queue it,
+    within bounds."""
     done: list[str] = []
 
     class Event:
@@ -101,32 +105,32 @@ class Fragile(gpu_device.Cpu):
     def copy(self) -> float:
         return 1.0
 
-    matmul = copy
+    matmul = round = copy
+
+    def to_json(self) -> Any:
+        return {"best": "torch", "matmul": {"torch": stats(self.products)}, "copy": stats(self.copies)}
 
     def lost(self) -> bool:
         return self.broken
 
 
 def made(device: Fragile) -> gpu.GpuSession:
-    fields: dict[str, Any] = {"shapes": [], "decode_shapes": [], "dtypes": [], "argv": []}
-    return gpu.GpuSession(
-        **fields, rounds=1, quick=True, pattern="*", ceilings=device, timer=device.timer, device=device
-    )
+    return gpu.GpuSession(1, device, device.timer, quick=True, device=device)
 
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuSession:
     device = Fragile()
-    forward = ours.forward
+    call = Problem.call
 
-    def breaking(p: Any, method: str = "chunk", out: Any = None) -> Any:
-        def call() -> Any:
+    def breaking(p: Any, method: str, out: Any = None) -> Any:
+        def broken() -> Any:
             device.broken = True
             raise RuntimeError("an illegal memory access was encountered")
 
-        return call if method == "scan" else forward(p, method, out)
+        return broken if method == "scan" else call(p, method, out)
 
-    monkeypatch.setattr(ours, "forward", breaking)
+    monkeypatch.setattr(Problem, "call", breaking)
     return made(device)
 
 
@@ -135,28 +139,33 @@ def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.Gp
     said: list[str] = []
     with pytest.raises(gpu.Lost, match=r"^scan broke the device's context"):
         gpu.run(session, [group], lambda: None, said.append)
-    assert [(row.method, row.status[:6]) for row in session.rows] == [("leetcore scan", "failed")]
+    assert [(row.method, row.status[:6]) for row in session.rows] == [("scan", "failed")]
     assert "done" not in session.facts
     session.device.broken = False  # a new process
     gpu.run(session, [group], lambda: None, said.append)
-    assert [row.method for row in session.rows] == ["leetcore scan", "leetcore chunk"]
+    assert [row.method for row in session.rows] == ["scan", "chunk"]
     assert session.rows[1].seconds and session.facts["done"] == [str(group)]
 
 
 def row(method: str, us: float, shape: str = "8,32,2048,128,128", section: str = "forward", **fields: Any) -> Any:
-    made = Row(section, method, Shape.parse(shape), "bfloat16", work=1e6, **fields)
+    kind = "rival" if method.startswith("fla") else "leetcore"
+    made = Row(method, kind, Shape.parse(shape), "bfloat16", "alibi", section, work=1e6, unit="bytes", **fields)
     made.seconds, made.beside, made.copy = [1e-6 * us] * 3, [4.3e12] * 3, [4.3e12] * 3
-    return made.to_json()
+    return complete(made.to_json())
+
+
+def results_of(rows: list[Any], copy: float = 4.3e12) -> Results:
+    ceilings = {"best": "torch", "matmul": {"torch": stats([1e12])}, "copy": stats([copy])}
+    return new("gpu", rows=rows, ceilings=ceilings)
 
 
 def verdicts(rows: list[Any], copy: float = 4.3e12) -> dict[str, tuple[str, str]]:
-    stats = harness.stats([copy])
-    lines = gpu_report.goals({"rows": rows, "copy": stats, "facts": {}})
+    lines = gpu_report.goals(results_of(rows, copy))
     return {line["goal"]: (line["measured"], line["verdict"]) for line in lines}
 
 
 def test_goals_scale_with_the_bandwidth_and_take_the_best_method() -> None:
-    rows = [row("leetcore chunk", 300), row("leetcore scan", 240), row("fla: chunk", 500, note="fla")]
+    rows = [row("chunk", 300), row("scan", 240), row("fla: chunk", 500)]
     name = "forward 8,32,2048,128,128: best method (scan), time / goal"
     assert verdicts(rows)[name] == ("1.6", "MISSED")
     assert verdicts(rows, 2.15e12)[name] == ("0.8", "met")
@@ -167,51 +176,51 @@ def test_goals_of_training() -> None:
     """A backward pass has its goal alone, and fla's step is held against ours."""
     shape = "1,32,8192,128,128"
     rows = [row(method, us, shape, "backward") for method, us in ((gpu_report.STEP, 300), (gpu_report.BACKWARD, 200))]
-    rows.append(row("fla: chunk", 500, shape, "backward", note="fla"))
+    rows.append(row("fla: chunk", 500, shape, "backward"))
     found = verdicts(rows)
     assert found[f"backward {shape}: best method (backward), time / goal"] == ("1.25", "met")
     assert found[f"backward {shape}: fla's forward and backward / ours, time"] == ("1.67", "MISSED")
     assert verdicts(rows, 2.15e12)[f"backward {shape}: best method (backward), time / goal"] == ("0.625", "met")
-    table = list(gpu_report.method_table({"rows": rows, "copy": None}, "backward", "Training"))
+    table = "\n".join(gpu_report.method_table(results_of(rows), "backward", "Training")).splitlines()
     [step, alone] = [line for line in table for name in rows[:2] if line.startswith(f"| {name['method']} |")]
     assert "| 0.600 |" in step and "| 0.400 |" not in alone
 
 
 @pytest.mark.parametrize("method", ["training", "backward"])
 def test_wrong_gradients_are_no_speed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = ours.call
+    call = TrainingProblem.call
 
-    def wrong(p: Any, name: str) -> Any:
+    def wrong(p: Any, name: str, out: Any = None) -> Any:
         right = call(p, name)
         return lambda: right() | {"d_log_decay": 1.1 * right()["d_log_decay"]}
 
-    monkeypatch.setattr(ours, "call", wrong)
-    device = Fragile()
-    session = made(device)
-    p = harness.TrainingProblem(Shape(1, 2, 70, 8, 8), torch.float32, harness.gates(Shape(1, 2, 70, 8, 8)))
-    row = session.leetcore_row("gated", p, method)
+    monkeypatch.setattr(TrainingProblem, "call", wrong)
+    session = made(Fragile())
+    row = session.leetcore_row("gated", TrainingProblem(Shape(1, 2, 70, 8, 8), torch.float32, "gates"), method)
     assert row.status == "wrong" and row.error == pytest.approx(0.1, rel=1e-3)
 
 
 def test_goals_of_decode() -> None:
-    step = row("leetcore decode_step", 0.25, gpu_report.DECODE, "decode", host_us=[9.0])
+    step = row("decode_step", 0.25, gpu_report.DECODE, "decode", host=[9e-6])
     found = verdicts([step])
     assert found[f"decode {gpu_report.DECODE}: time / memory floor"] == ("1.07", "met")
     assert found[f"decode {gpu_report.DECODE}: host time of a call"] == ("9 us", "met")
 
 
-@pytest.mark.parametrize("status", ["wrong", "not finite", "failed: CUDA error"])
-def test_what_is_wrong_is_counted(status: str) -> None:
-    wrong = Row("forward", "leetcore fft", Shape(1, 1, 1, 1, 1), "bfloat16", status=status, wrong_ms=1.0).to_json()
-    theirs = wrong | {"method": "fla: chunk"}
+@pytest.mark.parametrize(("status", "note"), [("wrong", ""), ("wrong", NOT_FINITE), ("failed: CUDA error", "")])
+def test_wrong_rows_are_counted(status: str, note: str) -> None:
+    shape = Shape(1, 1, 1, 1, 1)
+    made = Row("fft", "leetcore", shape, "bfloat16", "alibi", "forward", status=status, note=note, took=1.0)
+    wrong = complete(made.to_json())
+    theirs = wrong | {"method": "fla: chunk", "kind": "rival"}
     assert gpu_report.bad({"rows": [wrong, theirs]}) == [wrong]
     assert verdicts([wrong, theirs])["rows of leetcore that are wrong or failed"] == ("1", "MISSED")
 
 
 def test_regret_is_of_auto_over_the_best() -> None:
-    rows = [row("leetcore auto", 30, note="chunk"), row("leetcore chunk", 31), row("leetcore scan", 20)]
+    rows = [row("auto", 30, note="chunk"), row("chunk", 31), row("scan", 20)]
     [(regret, auto, best)] = gpu_report.regrets({"rows": rows})
-    assert regret == pytest.approx(0.5) and auto["note"] == "chunk" and best["method"] == "leetcore scan"
+    assert regret == pytest.approx(0.5) and auto["note"] == "chunk" and best["method"] == "scan"
 
 
 def test_every_goal_is_measured() -> None:

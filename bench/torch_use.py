@@ -1,10 +1,11 @@
-"""What use from PyTorch costs and gains: the operators' overhead a call, and MiniMax of transformers patched and not.
+"""Overhead of the torch operators per call, and the speed of transformers' MiniMax with and without
+patch().
 
 python bench/torch_use.py [--quick]
 
-Overheads are CPU times of one thread, medians over depths of the Python stack: at some of them CPython maps a new piece
-of it in each call.
-The two models take turns, and each figure is the least of its times: interference only adds.
+Overheads are CPU times of one thread: medians over depths of the Python stack, as at some depths
+CPython maps a new piece of the stack in each call. The two models take turns. Each time is the
+least one, as interference only adds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DEPTHS, CALLS = 40, 100
 
 
 def overhead(call: Callable[[], Any]) -> float:
-    """Microseconds of this process a call."""
+    """Microseconds of this process per call."""
 
     def at(depth: int) -> float:
         if depth:
@@ -46,7 +47,7 @@ def operators() -> Table:
     q, k, v = torch.randn(3, 1, 1, 1, 16)
     token = [x[:, :, 0] for x in (q, k, v)]
     log_decay, state, leaf = torch.full((1,), -0.5), torch.zeros(1, 1, 16, 16), q.clone().requires_grad_()
-    table = Table(title="one call of a single token, us of this process")
+    table = Table(title="one call with a single token, us of this process")
     for heading in ("", "leetcore", "leetcore.torch", "more"):
         table.add_column(heading, justify="right" if heading else "left")
     with torch.no_grad():
@@ -61,7 +62,7 @@ def operators() -> Table:
 
 
 def against(table: Table, name: str, call: Callable[[Any], Any], original: Any, patched: Any, rounds: int) -> None:
-    """A row of the table: milliseconds of a call of both, in turns."""
+    """Adds a row to the table: milliseconds of a call of both models, which take turns."""
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for _ in range(rounds):
@@ -120,7 +121,10 @@ def minimax(quick: bool) -> Table:
 
 
 def minimax_cached(quick: bool) -> Table:
-    """A linear layer that continues a cache, with the heads of the published model; a narrow model around it."""
+    """A linear layer that continues a cache.
+
+    It has the heads of the published model and a smaller width.
+    """
     from leetcore.torch.integrations.transformers import patch
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention

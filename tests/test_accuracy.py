@@ -1,4 +1,5 @@
-"""Every method against the definition, by relative Frobenius norms with the tolerances that leetcore promises."""
+"""Every method against the definition, by relative Frobenius norms with the tolerances that
+leetcore promises."""
 
 import functools
 import os
@@ -146,7 +147,8 @@ OTHER_ISAS = [isa for isa in leetcore.build_info()["isas"].split() if isa != lee
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_other_instruction_set(isa):
-    """The set is chosen when the library is loaded, so each one that this process does not run has its own."""
+    """The set is chosen when the library is loaded, so each one that this process does not run has
+    its own."""
     environment = os.environ | {"LEETCORE_ISA": isa}
     tried = subprocess.run([sys.executable, "-c", "import leetcore"], env=environment, capture_output=True, text=True)
     if "cannot run here" in tried.stderr:
@@ -180,7 +182,8 @@ def test_the_whole_grid(V, K, N, dtype, method):
 def test_long_sequences(N, kind, dtype, method):
     """One head for each of gamma = 1 - 1e-6 and 1, where errors would pile up, and others.
 
-    The tolerances are promised up to 8192 tokens; beyond, the rounding of a sum without decay grows like sqrt(N).
+    The tolerances are promised up to 8192 tokens; beyond, the rounding of a sum without decay grows
+    like sqrt(N).
     """
     check(Case(N, 16, 16, dtype, kind, heads=(8, 8, 8)), method, growth=(N / 8192) ** 0.5)
 

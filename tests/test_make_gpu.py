@@ -1,4 +1,5 @@
-"""`make gpu` without a GPU: its runner on commands of a shell, the names that it makes, what it says."""
+"""`make gpu` without a GPU: its runner on commands of a shell, the names that it makes, what it
+says."""
 
 import importlib.util
 import json

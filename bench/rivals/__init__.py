@@ -1,13 +1,69 @@
-"""The competitors, one small module each.
+"""The competitors of the laboratory: those of `leetcore.bench.rivals`, and one module for each
+other one.
 
-A rival is a module with NAME, KEEP (how many of its candidates reach the table) and two functions,
-forward(problem, quick) and decode(problem), which return {label: factory}; a factory prepares tables and buffers and
-returns the call that is timed. A call returns o, freshly allocated, in the dtype of the inputs. A factory that raises
-is left out, with its reason in the output. All of them work on the problem's device, or say there that they cannot by
-returning nothing. Those of TRAINING have training(problem, quick), whose calls return o and gradients by name.
+A rival's functions take a problem and return factories by label, nothing where it cannot serve. A
+factory prepares tables and buffers and returns the call that is timed; a factory that raises is
+left out, with its reason. A call returns o, freshly allocated, in the dtype of the inputs; a call
+of `training` returns o and the gradients by name.
 """
 
-from rivals import fla, minimax, torch_autograd, torch_chunk, torch_chunk_half, torch_decode, torch_quadratic
+from __future__ import annotations
 
-ALL = (torch_chunk, torch_chunk_half, torch_quadratic, minimax, torch_decode, fla)
-TRAINING = (torch_autograd, fla)
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from leetcore.bench import rivals
+from leetcore.bench.session import Factory
+from torch import Tensor
+
+Serve = Callable[[Any, bool], dict[str, Factory]]
+
+
+def nothing(p: Any, quick: bool = False) -> dict[str, Factory]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """name: begins with "torch" if it counts as the best torch.
+
+    each: its variants are methods of their own.
+    """
+
+    name: str
+    forward: Serve = nothing
+    decode: Serve = nothing
+    training: Serve = nothing
+    each: bool = False
+
+
+def training_step(forward: Callable[..., Tensor], leaves: dict[str, Tensor], d_o: Tensor) -> dict[str, Tensor]:
+    """One forward and backward pass: o and the gradients by name; the leaves keep none."""
+    o = forward(**leaves)
+    o.backward(d_o)
+    results = {"o": o.detach()}
+    for name, x in leaves.items():
+        assert x.grad is not None
+        results[f"d_{name}"], x.grad = x.grad, None
+    return results
+
+
+def half(p: Any, quick: bool = False) -> dict[str, Factory]:
+    """torch chunk with its big products in the 16-bit dtype of the inputs; the carried state stays
+    float32."""
+    return {} if p.dtype == torch.float32 else rivals.configurations(p, p.dtype, quick)
+
+
+from rivals import fla, minimax, torch_autograd, torch_decode  # noqa: E402
+
+ALL = (
+    Rival("torch chunk", rivals.chunk),
+    Rival("torch chunk, 16-bit products", half),
+    Rival("torch quadratic", rivals.quadratic),
+    Rival("minimax", minimax.forward, minimax.decode),
+    Rival("torch decode", decode=torch_decode.decode),
+    Rival("torch autograd", training=torch_autograd.training),
+    Rival("fla", fla.forward, fla.decode, fla.training, each=True),
+)

@@ -1,6 +1,8 @@
-"""flash-linear-attention's Triton kernels of the same operator (simple_gla), where it is installed and there is a GPU.
+"""flash-linear-attention's Triton kernels of the same operator (simple_gla), where it is installed
+and there is a GPU.
 
-Its layout is [B, N, H, D]: the inputs are laid out so outside the timing, and its output is taken as it comes.
+Its layout is [B, N, H, D]. The inputs are copied to this layout outside the timing; the output
+keeps it.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from harness import Call, DecodeProblem, Factory, Problem, TrainingProblem, training_step
+from leetcore.bench.session import Factory
+from leetcore.bench.timing import Call
 from torch import Tensor
 
-NAME = "fla"
-KEEP = 2
+from rivals import training_step
 
 
 def simple_gla(function: str) -> Callable[..., Any] | None:
@@ -26,7 +28,7 @@ def simple_gla(function: str) -> Callable[..., Any] | None:
     return getattr(simple_gla, function, None)
 
 
-def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
+def forward(p: Any, quick: bool = False) -> dict[str, Factory]:
     def make(fn: Callable[..., Any]) -> Call:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (p.q, p.k, p.v))
 
@@ -41,7 +43,7 @@ def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
     return {label: lambda fn=fn: make(fn) for label, fn in found.items()}
 
 
-def training(p: TrainingProblem, quick: bool = False) -> dict[str, Factory]:
+def training(p: Any, quick: bool = False) -> dict[str, Factory]:
     fn = simple_gla("chunk_simple_gla") if p.device == "cuda" else None
     if fn is None:
         return {}
@@ -62,7 +64,7 @@ def training(p: TrainingProblem, quick: bool = False) -> dict[str, Factory]:
     return {"chunk": make}
 
 
-def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
+def decode(p: Any, quick: bool = False) -> dict[str, Factory]:
     fn = simple_gla("fused_recurrent_simple_gla") if p.device == "cuda" else None
     if fn is None:
         return {}

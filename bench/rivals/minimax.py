@@ -1,18 +1,20 @@
-"""The core of MiniMaxLightningAttention as in transformers 5.23 (models/minimax/modeling_minimax.py), restated.
+"""The core of MiniMaxLightningAttention as in transformers 5.23
+(models/minimax/modeling_minimax.py), restated.
 
-Per block of 256 tokens: (q * query_decay) @ state + (q k^T * diagonal_decay) @ v, then the state takes the block in.
-Everything is in the inputs' dtype, as there; the tables are buffers of the module, so they are made outside the timing.
-test_bench.py compares this with the real module.
+Per block of 256 tokens: (q * query_decay) @ state + (q k^T * diagonal_decay) @ v, then the state
+takes the block in. Everything is in the dtype of the inputs, as in the module. Its tables are
+buffers, so they are made outside the timing. test_bench.py compares this code with the real module.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from harness import Call, DecodeProblem, Factory, Problem
+from leetcore.bench.session import Factory
+from leetcore.bench.timing import Call
 from torch import Tensor
 
-NAME = "minimax"
-KEEP = 1
 BLOCK = 256
 
 
@@ -45,9 +47,9 @@ class Core:
         return torch.matmul(q, state), state
 
 
-def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
-    if bool(((p.log_decay == 0) | p.log_decay.isinf()).any()):
-        return {}  # not in its domain: slope 0 lets the future through its mask, an infinite slope gives inf * 0
+def forward(p: Any, quick: bool = False) -> dict[str, Factory]:
+    if p.per_token or bool(((p.log_decay == 0) | p.log_decay.isinf()).any()):
+        return {}  # outside its domain: slope 0 lets the future through its mask, an infinite slope gives inf * 0
 
     def make(dtype: torch.dtype) -> Call:
         core = Core(-p.log_decay, dtype)
@@ -60,10 +62,10 @@ def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
 
     if p.dtype == torch.float32:
         return {"": lambda: make(p.dtype)}
-    return {"": lambda: make(p.dtype), "fp32 inside": lambda: make(torch.float32)}
+    return {"": lambda: make(p.dtype), "float32 inside": lambda: make(torch.float32)}
 
 
-def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
+def decode(p: Any, quick: bool = False) -> dict[str, Factory]:
     def make() -> Call:
         core, state = Core(-p.log_decay, torch.float32), p.initial_state.clone()
 

@@ -1,31 +1,28 @@
-"""One decode step in plain torch, state fp32 and in place: mul_, an outer product added, a matrix-vector product.
+"""One decode step in plain torch, float32 state in place: mul_, addition of an outer product,
+matrix-vector product.
 
-Eagerly, over the whole pool or a few sequences at a time (so that three passes over a state meet in cache), and
-compiled by torch.compile.
+The variants are eager code, over all states or a sequence at a time (so that the three passes over
+a state find it in cache), and torch.compile.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import torch
-from harness import Call, DecodeProblem, Factory, Problem
+from leetcore.bench.session import Factory
+from leetcore.bench.timing import Call
 from torch import Tensor
 
-NAME = "torch decode"
-KEEP = 2
 MAX_COMPILE_S = 10.0
 
 
-def forward(p: Problem, quick: bool = False) -> dict[str, Factory]:
-    return {}
-
-
-def eager(p: DecodeProblem, outer: str, sequences: int) -> Call:
+def eager(p: Any, outer: str, sequences: int) -> Call:
     s = p.shape
     heads = sequences * s.H
-    gamma = p.gamma.float().repeat(s.B)[:, None, None]
+    gamma = p.decays().exp().float()[:, None, None]
     state = p.initial_state.clone().view(s.B * s.H, s.K, s.V)
 
     @torch.inference_mode()
@@ -47,9 +44,10 @@ def eager(p: DecodeProblem, outer: str, sequences: int) -> Call:
     return call
 
 
-def compiled(p: DecodeProblem) -> Call:
-    """torch.compile of the plain expression; raises TimeoutError when compiling took over MAX_COMPILE_S."""
-    gamma, state = p.gamma.float()[:, None, None], p.initial_state.clone()
+def compiled(p: Any) -> Call:
+    """torch.compile of the plain expression; raises TimeoutError if compiling takes over
+    MAX_COMPILE_S."""
+    gamma, state = p.log_decay.exp()[:, None, None], p.initial_state.clone()
 
     def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, gamma: Tensor) -> Tensor:
         state.mul_(gamma).add_(k.float()[..., None] * v.float()[..., None, :])
@@ -69,7 +67,7 @@ def compiled(p: DecodeProblem) -> Call:
     return call
 
 
-def decode(p: DecodeProblem, quick: bool = False) -> dict[str, Factory]:
+def decode(p: Any, quick: bool = False) -> dict[str, Factory]:
     candidates: dict[str, Factory] = {}
     for outer in ("baddbmm", "addcmul"):
         for sequences in sorted({1, p.shape.B}):

@@ -25,9 +25,11 @@ def linear_attention(
     layout: str = "bhnd",
     fast: bool = False,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in float64.
+    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in
+    float64.
 
-    fast: in chunks instead of token by token, still in float64: for sequences too long for the definition.
+    fast: in chunks instead of token by token, still in float64: for sequences too long for the
+    definition.
     """
     one_pass = chunks if fast else recurrence
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
@@ -61,20 +63,66 @@ def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, sta
 
 
 def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """The same in chunks of 128 tokens: two products inside each, one state between."""
+    """The same in chunks of 128 tokens: two products inside each chunk, one state between
+    chunks."""
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
-    g = np.maximum(g, -1e4)  # still exp(g) = 0, and sums of it have differences
     o = np.empty((*q.shape[:-1], v.shape[-1]))
+    S = _chunks(q, k, v, g, S, o, np)
+    return scale * _grouped(o), S
+
+
+def in_chunks(q: Array, k: Array, v: Array, log_decay: Array, state: Array = None, xp: Any = np) -> tuple[Array, Array]:
+    """Output and final state in float64, computed where the arrays are by the functions of their
+    library `xp`.
+
+    q, k [B, H, N, K], v [B, H, N, V], log_decay [H] or [B, H, N], state [B, H, K, V] or None, N >=
+    1; the scale is 1.
+    """
+    if state is None:
+        state = xp.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :], dtype=xp.float64)
+    g = log_decay if log_decay.ndim == 3 else xp.broadcast_to(log_decay[None, :, None], (1, *q.shape[1:3]))
+    o = xp.zeros_like(v[:, :, None], dtype=xp.float64)
+    state = _chunks(q[:, :, None], k, v, g, state, o, xp)
+    return o[:, :, 0], state
+
+
+def gradients(q: Array, k: Array, v: Array, log_decay: Array, d_o: Array, xp: Any = np) -> dict[str, Array]:
+    """Gradients in float64 of sum(o * d_o), by name, of the arguments of `in_chunks`.
+
+    Each gradient is the operator on other operands. d_k and d_v are sums over later tokens: the
+    operator runs backward in time, where a token decays what the token after it has added. The sum
+    of log_decay up to a token multiplies what this token reads and divides what it writes.
+    d_log_decay is given for decays [B, H, N] only.
+    """
+
+    def reverse(x: Array) -> Array:
+        return xp.flip(x, (2,))
+
+    late = xp.roll(reverse(log_decay), 1, 2) if log_decay.ndim == 3 else log_decay
+    q_late, k_late, v_late, d_o_late = map(reverse, (q, k, v, d_o))
+    d_q = in_chunks(d_o, v, k, log_decay, xp=xp)[0]
+    d_k = reverse(in_chunks(v_late, d_o_late, q_late, late, xp=xp)[0])
+    d_v = reverse(in_chunks(k_late, q_late, d_o_late, late, xp=xp)[0])
+    found = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    if log_decay.ndim == 3:
+        found["d_log_decay"] = reverse(xp.cumsum(reverse((q * d_q).sum(3) - (k * d_k).sum(3)), axis=2))
+    return found
+
+
+def _chunks(q: Array, k: Array, v: Array, g: Array, S: Array, o: Array, xp: Any) -> Array:
+    """Writes o [B, Hs, H / Hs, N, V] and returns the final state; shapes as `_ungrouped` gives
+    them."""
+    g = xp.clip(xp.asarray(g, dtype=xp.float64), -1e4, None)  # exp(g) is still 0, and sums of it have differences
     for t in range(0, q.shape[3], 128):
         part = slice(t, t + 128)
-        Q, K, V = q[:, :, :, part], k[:, :, part], v[:, :, part]
-        cum = np.cumsum(g[:, :, part], axis=2)
-        weights = np.exp(np.tril(cum[..., :, None] - cum[..., None, :])) * np.tri(cum.shape[2])
-        o[:, :, :, part] = np.exp(cum)[:, :, None, :, None] * (Q @ S[:, :, None])
+        Q, K, V = (xp.asarray(x, dtype=xp.float64) for x in (q[:, :, :, part], k[:, :, part], v[:, :, part]))
+        cum = xp.cumsum(g[:, :, part], axis=2)
+        weights = xp.tril(xp.exp(xp.tril(cum[..., :, None] - cum[..., None, :])))
+        o[:, :, :, part] = xp.exp(cum)[:, :, None, :, None] * (Q @ S[:, :, None])
         o[:, :, :, part] += (Q @ K.swapaxes(2, 3)[:, :, None] * weights[:, :, None]) @ V[:, :, None]
-        to_end = np.exp(cum[..., -1:] - cum)[..., None]
-        S = np.exp(cum[..., -1])[..., None, None] * S + (to_end * K).swapaxes(2, 3) @ V
-    return scale * _grouped(o), S
+        to_end = xp.exp(cum[..., -1:] - cum)[..., None]
+        S = xp.exp(cum[..., -1])[..., None, None] * S + (to_end * K).swapaxes(2, 3) @ V
+    return S
 
 
 def _ungrouped(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, ...]:
@@ -104,7 +152,8 @@ def decode_step(
     scale: float = 1.0,
     state_indices: Array = None,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in float64."""
+    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in
+    float64."""
     state = np.asarray(state).astype(np.float64)
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     if one_token := q.ndim == 3:
@@ -118,11 +167,12 @@ def decode_step(
 
 
 def error(got: Array, want: Array) -> float:
-    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes differ."""
+    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes
+    differ."""
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf
-    # numpy's norm would be a dot product by threads, which costs a small array a thousand times its work.
+    # numpy's norm is a dot product by threads, which takes a thousand times the work of a small array.
     difference, size = np.square(got - want).sum(), np.square(want).sum()
     if not difference:  # also of zeros, whose relative error would be 0 / 0
         return 0.0

@@ -1,1 +1,2 @@
-"""What stands behind `leetcore check`, `bench`, `plot` and `tune`."""
+"""The commands `leetcore check`, `bench`, `plot` and `tune`, and the parts that all measurements
+share."""

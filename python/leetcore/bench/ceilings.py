@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -14,24 +14,28 @@ COPY_FLOATS = 1 << 25  # 128 MiB each way: more than caches hold
 
 
 class Ceilings:
-    """float32 matrix products of 1024^3 by numpy and, where it is installed, torch (flop/s); a copy (bytes/s).
+    """Rates of float32 matrix products of 1024^3 (flop/s) by numpy and torch, and of a copy
+    (bytes/s).
 
-    The copy is one thread's. Sets torch's number of threads.
+    libraries: those to ask, as far as they are installed. The copy is torch's where torch is asked,
+    by all threads, and else numpy's, by one thread. Sets torch's number of threads.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, libraries: Iterable[str] = ("numpy", "torch")) -> None:
         rng = np.random.default_rng(0)
         a, b, c = (rng.standard_normal((SIZE, SIZE), dtype=np.float32) for _ in range(3))
-        self.source, self.target = np.ones(COPY_FLOATS, np.float32), np.ones(COPY_FLOATS, np.float32)
+        source, target = np.ones(COPY_FLOATS, np.float32), np.ones(COPY_FLOATS, np.float32)
         self.products: dict[str, Callable[[], object]] = {"numpy": lambda: np.matmul(a, b, out=c)}
-        if machine.installed("torch"):
+        self.copier: Callable[[], object] = lambda: np.copyto(target, source)
+        if "torch" in libraries and machine.installed("torch"):
             import torch
 
             torch.set_num_threads(threads)
-            if threads != machine.cores():  # numpy's threads cannot be counted from here
+            if threads != machine.cores() or "numpy" not in libraries:  # numpy's threads cannot be counted from here
                 self.products.clear()
-            x, y, z = (torch.from_numpy(array) for array in (a, b, c))
+            x, y, z, old, new = (torch.from_numpy(array) for array in (a, b, c, source, target))
             self.products["torch"] = lambda: torch.mm(x, y, out=z)
+            self.copier = lambda: new.copy_(old)
         self.rates: dict[str, list[float]] = {name: [] for name in self.products}
         self.copies: list[float] = []
         for _ in range(3):
@@ -39,22 +43,23 @@ class Ceilings:
                 self.matmul(name)
         self.best = max(self.rates, key=lambda name: max(self.rates[name]))
         self.copy()
-        for samples in (*self.rates.values(), self.copies):  # those were to warm up
+        for samples in (*self.rates.values(), self.copies):  # the samples until here warmed up
             samples.clear()
 
     def matmul(self, name: str | None = None) -> float:
-        """flop/s, of the faster library unless one is named."""
+        """flop/s of the named library, or else of the fastest one."""
         name = name or self.best
         self.rates[name].append(2 * SIZE**3 / clock_ceiling(self.products[name]))
         return self.rates[name][-1]
 
     def copy(self) -> float:
         """bytes/s, read and written."""
-        self.copies.append(2 * self.source.nbytes / clock_ceiling(lambda: np.copyto(self.target, self.source)))
+        self.copies.append(2 * 4 * COPY_FLOATS / clock_ceiling(self.copier))
         return self.copies[-1]
 
     def round(self) -> float:
-        """What is measured once a round: the copy, and the product of the slower library too."""
+        """Measures what is measured once a round: slower libraries' products, and the copy, which
+        it returns."""
         for name in self.products:
             if name != self.best:
                 self.matmul(name)

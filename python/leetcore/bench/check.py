@@ -1,4 +1,5 @@
-"""`leetcore check`: every method against the definition in float64, on problems made to break it."""
+"""`leetcore check`: every method against the definition in float64, on problems made to break
+it."""
 
 from __future__ import annotations
 
@@ -23,21 +24,21 @@ import leetcore
 
 from .. import arrays, reference
 from ..options import Layout
-from . import machine, options
+from . import options
+from . import results as results_file
 from .problems import DECAYS, DTYPES, TOLERANCE, Case, refusal, wrong_kind
 
-SCHEMA, VERSION = "leetcore check", 1
 LENGTHS = {"quick": (1, 64, 65, 500), "default": (1, 2, 63, 64, 65, 127, 500, 1000)}
 LENGTHS["full"] = (*LENGTHS["default"], 8192)
-DIMS = (16, 80, 1, 64, 33, 128)  # in an order that makes neighbours unlike
+DIMS = (16, 80, 1, 64, 33, 128)  # neighbours differ much
 LAYOUTS: tuple[Layout, ...] = ("bhnd", "bnhd")
 HEADS = ((2, 2, 2), (4, 2, 1), (1, 4, 2), (4, 1, 1))  # of q, k, v
-SHOWN = 5  # misses of a method that are printed; the file has all
+SHOWN = 5  # misses of a method that are printed; the file has all of them
 WHAT = ("output", "state")
 
 
 def grid(dtypes: list[str], level: str) -> Iterator[Case]:
-    """Lengths x decays, dims x dims, and features x features; what is not crossed takes turns."""
+    """Lengths x decays, dims x dims, and features x features; the other fields take turns."""
     for dtype in dtypes:
         for (i, N), (j, decay) in itertools.product(enumerate(LENGTHS[level]), enumerate(DECAYS)):
             turn = i + j
@@ -58,7 +59,7 @@ def grid(dtypes: list[str], level: str) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Miss:
-    """What went wrong: an error over its tolerance, or a sentence."""
+    """A wrong result; text: the error and its tolerance, or a sentence."""
 
     method: str
     case: Case
@@ -67,7 +68,8 @@ class Miss:
 
 @dataclass(eq=False)
 class Findings:
-    """Worst errors by (method, dtype, decay): [output, state]; refusals by (method, why); what went wrong."""
+    """Worst errors [output, state] by (method, dtype, decay), refusals by (method, reason), and
+    misses."""
 
     worst: dict[tuple[str, str, str], list[float | None]] = field(default_factory=dict)
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -76,23 +78,35 @@ class Findings:
     interrupted: bool = False
 
     def add(self, method: str, case: Case, errors: list[float | None]) -> None:
-        """errors: of output and state; None for no state."""
+        """errors: of output and state; None where there is no state."""
         key = (method, case.dtype, case.decay)
         old = self.worst.setdefault(key, [None, None])
-        self.worst[key] = [a if b is None else b if a is None else max(a, b) for a, b in zip(old, errors, strict=True)]
+        pairs = zip(old, errors, strict=True)
+        self.worst[key] = [max((x for x in pair if x is not None), default=None) for pair in pairs]
         self.counts[key] += 1
         for what, error, tolerance in zip(WHAT, errors, TOLERANCE[case.dtype], strict=True):
             if error is not None and error > tolerance:
                 found = "values that are not finite" if math.isinf(error) else f"error {error:.2e}"
                 self.misses.append(Miss(method, case, f"{what}: {found}, allowed {tolerance:.0e}"))
 
+    def merge(self, other: Findings) -> None:
+        """Adds the findings on other cases."""
+        for key, errors in other.worst.items():
+            old = self.worst.setdefault(key, [None, None])
+            pairs = zip(old, errors, strict=True)
+            self.worst[key] = [max((x for x in pair if x is not None), default=None) for pair in pairs]
+        self.counts += other.counts
+        self.refused += other.refused
+        self.misses += other.misses
+        self.interrupted |= other.interrupted
+
     @property
     def exact(self) -> bool:
-        """Whether there are results that are not rounded to 16 bits."""
+        """Whether some results are not rounded to 16 bits."""
         return any("16" not in dtype for _, dtype, _ in self.worst)
 
     def select(self, method: str, dtype: str | None = None, decay: str | None = None) -> list[tuple[str, list[Any]]]:
-        """(dtype, [output, state]) of what was found."""
+        """The worst errors as (dtype, [output, state])."""
         wanted = (method, dtype, decay)
         return [
             (key[1], errors)
@@ -103,7 +117,8 @@ class Findings:
 
 @contextlib.contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """Fills what leetcore allocates for a result with NaN, so that an element nobody wrote shows."""
+    """Fills arrays that leetcore allocates for results with NaN, so that an element that is never
+    written shows."""
     empty = arrays.NumPy.empty
 
     def poisoned(self: Any, shape: Any, like: Any, float_bits: int) -> Any:
@@ -133,11 +148,11 @@ def examine(method: str, case: Case, given: dict[str, Any], want: tuple[Any, Any
         except NotImplementedError:
             if case.state:
                 raise
-            o, state = call(False)  # perhaps it is the state alone that it cannot give
+            o, state = call(False)  # the method may refuse the state alone
     except NotImplementedError as error:
         found.refused[method, refusal(method, error)] += 1
         return
-    except Exception as error:  # a method's failure is a finding, and the others are examined still
+    except Exception as error:  # a method's failure is a finding; the other methods are examined still
         found.misses.append(Miss(method, case, options.sentence(error)))
         return
     errors: list[float | None] = []
@@ -153,7 +168,7 @@ def examine(method: str, case: Case, given: dict[str, Any], want: tuple[Any, Any
 
 
 def run(methods: list[str], cases: list[Case], tick: Callable[[], Any] = lambda: None) -> Findings:
-    """Everything; an interrupt ends it with what was found so far."""
+    """Examines every method on every case; an interrupt ends it with the findings so far."""
     found = Findings()
     try:
         with unwritten_is_nan(), np.errstate(all="ignore"):
@@ -168,7 +183,7 @@ def run(methods: list[str], cases: list[Case], tick: Callable[[], Any] = lambda:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- what comes out
+# ---- output --------------------------------------------------------------------------------------
 
 
 def _cell(text: str, missed: bool) -> str:
@@ -198,7 +213,7 @@ def by_dtype(found: Findings, methods: list[str], dtypes: list[str]) -> rich.tab
     return table
 
 
-_BY_DECAY = "By decay: the worst error over what is allowed (float16 and bfloat16, all rounding, where they miss)"
+_BY_DECAY = "By decay: worst error / tolerance (float16 and bfloat16, whose errors are rounding, only where they miss)"
 
 
 def by_decay(found: Findings, methods: list[str]) -> rich.table.Table:
@@ -237,26 +252,33 @@ def show(found: Findings, methods: list[str], dtypes: list[str]) -> None:
             out.print(f"[bold red]MISS[/] {method}: {len(misses) - SHOWN} more")
 
 
-def to_json(found: Findings, methods: list[str], level: str) -> dict[str, Any]:
-    def number(x: float | None) -> float | None:
-        return x if x is not None and math.isfinite(x) else None
+def to_json(found: Findings, methods: list[str], level: str, folder: Path | None = None) -> dict[str, Any]:
+    """The file of results; folder: the checkout whose commit it names."""
 
-    return {
-        "schema": SCHEMA,
-        "version": VERSION,
-        **machine.conditions(),
-        "grid": level,
-        "interrupted": found.interrupted,
-        "methods": methods,
-        "tolerance": {dtype: dict(zip(WHAT, both, strict=True)) for dtype, both in TOLERANCE.items()},
-        "rows": [
-            {"method": method, "dtype": dtype, "decay": decay, "problems": found.counts[method, dtype, decay]}
+    def number(x: float | None) -> float | None:
+        return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
+
+    return results_file.new(
+        "check",
+        folder,
+        grid=level,
+        interrupted=found.interrupted,
+        methods=methods,
+        tolerance={dtype: dict(zip(WHAT, both, strict=True)) for dtype, both in TOLERANCE.items()},
+        errors=[
+            {
+                "method": method,
+                "dtype": dtype,
+                "N": None,
+                "decay": decay,
+                "problems": found.counts[method, dtype, decay],
+            }
             | {what: number(error) for what, error in zip(WHAT, errors, strict=True)}
             for (method, dtype, decay), errors in found.worst.items()
         ],
-        "refused": [{"method": m, "why": why, "problems": n} for (m, why), n in found.refused.items()],
-        "misses": [{"method": m.method, "what": m.text, "problem": str(m.case)} for m in found.misses],
-    }
+        refused=[{"method": m, "why": why, "problems": n} for (m, why), n in found.refused.items()],
+        misses=[{"method": m.method, "what": m.text, "problem": str(m.case)} for m in found.misses],
+    )
 
 
 @click.command()
@@ -266,20 +288,24 @@ def to_json(found: Findings, methods: list[str], level: str) -> dict[str, Any]:
 )
 @click.option("--quick", "level", flag_value="quick", help="Fewer lengths and dtypes: a few seconds.")
 @click.option("--full", "level", flag_value="full", help="Also 8192 tokens and more sizes: minutes.")
-@options.output_file("--json", help="Write what was found, for `leetcore plot`.")
+@options.output_file("--json", help="Write the findings, for `leetcore plot`.")
 @options.imports
 def check(
     methods: tuple[str, ...], dtypes: str, level: str | None, json: Path | None, imported: tuple[str, ...]
 ) -> None:
-    """Compare METHODS (default: all) with the definition in float64, on problems made to break them.
+    """Compare METHODS (default: all) with the definition in float64, on problems made to break
+    them.
 
-    Lengths around the sizes of chunks, odd and unequal dims, decays from 0 to 1 and slopes to 20, one decay for all,
-    for each head and for each token, initial states, packed sequences, grouped heads, both layouts. Shown are the
-    worst relative errors; a method may refuse a problem, which is counted and named. The exit status is 1 where an
-    error exceeds its tolerance, a value is not finite, a shape or dtype is wrong, or a method raises.
+    The problems have lengths around the sizes of chunks, odd and unequal dims, decays from 0 to 1
+    and slopes up to 20, one decay for all heads, for each head and for each token, initial states,
+    packed sequences, grouped heads and both layouts. The tables show the worst relative errors. A
+    method may refuse a problem; refusals are counted and explained. The exit status is 1 if an
+    error exceeds its tolerance, a value is not finite, a shape or dtype is wrong, or a method
+    raises an exception.
 
-    A problem that missed is printed as the text that makes it again: `from leetcore.bench.problems import Case`, then
-    leetcore.linear_attention(**Case(...).arguments(), method=...).
+    A problem with a wrong result is printed as a Python expression, Case(...). To repeat it: `from
+    leetcore.bench.problems import Case`, then leetcore.linear_attention(**Case(...).arguments(),
+    method=...).
     """
     options.import_first(imported)
     chosen = options.choose_methods(methods)
@@ -293,9 +319,9 @@ def check(
         found = run(chosen, cases, lambda: bar.advance(task))
     show(found, chosen, kinds)
     if json:
-        options.write_json(json, to_json(found, chosen, level))
+        results_file.write(json, to_json(found, chosen, level))
     if found.interrupted:
-        click.echo("Interrupted: this is what was found so far.", err=True)
+        click.echo("Interrupted: the findings so far are shown.", err=True)
         sys.exit(130)
     if found.misses:
         missed = list(dict.fromkeys(miss.method for miss in found.misses))

@@ -1,9 +1,13 @@
-"""The figures of `leetcore plot`. Every method has one colour, marker and line style in all of them."""
+"""The figures of `leetcore plot`.
+
+Every method has one colour, marker and line style in all of them.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -12,10 +16,9 @@ import matplotlib.ticker
 from matplotlib.figure import Figure
 
 from .measurements import Error, Measurements, Timing, fitted_power
-from .problems import DECAYS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; olive for their yellow, which paper does not show.
-# Then two for registered functions.
+# Okabe and Ito's colours, which the colour-blind can tell apart, with olive for their yellow, which
+# is pale on paper. The last two are for registered functions.
 _COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -49,16 +52,20 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "svg.hashsalt": "leetcore",  # the same file of the same numbers
+    "svg.hashsalt": "leetcore",  # the same numbers give the same file
 }
-WIDTH, HEIGHT, PAGE = 6.5, 3.6, 9.0  # inches: the text of a page is 6.5 x 9
-BAR, FRAME = 0.14, 0.8  # height of a bar; of what is above and below the bars
+WIDTH, HEIGHT, PAGE = 6.5, 3.6, 9.0  # inches; the text of a page is 6.5 x 9
+BAR, FRAME = 0.14, 0.8  # inches: height of a bar; height of title and axis
 
-Figures = Iterator[tuple[str, Figure]]  # names without ending
+# Names in figures of throughput, whose readers may not know the methods.
+LABELS = {"parallel": "parallel (quadratic)", "torch quadratic": "torch, quadratic", "torch chunk": "torch, chunkwise"}
+
+Figures = Iterator[tuple[str, Figure]]  # file names without ending
 
 
 class Styles:
-    """Of methods, by their names: the built-in ones always look the same, others in the order of their names."""
+    """Styles of methods: built-in methods always look the same, others get theirs in the order of
+    their names."""
 
     def __init__(self, timings: Iterable[Timing], errors: Iterable[Error]) -> None:
         kinds = {e.method: "leetcore" for e in errors} | {t.method: t.kind for t in timings}
@@ -76,7 +83,7 @@ class Styles:
         return {
             "color": colour,
             "marker": _MARKERS[place % len(_MARKERS)],
-            "linestyle": _LINES[place % len(_LINES)],  # as many as not to meet its colour and marker again soon
+            "linestyle": _LINES[place % len(_LINES)],  # 8 styles and 10 colours: pairs repeat late
         }
 
     def sorted(self, methods: Iterable[str]) -> list[str]:
@@ -84,17 +91,21 @@ class Styles:
 
 
 def draw(kinds: Iterable[str], found: Measurements) -> Figures:
-    """All figures of these kinds that the measurements allow."""
+    """Draws all figures of these kinds that the measurements allow."""
     styles = Styles(found.timings, found.errors)
     drawn: dict[str, Callable[[Measurements, Styles], Figures]] = {
         "time": time,
+        "throughput": throughput,
         "speedup": speedup,
         "roofline": roofline,
         "error": error,
     }
     with matplotlib.rc_context(_STYLE):
         for kind in kinds:
-            yield from drawn[kind](found, styles)
+            for name, figure in drawn[kind](found, styles):
+                if found.warning:
+                    figure.suptitle(textwrap.fill(found.warning, 110), color="#B00000", fontsize=7)
+                yield name, figure
 
 
 def _name(*parts: Any) -> str:
@@ -115,47 +126,95 @@ def _groups(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[A
 
 
 def _beside(figure: Figure, axes: Any, where: Literal["upper", "center"] = "center", **options: Any) -> None:
-    """A legend at the right of the axes, where no data are."""
+    """Draws the legend at the right of the axes, where there are no data."""
     handles, labels = axes.get_legend_handles_labels()
     loc: Any = f"outside right {where}"
     figure.legend(handles, labels, loc=loc, handlelength=3.2, **options)
 
 
-def time(found: Measurements, styles: Styles) -> Figures:
-    """Seconds against N, both logarithmic, with the powers of N that fit."""
+def _by_length(found: Measurements) -> Iterator[tuple[str, str, list[int], list[Timing]]]:
+    """Problems that were measured at two lengths or more: file name, title, lengths, timings."""
 
     def key(t: Timing) -> Any:
-        return t.dtype, t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.decay
+        return t.section, t.dtype, t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.decay
 
-    for (dtype, B, H, K, V, decay), group in _groups(found.timings, key):
+    for (section, dtype, B, H, K, V, decay), group in _groups(found.timings, key):
         lengths = sorted({t.shape.N for t in group})
-        if len(lengths) < 2:
-            continue
+        if len(lengths) > 1:
+            title = _title(section, dtype, f"B = {B}", f"H = {H}", f"K = {K}", f"V = {V}", _decay(decay))
+            name = _name(section.replace(" ", "-"), dtype, f"B{B}-H{H}-K{K}-V{V}", decay)
+            yield name, title, lengths, group
+
+
+def _points(group: list[Timing], method: str) -> list[Timing]:
+    return sorted({t.shape.N: t for t in group if t.method == method}.values(), key=lambda t: t.shape.N)
+
+
+def _floors(
+    axes: Any, group: list[Timing], lengths: list[int], label: str, value: Callable[[int, float], float]
+) -> None:
+    """Draws the floors of a problem: that of its bytes, and the lowest one by flop of the methods
+    shown."""
+    for name, style in (("memory", (0, (1, 1))), ("compute", (0, (4, 2)))):
+        least: dict[int, float] = {}
+        for t in group:
+            floor = getattr(t, name)
+            if floor:
+                least[t.shape.N] = min(floor, least.get(t.shape.N, math.inf))
+        points = [(N, value(N, least[N])) for N in lengths if N in least]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color="#777777", linewidth=1, linestyle=style, label=label.format(name), zorder=1)
+
+
+def time(found: Measurements, styles: Styles) -> Figures:
+    """Seconds against N, both logarithmic, with the powers of N that fit."""
+    for name, title, lengths, group in _by_length(found):
         figure = Figure((WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for method in styles.sorted(t.method for t in group):
-            points = sorted({t.shape.N: t for t in group if t.method == method}.values(), key=lambda t: t.shape.N)
+            points = _points(group, method)
             x, y = [t.shape.N for t in points], [t.seconds for t in points]
             power = fitted_power(x, y)
             label = method if power is None else f"{method}: $N^{{{power:.2f}}}$"
             spread = ([t.seconds - t.low for t in points], [t.high - t.seconds for t in points])
             axes.errorbar(x, y, spread, label=label, capsize=1.5, elinewidth=0.8, **styles.of(method))
+        _floors(axes, group, lengths, "{} floor", lambda N, floor: floor)
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of a call (s)")
-        axes.set_title(_title(dtype, f"B = {B}", f"H = {H}", f"K = {K}", f"V = {V}", _decay(decay)), loc="left")
+        axes.set_title(title, loc="left")
         _lengths_axis(axes, lengths)
         _beside(figure, axes, title="method: fitted growth")
-        yield _name("time", dtype, f"B{B}-H{H}-K{K}-V{V}", decay), figure
+        yield _name("time", name), figure
+
+
+def throughput(found: Measurements, styles: Styles) -> Figures:
+    """Tokens of a sequence per second against N: constant where time grows like N, falling where it
+    grows faster."""
+    for name, title, lengths, group in _by_length(found):
+        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        for method in styles.sorted(t.method for t in group):
+            points = _points(group, method)
+            y = [t.shape.N / t.seconds for t in points]
+            axes.plot([t.shape.N for t in points], y, label=LABELS.get(method, method), **styles.of(method))
+        _floors(axes, group, lengths, "limit by {}", lambda N, floor: N / floor)
+        axes.set(xscale="log", yscale="log", xlabel="length of the sequence N (tokens)", ylabel="tokens per second")
+        axes.set_title(title, loc="left")
+        _lengths_axis(axes, lengths)
+        _beside(figure, axes)
+        yield _name("throughput", name), figure
 
 
 def _lengths_axis(axes: Any, lengths: list[int]) -> None:
-    """Ticks at the lengths themselves, as many as there is room for."""
+    """Puts ticks at the lengths, as many as there is room for."""
     shown = lengths[:: -(-len(lengths) // 8)]
     axes.set_xticks(shown, [str(n) for n in shown])
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def baseline(group: list[Timing]) -> Timing | None:
-    """Of one problem: the fastest rival, else recurrent."""
+    """The timing that others of the same problem are compared with: the fastest rival, else
+    recurrent."""
     rivals = [t for t in group if t.kind == "rival"] or [t for t in group if t.method == "recurrent"]
     return min(rivals, key=lambda t: t.seconds, default=None)
 
@@ -164,7 +223,7 @@ Problem = tuple[Timing, list[Timing]]  # a baseline, and all timings of the same
 
 
 def _pages(problems: list[Problem]) -> list[list[Problem]]:
-    """As many to a page as leave room for every bar."""
+    """Distributes problems over pages with room for every bar."""
     pages: list[list[Problem]] = [[]]
     for problem in problems:
         if pages[-1] and sum(len(same) for _, same in [*pages[-1], problem]) > (PAGE - FRAME) / BAR:
@@ -174,12 +233,13 @@ def _pages(problems: list[Problem]) -> list[list[Problem]]:
 
 
 def speedup(found: Measurements, styles: Styles) -> Figures:
-    """Bars: how many times faster than the baseline of the same problem."""
+    """Bars of the time of the baseline over the time of each method; a tick where a floor allows no
+    more."""
 
     def key(t: Timing) -> Any:
         return t.shape.B, t.shape.H, t.shape.K, t.shape.V, t.shape.N
 
-    for (dtype, decay), group in _groups(found.timings, lambda t: (t.dtype, t.decay)):
+    for (section, dtype, decay), group in _groups(found.timings, lambda t: (t.section, t.dtype, t.decay)):
         problems = [
             (base, same)
             for _, same in _groups(group, key)
@@ -188,8 +248,8 @@ def speedup(found: Measurements, styles: Styles) -> Figures:
         pages = _pages(problems) if problems else []
         for number, page in enumerate(pages, 1):
             yield (
-                _name("speedup", dtype, decay, number if len(pages) > 1 else ""),
-                _bars(page, styles, _title(dtype, _decay(decay), "B,H,K,V below N")),
+                _name("speedup", section.replace(" ", "-"), dtype, decay, number if len(pages) > 1 else ""),
+                _bars(page, styles, _title(section, dtype, _decay(decay), "B,H,K,V below N")),
             )
 
 
@@ -227,11 +287,14 @@ def _bars(problems: list[Problem], styles: Styles, title: str) -> Figure:
 
 
 def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
-    """From 1 to the speed-up, its spread, and the number behind it."""
+    """Draws a bar from 1 to the speed-up, its spread, the number, and a grey tick at the highest
+    floor."""
     ratio, low, high = (base.seconds / seconds for seconds in (t.seconds, t.high, t.low))
     right = ratio >= 1
     axes.barh(place, ratio - 1, left=1, height=0.85, color=colour)
     axes.plot([low, high], [place, place], color="#333333", linewidth=0.8)
+    if floor := max(filter(None, (t.memory, t.compute)), default=None):
+        axes.plot([base.seconds / floor] * 2, [place - 0.4, place + 0.4], color="#999999", linewidth=1.2)
     axes.annotate(
         f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
         (max(1, high) if right else min(1, low), place),
@@ -244,7 +307,8 @@ def _bar(axes: Any, place: int, base: Timing, t: Timing, colour: str) -> None:
 
 
 def roofline(found: Measurements, styles: Styles) -> Figures:
-    """flop/s against flop per byte of the operands, under what was measured: a matrix product, a copy."""
+    """flop/s against flop per byte of the operands, under the measured rates of a matrix product
+    and of a copy."""
     known = [t for t in found.timings if t.flop and t.least_bytes]
     for (dtype, decay), group in _groups(known, lambda t: (t.dtype, t.decay)):
         figure = Figure((WIDTH, HEIGHT), layout="constrained")
@@ -293,19 +357,19 @@ def roofline(found: Measurements, styles: Styles) -> Figures:
 
 
 def error(found: Measurements, styles: Styles) -> Figures:
-    """The worst relative error against the decay, with what is allowed."""
-    for (dtype,), group in _groups(found.errors, lambda e: (e.dtype,)):
-        have = {e.decay for e in group}
-        line = [d for d in DECAYS if d in have and d[0].isdigit()]  # factors, in their order: those have a curve
-        decays = line + [d for d in DECAYS if d in have - set(line)] + sorted(have - set(DECAYS))
+    """The worst relative error against the decay, with the tolerance."""
+    for (dtype, N), group in _groups(found.errors, lambda e: (e.dtype, e.N or 0)):
+        have = dict.fromkeys(e.decay for e in group)
+        line = sorted((d for d in have if d[0].isdigit()), key=float)  # factors have an order, hence a curve
+        decays = [*line, *(d for d in have if d not in line)]
         methods = styles.sorted(e.method for e in group)
         figure = Figure((WIDTH, HEIGHT + 0.3), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
         for axes, what in zip(both, ("output", "state"), strict=True):
             for place, method in enumerate(methods):
-                # The worst of all files; 0, which is exact, has no place on a logarithmic axis.
+                # The worst of all files. An error of 0 has no place on a logarithmic axis.
                 of = {d: [getattr(e, what) for e in group if (e.method, e.decay) == (method, d)] for d in decays}
-                aside = 0.6 * ((place + 0.5) / len(methods) - 0.5)  # methods of equal errors stay visible
+                aside = 0.6 * ((place + 0.5) / len(methods) - 0.5)  # methods with equal errors stay visible
                 points = [(i + aside, max(filter(None, of[d]))) for i, d in enumerate(decays) if any(of[d])]
                 curve, rest = ([p for p in points if (p[0] < len(line) - 0.5) == known] for known in (True, False))
                 style = styles.of(method) | {"markersize": 3.5, "linewidth": 0.8}
@@ -326,7 +390,7 @@ def error(found: Measurements, styles: Styles) -> Figures:
             axes.set(yscale="log", xlabel="decay: factor, or kind")
             axes.grid(visible=False, axis="x")
             axes.set_xticks(range(len(decays)), decays, rotation=60, ha="right", rotation_mode="anchor")
-            axes.set_title(f"{dtype}, {what}", loc="left")
+            axes.set_title(_title(dtype, what, f"N = {N}" if N else ""), loc="left")
         both[0].set_ylabel("worst relative error")
         _beside(figure, both[0])
-        yield _name("error", dtype), figure
+        yield _name("error", dtype, f"N{N}" if N else ""), figure

@@ -1,4 +1,4 @@
-"""What `leetcore plot` draws, read from the files of `leetcore bench`, `leetcore check` and Google Benchmark."""
+"""The data that `leetcore plot` draws, read from files of results and of Google Benchmark."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from typing import Any
 import click
 import numpy as np
 
-from . import check, options, tables
+from . import options
+from . import results as of
 from .problems import Shape
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One method on one problem. decay: "" where the file does not say. flop, least_bytes: None without a model."""
+    """One method on one problem. section, decay: "" where the file has none. flop, floors: None
+    where unknown.
+
+    memory, compute: the least seconds of a call by its bytes and by its flop, as `results.floors`
+    gives them.
+    """
 
     method: str
     kind: str  # leetcore, registered or rival
@@ -29,18 +35,21 @@ class Timing:
     high: float
     flop: float | None = None
     least_bytes: float | None = None
-
-    @property
-    def problem(self) -> tuple[Shape, str, str]:
-        return self.shape, self.dtype, self.decay
+    memory: float | None = None
+    compute: float | None = None
+    section: str = ""
 
 
 @dataclass(frozen=True)
 class Error:
-    """The worst relative errors of a method at a decay; None where there is no number."""
+    """The worst relative errors of a method at a decay; None where there is no number.
+
+    N: None for many lengths.
+    """
 
     method: str
     dtype: str
+    N: int | None
     decay: str
     output: float | None
     state: float | None
@@ -53,47 +62,48 @@ class Measurements:
     tolerance: dict[str, dict[str, float]] = field(default_factory=dict)
     matmul: float | None = None  # flop/s, the best median of the files
     copy: float | None = None  # bytes/s
+    warning: str = ""  # why the figures of a file are not to be quoted
 
     def raise_ceilings(self, matmul: float | None, copy: float | None) -> None:
         self.matmul = max(filter(None, (self.matmul, matmul)), default=None)
         self.copy = max(filter(None, (self.copy, copy)), default=None)
 
+    def only(self, methods: list[str]) -> None:
+        """Drops the other methods."""
+        self.timings = [t for t in self.timings if t.method in methods]
+        self.errors = [e for e in self.errors if e.method in methods]
+
 
 def read(files: list[Path]) -> Measurements:
-    """All files together; raises ClickException for one that is none of the three kinds."""
+    """Reads all files; raises ClickException for one of another kind."""
     found = Measurements()
     for file in files:
         data = options.read_json(file)
-        if not isinstance(data, dict):
-            data = {}
+        google = isinstance(data, dict) and "benchmarks" in data
+        if not google:
+            of.require(file, data)
         try:
-            if data.get("schema") == check.SCHEMA:
-                _check(data, found)
-            elif "benchmarks" in data:
-                _google(data, found)
-            else:
-                tables.require(file, data)
-                _bench(data, found)
+            (_google if google else add)(data, found)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise click.ClickException(f"{file}: not as leetcore writes it ({options.sentence(error)})") from None
     return found
 
 
-def _check(data: dict[str, Any], found: Measurements) -> None:
-    found.tolerance |= data["tolerance"]
-    found.errors += [Error(**{name: row[name] for name in Error.__dataclass_fields__}) for row in data["rows"]]
-
-
-def _bench(data: dict[str, Any], found: Measurements) -> None:
-    for row in data["rows"]:
+def add(results: of.Results, found: Measurements) -> None:
+    """Adds a file of results."""
+    for row in map(of.complete, results["rows"]):
         if t := row["seconds"]:
-            names = ("method", "kind", "dtype", "decay", "flop", "least_bytes")
+            names = ("method", "kind", "dtype", "decay", "flop", "least_bytes", "section")
             given = {name: row[name] for name in names}
             times = {"seconds": t["median"], "low": t["p10"], "high": t["p90"]}
-            found.timings.append(Timing(shape=Shape(*tables.shape(row)), **given, **times))
-    rates = data["ceilings"]
-    best = max((rate["median"] for rate in rates["matmul"].values() if rate), default=None)
-    found.raise_ceilings(best, rates["copy"] and rates["copy"]["median"])
+            memory, compute = of.floors(results, row)
+            shape = Shape(*of.shape(row))
+            found.timings.append(Timing(shape=shape, memory=memory, compute=compute, **given, **times))
+    found.tolerance |= results.get("tolerance", {})
+    found.errors += [Error(**{name: row[name] for name in Error.__dataclass_fields__}) for row in results["errors"]]
+    best, copied = of.matmul(results), of.copy(results)
+    found.raise_ceilings((best or {}).get("median"), (copied or {}).get("median"))
+    found.warning = found.warning or of.warning(results)
 
 
 _SIZES = r"B:(\d+)/H:(\d+)/N:(\d+)/K:(\d+)/V:(\d+)"
@@ -102,14 +112,15 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def _google(data: dict[str, Any], found: Measurements) -> None:
-    """Repetitions of a benchmark become one timing; fits (_BigO, _RMS) and other statistics are passed over."""
+    """Makes one timing of the repetitions of a benchmark; ignores fits (_BigO, _RMS) and other
+    statistics."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in data["benchmarks"]:
         if row.get("run_type", "iteration") == "iteration" and not row.get("error_occurred"):
             runs.setdefault(row["name"], []).append(row)
     aggregates = {
         row["run_name"]: [row] for row in data["benchmarks"] if row.get("aggregate_name") == "median"
-    }  # all there is with --benchmark_report_aggregates_only
+    }  # with --benchmark_report_aggregates_only the file has nothing else
     for name, rows in (aggregates | runs).items():
         parts = _NAME.fullmatch(name)
         if not parts:
@@ -127,7 +138,8 @@ def _google(data: dict[str, Any], found: Measurements) -> None:
 
 
 def fitted_power(lengths: list[int], seconds: list[float]) -> float | None:
-    """p of seconds ~ N^p: least squares in the logarithms, over the lengths from 1/16 of the longest."""
+    """p of seconds ~ N^p: least squares in the logarithms, over the lengths from 1/16 of the
+    longest."""
     points = [(np.log(n), np.log(t)) for n, t in zip(lengths, seconds, strict=True) if 16 * n >= max(lengths)]
     if len({x for x, _ in points}) < 2:
         return None

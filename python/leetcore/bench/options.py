@@ -1,4 +1,5 @@
-"""What the commands share: names that are checked, files to import first, results that are written and read."""
+"""Shared parts of the commands: names that are checked, files to import first, results that are
+written and read."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ imports: Decorator = click.option(
     "imported",
     multiple=True,
     metavar="FILE.py|MODULE",
-    help="Import this first, for the methods that it registers; may be repeated.",
+    help="Import a file or module that registers methods; may be repeated.",
 )
 
 
 def import_first(names: Iterable[str]) -> None:
-    """Imports files and modules; raises ClickException with what went wrong in them."""
+    """Imports files and modules; raises ClickException with the error of one that fails."""
     for name in names:
         try:
             if name.endswith(".py"):
@@ -56,7 +57,7 @@ def sentence(error: BaseException) -> str:
 
 
 def choose_methods(names: Iterable[str], extra: Iterable[str] = ()) -> list[str]:
-    """The named methods, or all that run here; raises BadParameter."""
+    """The named methods, or all methods that run on the CPU; raises BadParameter."""
     known = [m.name for m in leetcore.methods() if m.device in ("cpu", "python")]
     allowed = [*known, *extra]
     for name in names:
@@ -69,19 +70,24 @@ def listed(text: str) -> list[str]:
     return [part for part in text.replace(",", " ").split() if part]
 
 
+def choose_one(name: str, allowed: Iterable[str], option: str) -> str:
+    """The name; raises BadParameter where it is not allowed."""
+    if name not in (known := list(allowed)):
+        raise click.BadParameter(f"{name!r}: allowed are {', '.join(known)}", param_hint=option)
+    return name
+
+
 def choose(text: str, allowed: Iterable[str], option: str) -> list[str]:
-    """Of a comma-separated option; raises BadParameter."""
+    """The names in a comma-separated option; raises BadParameter."""
     allowed = list(allowed)
-    for name in (chosen := listed(text)):
-        if name not in allowed:
-            raise click.BadParameter(f"{name!r}: allowed are {', '.join(allowed)}", param_hint=option)
+    chosen = [choose_one(name, allowed, option) for name in listed(text)]
     if not chosen:
         raise click.BadParameter(f"nothing named; allowed are {', '.join(allowed)}", param_hint=option)
     return list(dict.fromkeys(chosen))
 
 
 def parsed(texts: Iterable[str], parse: Callable[[str], T], option: str) -> list[T]:
-    """Each text by `parse`, whose ValueError becomes BadParameter."""
+    """Parses each text; a ValueError becomes BadParameter."""
     try:
         return [parse(text) for text in texts]
     except ValueError as error:
@@ -103,7 +109,7 @@ def file_errors(file: Path | None = None) -> Iterator[None]:
 
 
 def require_writable(*paths: Path | None) -> None:
-    """Before minutes of work, not after them; raises ClickException."""
+    """Checks output files before the work is done, not after; raises ClickException."""
     for path in paths:
         with file_errors(path):
             files.require_writable(path)
@@ -114,12 +120,8 @@ def write(file: Path, text: str) -> None:
         out.write(text.encode())
 
 
-def write_json(file: Path, results: dict[str, Any]) -> None:
-    write(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
-
-
 def read_json(file: Path) -> Any:
-    """Raises ClickException where there is no such file or no JSON in it."""
+    """Raises ClickException where there is no such file, or where it holds no JSON."""
     try:
         with file_errors(file):
             return json.loads(file.read_text(encoding="utf-8"))
@@ -128,7 +130,7 @@ def read_json(file: Path) -> Any:
 
 
 def console(stderr: bool = False) -> rich.console.Console:
-    """Wide enough for whole tables where no terminal sets the width."""
+    """A console that is wide enough for whole tables where no terminal sets the width."""
     made = rich.console.Console(stderr=stderr, highlight=False)
     if not made.is_terminal:
         made.width = 200

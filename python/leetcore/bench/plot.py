@@ -1,4 +1,4 @@
-"""`leetcore plot`: figures of measurements, fit for print."""
+"""`leetcore plot`: draws measurements as figures for print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from .. import files
 from . import machine, measurements, options
 
-KINDS = ("time", "speedup", "roofline", "error")
+KINDS = ("time", "throughput", "speedup", "roofline", "error")
 FORMATS = ("png", "svg")
 
 
@@ -21,18 +21,23 @@ FORMATS = ("png", "svg")
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("."),
     metavar="DIR",
-    help="Where to write; made if need be.  [default: here]",
+    help="Where to write; the directory is made if need be.  [default: the current directory]",
 )
 @click.option("--kind", default=",".join(KINDS), show_default=True, help="Comma-separated.")
+@click.option("--methods", default="", help="Comma-separated: draw these alone.  [default: all in the files]")
 @click.option(
     "--format", "formats", default="png", show_default=True, help=f"Comma-separated, of {', '.join(FORMATS)}."
 )
-def plot(results: tuple[Path, ...], output: Path, kind: str, formats: str) -> None:
-    """Draw RESULTS: files of `leetcore bench --json`, of `leetcore check --json`, or JSON of Google Benchmark.
+def plot(results: tuple[Path, ...], output: Path, kind: str, methods: str, formats: str) -> None:
+    """Draw RESULTS: files that leetcore's benchmarks and checks wrote (--json), or JSON of Google
+    Benchmark.
 
-    time: seconds against N, with fitted powers of N; one figure for each dtype, B, H, K, V and decay with two lengths.
-    speedup: times faster than the fastest rival, or than recurrent where there is none. roofline: flop/s against flop
-    per byte, under the measured matrix product and copy. error: worst relative errors against the decay.
+    time: seconds against N, with fitted powers of N; one figure for each dtype, B, H, K, V and
+    decay that was measured at two lengths. throughput: tokens per second against N, likewise.
+    speedup: time of the fastest rival, or of recurrent where there is none, over the time of each
+    method. roofline: flop/s against flop per byte, with the measured matrix product and copy.
+    error: worst relative errors against the decay. Figures of times show the floors: the least time
+    by the bytes of the operands and by the flop of the method that has the fewest.
 
     Needs matplotlib: `pip install leetcore[plot]`.
     """
@@ -41,6 +46,10 @@ def plot(results: tuple[Path, ...], output: Path, kind: str, formats: str) -> No
     if not machine.installed("matplotlib"):
         raise click.ClickException("matplotlib is not installed; `pip install leetcore[plot]` brings it")
     found = measurements.read(list(results))
+    if methods:
+        known = dict.fromkeys([*(t.method for t in found.timings), *(e.method for e in found.errors)])
+        chosen = [name.strip() for name in methods.split(",")]
+        found.only([name for name in chosen if options.choose_one(name, known, "--methods")])
     from . import figures
 
     with options.file_errors(output):
@@ -51,7 +60,7 @@ def plot(results: tuple[Path, ...], output: Path, kind: str, formats: str) -> No
         for ending in endings:
             file = output / f"{name}.{ending}"
             with options.file_errors(file), files.replacing(file) as out:
-                # No date: the same numbers give the same file.
+                # Without a date, the same numbers give the same file.
                 figure.savefig(out, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
             click.echo(file)
             written += 1

@@ -1,4 +1,4 @@
-"""What is checked, timed and tested: dtypes, tolerances, decays, and problems that their own text makes again."""
+"""Problems that are checked, timed and tested: their dtypes, tolerances, decays and inputs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-# Relative Frobenius norms against float64, on the same rounded inputs: (output, state).
+# Largest relative errors (Frobenius norm) against float64 on the same rounded inputs: (output,
+# state).
 TOLERANCE = {
     "float64": (1e-12, 1e-12),
     "float32": (5e-6, 5e-6),
     "float16": (1e-3, 5e-4),
     "bfloat16": (4e-3, 3e-3),
 }
-# Factors per token that have broken kernels: nothing is kept, almost nothing, ..., almost everything, everything.
+# The same of gradients. That of log_decay, a difference of two sums, may have twice as much for
+# 16-bit inputs.
+GRADIENT_TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}
+# Decays per token that have broken kernels: nothing is kept, almost nothing, ..., almost
+# everything, everything.
 GAMMAS = (0.0, 1e-4, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0)
-LOG_DECAYS = np.append(leetcore.decay.from_gamma(GAMMAS), np.float32(-20))  # slopes reach 20
-DECAYS = ("none", *(f"{gamma:.9g}" for gamma in GAMMAS), "slope20", "mixed", "token")  # as `Case.decay` has them
+LOG_DECAYS = np.append(leetcore.decay.from_gamma(GAMMAS), np.float32(-20))  # slopes of models reach 20
+DECAYS = ("none", *(f"{gamma:.9g}" for gamma in GAMMAS), "slope20", "mixed", "token")  # values of `Case.decay`
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Of "B,H,N,K,V"; raises ValueError."""
+        """Reads "B,H,N,K,V"; raises ValueError."""
         try:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
@@ -59,9 +64,31 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.B},{self.H},{self.N},{self.K},{self.V}"
 
+    def exact_flop(self, chunk: int) -> float:
+        """flop of the chunkwise form that causality cannot spare: half of the diagonal blocks, and
+        the state twice."""
+        return float(self.B * self.H * self.N * ((chunk + 1) * (self.K + self.V) + 4 * self.K * self.V))
+
+    def dense_flop(self, chunk: int) -> float:
+        """flop of the chunkwise form with whole diagonal blocks, as a chain of matrix products
+        computes it."""
+        return float(self.B * self.H * self.N * (2 * chunk * (self.K + self.V) + 4 * self.K * self.V))
+
+    def backward_flop(self, chunk: int) -> float:
+        """flop of a backward pass in chunks, for the gradients of q, k and v."""
+        token = (chunk + 1) * (3 * self.K + 2 * self.V) + 10 * self.K * self.V
+        return float(self.B * self.H * self.N * token)
+
+    def state_bytes(self) -> int:
+        return 4 * self.B * self.H * self.K * self.V
+
+    def token_bytes(self, itemsize: int) -> int:
+        """q, k and v read once, o written once."""
+        return 2 * self.B * self.H * self.N * (self.K + self.V) * itemsize
+
 
 def parse_decay(text: str) -> str:
-    """The name of a decay, if `log_decay` knows it; raises ValueError."""
+    """Returns the name of a decay that `log_decay` knows; raises ValueError."""
     try:
         if text in (*DECAYS, "alibi", "retnet") or 0 <= float(text) <= 1:
             return text
@@ -73,7 +100,8 @@ def parse_decay(text: str) -> str:
 
 
 def mixture(rng: np.random.Generator, kind: str, B: int, Hs: int, N: int) -> Array:
-    """A log_decay of the shape that `kind` names, of LOG_DECAYS in turn, or where it has tokens a few among many."""
+    """A log_decay of shape `kind`: LOG_DECAYS shuffled, or 2 % of them among tokens' usual
+    decays."""
     shape = {"[]": (), "[Hs]": (Hs,), "[B,Hs]": (B, Hs), "[B,Hs,N]": (B, Hs, N)}[kind]
     if kind == "[B,Hs,N]":
         usual, rare = -rng.exponential(0.1, shape), rng.choice(LOG_DECAYS, shape)
@@ -101,7 +129,7 @@ def log_decay(name: str, rng: np.random.Generator, B: int, Hs: int, N: int) -> A
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with inputs of unit variance that depend on its fields alone.
+    """A problem. Its inputs have unit variance and depend on its fields alone.
 
     heads: Hq, Hk, Hv. bounds: cu_seqlens of a packed problem (B is 1).
     """
@@ -122,7 +150,7 @@ class Case:
         return cls(shape.N, shape.K, shape.V, dtype, decay, shape.B, (shape.H,) * 3)
 
     def arguments(self) -> dict[str, Any]:
-        """What leetcore.linear_attention takes: numpy arrays, and the scale K**-0.5."""
+        """The arguments of leetcore.linear_attention: numpy arrays, and the scale K**-0.5."""
         seed = zlib.crc32(f"{self.N} {self.K} {self.V} {self.decay} {self.heads}".encode())
         rng, dtype, Hs = np.random.default_rng(seed), DTYPES[self.dtype], max(self.heads[1:])
         dims = (self.K, self.K, self.V)
@@ -147,26 +175,27 @@ class Case:
         return np.float64 if self.dtype == "float64" else np.float32
 
     def expected(self, given: dict[str, Any]) -> tuple[Array, Array]:
-        """Output and final state in float64, of `arguments()`."""
-        # Chunks only pay for long sequences, and take differences of sums of decays: too coarse to judge float64 by.
+        """Output and final state in float64; `given` is what `arguments()` returned."""
+        # Chunks only pay for long sequences. They take differences of sums of decays, too coarse to
+        # judge float64 by.
         return reference.linear_attention(**given, fast=self.dtype != "float64" and self.N > 2000)
 
     def __str__(self) -> str:
-        """The text that makes it again: `Case(...)`."""
+        """The Python expression that makes this case: `Case(...)`."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         changed = [f"{name}={value!r}" for name, value in fields.items() if value != getattr(Case, name, None)]
         return f"Case({', '.join(changed)})"
 
 
 def refusal(method: str, error: NotImplementedError) -> str:
-    """Why this method does not serve, of a text that may say it for every method."""
+    """The reason why this method does not serve, from a text that may give it for every method."""
     lines = [line.strip() for line in str(error).splitlines()]
     own = [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{method}:")]
     return (own or lines or ["it does not say why"])[0]
 
 
 def wrong_kind(what: str, got: Any, shape: tuple[int, ...], dtype: Any) -> str | None:
-    """What is wrong with a result before its numbers are looked at."""
+    """What is wrong with a result's type, shape or dtype; None where nothing is."""
     if not isinstance(got, np.ndarray):
         return f"{what}: wrong type: got {type(got).__name__}, expected an array of numpy"
     if got.shape != shape:

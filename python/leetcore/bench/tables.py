@@ -1,68 +1,39 @@
-"""What comes out of `leetcore bench`: its file, its tables, and the comparison of two files."""
+"""Tables of results: for the terminal, in Markdown and CSV, and the comparison of two files."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import click
 import rich.box
 import rich.console
 import rich.markup
 import rich.table
 
-from . import options
+from . import results as of
+from .results import Results, Row, in_order, problem
 
-SCHEMA, VERSION = "leetcore bench", 1
 SLOWER = 1.10  # a ratio of medians that is worth a flag, if the spreads do not overlap
-COLUMNS = ("B,H,N,K,V", "dtype", "decay", "method", "time", "p10", "p90", "Gflop/s", "of matmul", "memory", "error")
-
-Results = dict[str, Any]
-Row = dict[str, Any]
-
-
-def read(file: Path) -> Results:
-    """A file of `leetcore bench --json`; raises ClickException."""
-    results = options.read_json(file)
-    require(file, results)
-    return dict(results)
+COLUMNS = (
+    *("B,H,N,K,V", "dtype", "decay", "method", "time", "p10", "p90", "memory floor", "compute floor"),
+    *("Gflop/s", "of matmul", "memory", "error"),
+)
+_TIME, _LAST = COLUMNS.index("time"), len(COLUMNS)
 
 
-def require(file: Path, results: Any) -> None:
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise click.ClickException(f"{file}: no file of `leetcore bench --json`")
-    if results.get("version") != VERSION:
-        raise click.ClickException(
-            f"{file}: version {results.get('version')} of the file, and this leetcore reads {VERSION}"
-        )
+def number(x: float | None, digits: int = 3) -> str:
+    """Three significant digits without exponents; a dash where there is no number."""
+    if x is None or x != x:
+        return "-"
+    return f"{x:.0f}" if abs(x) >= 10**digits else f"{x:#.{digits}g}".rstrip(".")
 
 
-def shape(row: Row) -> tuple[int, ...]:
-    return tuple(row[name] for name in "BHNKV")
-
-
-def problem(row: Row) -> tuple[Any, ...]:
-    return (shape(row), row["dtype"], row["decay"])
-
-
-def in_order(rows: list[Row]) -> list[Row]:
-    """By shape, dtype and decay, then by time; what has none comes last."""
-    return sorted(rows, key=lambda r: (*problem(r), r["seconds"]["median"] if r["seconds"] else float("inf")))
-
-
-def fastest(rows: list[Row]) -> set[int]:
-    """Ids of the rows that are fastest on their problem."""
-    best: dict[Any, Row] = {}
-    for row in in_order(rows):
-        if row["seconds"]:
-            best.setdefault(problem(row), row)
-    return {id(row) for row in best.values()}
-
-
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -75,19 +46,38 @@ def size(n: int | None) -> str:
     return f"{n / 2**20:.3g} MiB" if n >= 2**20 else f"{n / 2**10:.3g} KiB"
 
 
-def cells(row: Row) -> list[str]:
-    """As COLUMNS, of one row; a status that is not ok stands where the time would be."""
-    name = f"{row['method']} ({row['note']})" if row["note"] and row["status"] == "ok" else row["method"]
-    head = [",".join(map(str, shape(row))), row["dtype"], row["decay"], name]
+def failure(row: Row) -> str:
+    """The status of a row without a time."""
+    return f"WRONG {row['note']}".strip() if row["status"] == "wrong" else str(row["status"])
+
+
+def name(row: Row) -> str:
+    noted = row["note"] and row["status"] == "ok"
+    return f"{row['method']} ({row['note']})" if noted else str(row["method"])
+
+
+def fastest(rows: list[Row]) -> set[int]:
+    """Ids of the rows that are fastest on their problem."""
+    best: dict[Any, Row] = {}
+    for row in in_order(rows):
+        if row["seconds"]:
+            best.setdefault(problem(row), row)
+    return {id(row) for row in best.values()}
+
+
+def cells(results: Results, row: Row) -> list[str]:
+    """The cells of COLUMNS for one row. A status that is not ok takes the place of the time."""
+    head = [",".join(map(str, of.shape(row))), row["dtype"], row["decay"], name(row)]
     error = "" if row["error"] is None else f"{row['error']:.1e}"
+    floors = [duration(x) for x in of.floors(results, row)]
     t = row["seconds"]
     if not t:
-        status = f"{row['status']} {row['note']}".strip() if row["status"] == "WRONG" else row["status"]
-        return [*head, status, "", "", "", "", "", error]
-    rate, fraction = row["rate"], row["fraction"]
+        return [*head, failure(row), "", "", *floors, "", "", "", error]
+    rate, fraction = (row["rate"], row["fraction"]) if row["unit"] == "flop" else (None, None)
     return [
         *head,
         *(duration(t[name]) for name in ("median", "p10", "p90")),
+        *floors,
         f"{rate['median'] / 1e9:.3g}" if rate else "",
         f"{fraction['median']:.2f}" if fraction else "",
         size(row["peak_bytes"]),
@@ -95,57 +85,47 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def conditions(results: Results) -> str:
-    """One line."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    rates = ", ".join(
-        f"{name} {rate['median'] / 1e9:.0f} Gflop/s" for name, rate in results["ceilings"]["matmul"].items() if rate
-    )
-    copied = results["ceilings"]["copy"]
-    parts = [
-        f"{results['device']['processor']}, {results['threads']} threads, {results['isa']}",
-        versions,
-        f"matmul {rates}" if rates else "",
-        f"copy {copied['median'] / 1e9:.1f} GB/s" if copied else "",
-        "INTERRUPTED" if results["interrupted"] else "",
-    ]
-    return "; ".join(part for part in parts if part)
-
-
 def show(results: Results, out: rich.console.Console) -> None:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for i, column in enumerate((*COLUMNS, "")):
-        table.add_column(column, justify="right" if 4 <= i < 11 else "left", overflow="fold")
+        table.add_column(column, justify="right" if _TIME <= i < _LAST else "left", overflow="fold")
     first, last = fastest(results["rows"]), None
     for row in in_order(results["rows"]):
         if last is not None and problem(row) != last:
             table.add_section()
         last = problem(row)
-        style = "bold" if id(row) in first else "red" if row["status"].startswith(("WRONG", "failed")) else None
-        text = [rich.markup.escape(cell) for cell in cells(row)]
-        if not row["seconds"]:  # a sentence; below the table
-            text[4] = row["status"].split(":")[0]
+        style = "bold" if id(row) in first else "red" if of.wrong(row) else None
+        text = [rich.markup.escape(cell) for cell in cells(results, row)]
+        if not row["seconds"]:  # the sentence comes below the table
+            text[_TIME] = text[_TIME].split(":")[0].split(" ")[0]
         table.add_row(*text, "fastest" if id(row) in first else "", style=style)
     out.print(table)
     for row in in_order(results["rows"]):
-        if ":" in row["status"] or row["status"] == "WRONG":
-            name = f"{','.join(map(str, shape(row)))} {row['dtype']} {row['decay']} {row['method']}"
-            why = f"{row['status']} {row['note']}".strip()
-            if row["status"] == "WRONG" and row["error"] is not None:
-                why += f"error {row['error']:.1e} against float64"
-            out.print(rich.markup.escape(f"{name}: {why}"), soft_wrap=True)
-    out.print(rich.markup.escape(conditions(results)), soft_wrap=True)
+        if row["status"] != "ok":
+            where = f"{','.join(map(str, of.shape(row)))} {row['dtype']} {row['decay']} {row['method']}"
+            why = failure(row)
+            if row["status"] == "wrong" and row["error"] is not None:
+                why += f" error {row['error']:.1e} against float64"
+            out.print(rich.markup.escape(f"{where}: {why}"), soft_wrap=True)
+    out.print(rich.markup.escape(of.origin(results)), soft_wrap=True)
+
+
+def markdown_table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown; empty where it has no rows."""
+    head, rows = list(head), [[cell.replace("|", "\\|") for cell in row] for row in body]
+    lines = [head, ["---"] * len(head), *rows] if rows else []
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def markdown(results: Results) -> str:
     first = fastest(results["rows"])
-    lines = [conditions(results), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    body = []
     for row in in_order(results["rows"]):
-        text = [cell.replace("|", "\\|") for cell in cells(row)]
+        text = cells(results, row)
         if id(row) in first:
-            text[3:5] = (f"**{cell}**" for cell in text[3:5])
-        lines.append(f"| {' | '.join(text)} |")
-    return "\n".join(lines) + "\n"
+            text[_TIME - 1 : _TIME + 1] = (f"**{cell}**" for cell in text[_TIME - 1 : _TIME + 1])
+        body.append(text)
+    return f"{of.origin(results)}\n\n{markdown_table(COLUMNS, body)}\n"
 
 
 def csv_text(results: Results) -> str:
@@ -153,14 +133,68 @@ def csv_text(results: Results) -> str:
     file = io.StringIO()
     names = ("B", "H", "N", "K", "V", "dtype", "decay", "method", "kind", "note", "status", "error")
     models = ("flop", "least_bytes", "bytes", "workspace", "peak_bytes")
+    times = ("seconds", "seconds_p10", "seconds_p90", "samples", "memory_floor", "compute_floor")
     writer = csv.writer(file)
-    writer.writerow([*names, *models, "seconds", "seconds_p10", "seconds_p90", "samples", "flop_per_s", "of_matmul"])
+    writer.writerow([*names, *models, *times, "flop_per_s", "of_matmul"])
     for row in in_order(results["rows"]):
         t = row["seconds"] or {}
-        times = [t.get(name) for name in ("median", "p10", "p90", "n")]
+        taken = [t.get(name) for name in ("median", "p10", "p90", "n")]
         rates = [(row[name] or {}).get("median") for name in ("rate", "fraction")]
-        writer.writerow([*(row[name] for name in (*names, *models)), *times, *rates])
+        writer.writerow([*(row[name] for name in (*names, *models)), *taken, *of.floors(results, row), *rates])
     return file.getvalue()
+
+
+# ---- reports -------------------------------------------------------------------------------------
+
+Column = Callable[[Results, Row], str]
+
+
+def spread(s: dict[str, float] | None) -> str:
+    """A duration as "median (p10-p90)"."""
+    return f"{duration(s['median'])} ({duration(s['p10'])} - {duration(s['p90'])})" if s else "-"
+
+
+def median(s: dict[str, float] | None, scale: float = 1.0) -> str:
+    return number(s["median"] * scale) if s else "-"
+
+
+def time_cell(results: Results, row: Row) -> str:
+    """The time of a call, or why there is none."""
+    if row["seconds"]:
+        return spread(row["seconds"])
+    took = f" (a call took {duration(row['wrong_seconds'])})" if row["wrong_seconds"] else ""
+    return failure(row) + took
+
+
+REPORT: dict[str, Column] = {
+    "B,H,N,K,V": lambda results, row: ",".join(map(str, of.shape(row))),
+    "method": lambda results, row: name(row),
+    "decay": lambda results, row: row["decay"],
+    "dtype": lambda results, row: row["dtype"],
+    "time: median (p10 - p90)": time_cell,
+    "memory floor": lambda results, row: duration(of.floors(results, row)[0]) or "-",
+    "compute floor": lambda results, row: duration(of.floors(results, row)[1]) or "-",
+    "Gflop/s": lambda results, row: median(row["rate"], 1e-9) if row["unit"] == "flop" else "-",
+    "GB/s": lambda results, row: median(row["rate"], 1e-9) if row["unit"] == "bytes" else "-",
+    "of matmul": lambda results, row: median(row["fraction"]) if row["unit"] == "flop" else "-",
+    "of copy": lambda results, row: median(row["fraction"]) if row["unit"] == "bytes" else "-",
+    "dense": lambda results, row: median(row["dense_fraction"]),
+    "host time": lambda results, row: duration((row["host_seconds"] or {}).get("median")) or "-",
+    "memory": lambda results, row: size(row["peak_bytes"]) or "-",
+    "error": lambda results, row: "-" if row["error"] is None else f"{row['error']:.1e}",
+}
+
+
+def report(results: Results, rows: list[Row], columns: Iterable[str], more: dict[str, Column] | None = None) -> str:
+    """A table of Markdown with columns of REPORT and of `more`, under the file's warning."""
+    known = REPORT | (more or {})
+    chosen = list(columns)
+    table = markdown_table(chosen, ([known[column](results, row) for column in chosen] for row in rows))
+    warned = of.warning(results)
+    return f"**{warned}**\n\n{table}\n" if warned and table else f"{table}\n"
+
+
+# ---- comparison ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,12 +204,19 @@ class Change:
     row: Row
     old: dict[str, float]
     ratio: float
-    verdict: str  # slower, faster or nothing: by more than 10 %, and the spreads do not overlap
+    verdict: str  # slower or faster: by more than 10 %, with spreads that do not overlap; else empty
 
 
 def compare(old: Results, new: Results) -> list[Change]:
-    """Of the rows that both have."""
-    before = {(*problem(row), row["method"]): row["seconds"] for row in old["rows"] if row["seconds"]}
+    """The rows that both files have.
+
+    `leetcore bench` has no sections: its rows match those of any section.
+    """
+    before: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in old["rows"]:
+        if row["seconds"]:
+            for section in (row["section"], ""):
+                before.setdefault((section, *problem(row)[1:], row["method"]), row["seconds"])
     changes = []
     for row in in_order(new["rows"]):
         was, now = before.get((*problem(row), row["method"])), row["seconds"]
@@ -193,16 +234,21 @@ def show_comparison(old: Results, new: Results, out: rich.console.Console) -> No
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD, title=f"Compared with {old['date']} (old / new: above 1 is faster)"
     )
-    for i, column in enumerate((*COLUMNS[:4], "old", "new", "old / new", "")):
-        table.add_column(column, justify="right" if 4 <= i < 7 else "left")
+    for i, column in enumerate((*COLUMNS[:_TIME], "old", "new", "old / new", "memory floor", "compute floor", "")):
+        table.add_column(column, justify="right" if 4 <= i < 9 else "left")
     for c in changes:
         flag = f"{c.verdict.upper() if c.verdict == 'slower' else c.verdict}"
         times = [duration(t["median"]) for t in (c.old, c.row["seconds"])]
+        floors = [duration(x) for x in of.floors(new, c.row)]
         style = {"slower": "red", "faster": "green"}.get(c.verdict)
-        table.add_row(*map(rich.markup.escape, cells(c.row)[:4]), *times, f"{c.ratio:.2f}", flag, style=style)
+        head = map(rich.markup.escape, cells(new, c.row)[:_TIME])
+        table.add_row(*head, *times, f"{c.ratio:.2f}", *floors, flag, style=style)
     out.print(table)
     for name in ("device", "isa", "threads", "versions", "environment"):
         if old[name] != new[name]:
             out.print(rich.markup.escape(f"Not alike: {name} was {old[name]}, is {new[name]}"), soft_wrap=True)
+    for when, results in (("old", old), ("new", new)):
+        if warned := of.warning(results):
+            out.print(rich.markup.escape(f"The {when} file says: {warned}"), soft_wrap=True)
     slower = sum(c.verdict == "slower" for c in changes)
     out.print(f"{len(changes)} rows in both; {slower} slower by more than 10 % with spreads that do not overlap")

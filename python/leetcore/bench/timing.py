@@ -1,4 +1,4 @@
-"""The clock, the samples and their order: what every measurement stands on."""
+"""The clock, the samples and their order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Call = Callable[[], Any]
 class Sampled(Protocol):
     """What `interleave` samples: a call, and the lists that it appends to.
 
-    seconds: per call. beside: the ceiling around it. copy: the bandwidth of the round.
+    seconds: per call. beside: the ceiling measured around the sample. copy: the bandwidth of the
+    round.
     """
 
     call: Call | None
@@ -41,28 +42,32 @@ def clock(call: Call, reps: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Timer:
-    """How samples are taken on a device: clock(call, reps) gives seconds per call; the others are as those above."""
+    """How samples are taken on a device: clock(call, reps) gives seconds per call.
+
+    None: SAMPLE_S and SETTLE_S.
+    """
 
     clock: Callable[[Call, int], float]
-    sample_s: float
-    settle_s: float
+    sample_s: float | None = None
+    settle_s: float | None = None
 
 
-CPU = Timer(clock, SAMPLE_S, SETTLE_S)
+CPU = Timer(clock)
 
 
 def clock_ceiling(call: Call) -> float:
-    """Seconds of a call that shows what the machine can do: undisturbed; the better of two, as one wakes threads."""
+    """Seconds of a call that shows what the machine can do: the better of two, as the first one
+    wakes threads."""
     time.sleep(SETTLE_S)
     return min(clock(call), clock(call))
 
 
 def stats(values: Iterable[float]) -> dict[str, float] | None:
-    """Median, p10, p90 and count, or None of nothing."""
+    """Median, p10, p90 and count; None where there are no values."""
     x = np.fromiter(values, np.float64)
     if not len(x):
         return None
-    p10, median, p90 = (float(np.quantile(x, p)) for p in (0.1, 0.5, 0.9))
+    p10, median, p90 = (float(f"{np.quantile(x, p):.6g}") for p in (0.1, 0.5, 0.9))
     return {"median": median, "p10": p10, "p90": p90, "n": len(x)}
 
 
@@ -75,12 +80,15 @@ def interleave(
     late: Callable[[], bool] = lambda: False,
     timer: Timer = CPU,
 ) -> None:
-    """Samples every row that is ok once a round, round-robin, the ceiling measured just before and after each sample.
+    """Samples every row that is ok once a round, round-robin; measures the ceiling before and after
+    each sample.
 
-    A call that raises ends its row: the exception becomes its status. late: whether to stop; every row has one sample
-    by then. An interrupt leaves the samples that there are.
+    A call that raises ends its row: the exception becomes its status. late: whether to stop; every
+    row has one sample by then. An interrupt leaves the samples that there are.
     """
     live = [row for row in rows if row.status == "ok" and row.call is not None]
+    sample_s = SAMPLE_S if timer.sample_s is None else timer.sample_s
+    settle_s = SETTLE_S if timer.settle_s is None else timer.settle_s
     reps: dict[int, int] = {}
     quota: dict[int, int] = {}
 
@@ -93,9 +101,9 @@ def interleave(
             return math.inf
 
     for row in live:
-        t = attempt(row)  # warm: the gate has run it once
+        t = attempt(row)  # the gate has already run it once
         t = min(t, attempt(row)) if t < SLOW_S else t
-        reps[id(row)] = max(1, math.ceil(timer.sample_s / t))
+        reps[id(row)] = max(1, math.ceil(sample_s / t))
         quota[id(row)] = rounds if t < SLOW_S else max(3, int(rounds * SLOW_S / t))
     gc.collect()
     gc.disable()
@@ -103,12 +111,12 @@ def interleave(
         for index in range(rounds):
             shift = index % max(1, len(live))
             copied, before = copy(), ceiling()
-            for row in live[shift:] + live[:shift]:  # nobody always follows the same neighbour
+            for row in live[shift:] + live[:shift]:  # no row always follows the same neighbour
                 if index >= quota[id(row)] or row.status != "ok":
                     continue
                 if row.seconds and late():
                     return
-                time.sleep(timer.settle_s)
+                time.sleep(settle_s)
                 if reps[id(row)] > 1:
                     attempt(row)
                 seconds = attempt(row, reps[id(row)])

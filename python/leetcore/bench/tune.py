@@ -19,19 +19,19 @@ import leetcore
 from .. import tuning
 from . import options
 
-# The grid: what lies between its points is interpolated, in the logarithms.
+# The grid. Factors between its points are interpolated, in the logarithms.
 LENGTHS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
 DIMS = (8, 16, 32, 64, 128, 256)  # sqrt(K V)
-STATES = (1, 4)  # per thread; and a single one
-DTYPES = {2: np.float16, 4: np.float32, 8: np.float64}  # by bytes
-CANDIDATES = 4.0  # methods predicted to take longer than so many times the fastest are not measured
-LONGEST_US = 4e4  # problems that take longer are left to their neighbours in N
+STATES = (1, 4)  # states per thread; the grid also has a single state
+DTYPES = {2: np.float16, 4: np.float32, 8: np.float64}  # by size in bytes
+CANDIDATES = 4.0  # methods predicted to take more than this many times the fastest are not measured
+LONGEST_US = 4e4  # problems that take longer get the factors of their neighbours in N
 SAMPLE_S, ROUNDS, PASSES = 0.002, 3, 2
 
 
 @dataclass(frozen=True)
 class Point:
-    """One problem of the grid, and the places that it stands for."""
+    """One problem of the grid."""
 
     bytes: int
     N: int
@@ -49,7 +49,7 @@ def points(threads: int) -> Iterator[Point]:
 
 
 def candidates(p: Point) -> dict[str, float]:
-    """Predicted microseconds, uncorrected, of the methods worth measuring."""
+    """Predicted microseconds, without correction, of the methods worth measuring."""
     dtype = np.dtype(DTYPES[p.bytes]).name
     predicted = {}
     for method in leetcore.methods():
@@ -62,7 +62,8 @@ def candidates(p: Point) -> dict[str, float]:
 
 
 def measure(p: Point, methods: list[str]) -> dict[str, float]:
-    """Microseconds of a call by each method: the least of samples taken in turn, as others may use the machine too."""
+    """Microseconds of a call by each method: the least of samples taken in turn, as other programs
+    may run too."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, p.states, p.N, p.D)).astype(DTYPES[p.bytes]) for _ in range(3))
     decay = leetcore.decay.alibi(p.states)
@@ -86,12 +87,13 @@ def measure(p: Point, methods: list[str]) -> dict[str, float]:
 
 
 def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
-    """Measures the whole grid; the text that leetcore reads (grammar: cpp/tuning.cpp)."""
-    tuning.use("")  # predictions as the models make them
+    """Measures the whole grid; returns the table that leetcore reads (grammar: cpp/tuning.cpp)."""
+    tuning.use("")  # predictions without correction
     best: dict[tuple[str, Point], float] = {}
     try:
         predicted = {p: candidates(p) for p in points(threads)}
-        # Passes over the whole grid, so that a machine which is slow for some seconds does no harm.
+        # Several passes over the whole grid, so that a machine that is slow for some seconds does
+        # no harm.
         for p in [p for _ in range(PASSES) for p in predicted]:
             for method, us in measure(p, list(predicted[p])).items():
                 best[method, p] = min(us, best.get((method, p), us))
@@ -118,13 +120,19 @@ def table(threads: int, isa: str, progress: Callable[[], Any]) -> str:
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: the cache directory.")
-@click.option("--forget", is_flag=True, help="Remove this machine's table instead.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the table.  [default: the cache directory]",
+)
+@click.option("--forget", is_flag=True, help="Remove this machine's table and measure nothing.")
 def tune(output: Path | None, forget: bool) -> None:
-    """Measure this machine (a minute or two, on a quiet one), so that "auto" chooses by what is fast on it.
+    """Measure this machine, so that "auto" chooses the methods that are fast on it.
 
-    The table goes to the user's cache directory, where every later process finds it. A table that -o has put elsewhere
-    is used by `leetcore.tuning.use(open(FILE).read())`.
+    This takes a minute or two; the machine should be quiet. The table is written to the user's
+    cache directory, where every later process finds it. `leetcore.tuning.use(open(FILE).read())`
+    uses a table that -o has put elsewhere.
     """
     try:
         isa, threads = leetcore.build_info()["isa"], leetcore.num_threads()
