@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from .. import api
+from ..options import Layout
 
 Updated = Annotated[Tensor, "updated in place"]
 
@@ -21,7 +21,7 @@ _TYPES_OF_SCHEMAS: dict[Any, str] = {
     float: "float",
     bool: "bool",
     str: "str",
-    api.Layout: "str",
+    Layout: "str",
     list[bool]: "bool[]",
 }
 
@@ -37,7 +37,7 @@ class ForwardInputs(NamedTuple):
     cu_seqlens: Tensor | None = None
     scale: float = 1.0
     return_state: bool = False
-    layout: api.Layout = "bhnd"
+    layout: Layout = "bhnd"
     method: str = "auto"
     tf32: bool = False  # whether precision is "tf32"
 
@@ -54,7 +54,7 @@ class BackwardInputs(NamedTuple):
     d_o: Tensor | None
     d_final_state: Tensor | None
     scale: float
-    layout: api.Layout
+    layout: Layout
     tf32: bool
     wants: list[bool]  # which fields of `leetcore.Gradients` to compute
 
