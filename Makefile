@@ -39,7 +39,7 @@ export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(launcher)
 pip := python -m pip install --quiet --no-compile
 # The build tools are in .venv, because pip would otherwise put them into a new folder for every
 # build and compile nanobind again.
-build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4'
+build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4' $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))
 install = $(pip) $(if $(LEETCORE_CUDA_FROM_PYPI),,--no-build-isolation)
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
 c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')
