@@ -1,4 +1,5 @@
-# Installs the build, moves it, and builds and runs cpp/examples against it: with CMake, then with pkg-config.
+# Installs the build, moves it, and builds and runs cpp/examples against it, with CMake and with
+# pkg-config.
 set(work ${BUILD}/install_test)
 file(REMOVE_RECURSE ${work})
 
