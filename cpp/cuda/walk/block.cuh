@@ -55,13 +55,15 @@ struct WalkBlock {
     return false;
   }
 
-  // Its tiles in the ring. o takes the memory of q.
+  // The stage of the ring that holds it, and the tiles of a stage. o takes the memory of q.
+  SIMT_DEV sptr<E> stage(int i) const {
+    return ring.sub(Shape::kOneStage ? 0 : i % stages * Shape::kStage, Shape::kStage);
+  }
   struct Tiles {
     Shared<E, C, K> q, k;
     Shared<E, C, V> v, o, factor;
   };
-  SIMT_DEV Tiles tiles(int i) const {
-    const auto stage = ring.sub(Shape::kOneStage ? 0 : i % stages * Shape::kStage, Shape::kStage);
+  static SIMT_DEV Tiles tiles(sptr<E> stage) {
     return {{stage.sub(0, C * K)},
             {stage.sub(Shape::kKeys, C * K)},
             {stage.sub(Shape::kValues, C * V)},

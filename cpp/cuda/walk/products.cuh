@@ -33,10 +33,10 @@ struct Products {
   using State = Strip<Shape::kColumns, Shape::K>;
   using Outputs = Strip<Shape::kColumns, Shape::C>;
 
-  static SIMT_DEV void fetch(const Block&, const typename Shape::At&, int64_t, int, const Tiles&) {}
+  static SIMT_DEV void fetch(const Block&, const typename Shape::At&, int64_t, int, sptr<E>) {}
   static SIMT_DEV sptr<float> clear(const Block& b) { return b.sums; }
   template <class Scores>
-  static SIMT_DEV void add_scores(const Block&, const Tiles&, const Scores&, int, int, sptr<float>) {}
+  static SIMT_DEV void add_scores(const Block&, sptr<E>, const Scores&, int, int, sptr<float>) {}
   static SIMT_DEV void read_state(const Block&, Outputs& O, const State& S, const Tiles& chunk, const ChunkDecay&,
                                   sptr<float>) {
     mma_nt(O, operand<typename Shape::X>(S), chunk.q);
@@ -59,7 +59,8 @@ struct Products<Shape, true> {
   static constexpr int C = Shape::C, K = Shape::K;
 
   // Copies the factor of n tokens from token t on to a stage.
-  static SIMT_DEV void fetch(const Block& b, const At& at, int64_t t, int n, const Tiles& chunk) {
+  static SIMT_DEV void fetch(const Block& b, const At& at, int64_t t, int n, sptr<E> stage) {
+    const Tiles chunk = Block::tiles(stage);
     const int64_t stride = b.task.walk.factor.stride[2];
     load_async(chunk.factor, at.factor.sub(t * stride + b.block_column()), stride, n, b.columns_of_block(),
                b.task.factor_aligned);
@@ -74,9 +75,10 @@ struct Products<Shape, true> {
   }
 
   // Adds w of the scores from (i0, j0) on, given mask_ij q_i.k_j.
-  static SIMT_DEV void add_scores(const Block& b, const Tiles& chunk, const Strip<16, C / 2>& scores, int i0, int j0,
+  static SIMT_DEV void add_scores(const Block& b, sptr<E> stage, const Strip<16, C / 2>& scores, int i0, int j0,
                                   sptr<float> sums) {
     if (b.backward()) return;
+    const Tiles chunk = Block::tiles(stage);
     Strip<16, C / 2> w;
     zero(w);
     mma_nt(w, operand<Own>(chunk.factor, i0), chunk.v.template rows<C / 2>(j0));
@@ -87,8 +89,8 @@ struct Products<Shape, true> {
   }
 
   // O^T += S^T Q^T from all digits of S, and the products of O with the factor.
-  static SIMT_DEV void read_state(const Block& b, Outputs& O, const State& S, const Tiles& chunk, const ChunkDecay& decay,
-                                  sptr<float> sums) {
+  static SIMT_DEV void read_state(const Block& b, Outputs& O, const State& S, const Tiles& chunk,
+                                  const ChunkDecay& decay, sptr<float> sums) {
     if constexpr (std::is_same_v<X, float>)
       mma_nt</*kLower=*/false, /*kRounded=*/true>(O, operand<float>(S), chunk.q);
     else

@@ -50,9 +50,10 @@ struct ChunkWalk {
     for (int i = 0; b.exists(i); ++i) {
       arrive(b, i);
       if (Block::makes_weights() && b.exists(i + 1)) log_decays = next_weights(b, i, log_decays);
-      const Tiles chunk = b.tiles(i);
+      const auto stage = b.stage(i);
+      const Tiles chunk = Block::tiles(stage);
       const ChunkDecay decay = b.decay(i);
-      if (i >= b.place().first_output) write_outputs(b, i, chunk, decay, S);
+      if (i >= b.place().first_output) write_outputs(b, i, stage, chunk, decay, S);
       if (b.exists(i + 1) || b.place().after.p || b.backward()) advance(b, chunk, decay, S);
       Extras::checkpoint(b, i + 1, S);
     }
@@ -69,13 +70,14 @@ struct ChunkWalk {
     if (i < at.chunks) {
       const int n = b.tokens(at, i), c0 = b.block_column(), columns = b.columns_of_block();
       const int64_t t = b.first_token(at, i);
-      const Tiles chunk = b.tiles(i);
+      const auto stage = b.stage(i);
+      const Tiles chunk = Block::tiles(stage);
       if (i >= at.first_output)
         load_async(chunk.q, at.q.sub(t * p.q.stride[2]), p.q.stride[2], n, int(p.K), b.task.q_aligned);
       load_async(chunk.k, at.k.sub(t * p.k.stride[2]), p.k.stride[2], n, int(p.K), b.task.k_aligned);
       load_async(chunk.v, at.v.sub(t * p.v.stride[2] + c0), p.v.stride[2], n, columns, b.task.v_aligned,
                  kGradient ? V : b.task.columns);
-      if (i >= at.first_output) Extras::fetch(b, at, t, n, chunk);
+      if (i >= at.first_output) Extras::fetch(b, at, t, n, stage);
     }
     cp_commit();
   }
@@ -119,13 +121,14 @@ struct ChunkWalk {
 
   // ---- outputs ----------------------------------------------------------------------------------
 
-  static SIMT_DEV void write_outputs(const Block& b, int i, const Tiles& chunk, const ChunkDecay& decay, const State& S) {
+  static SIMT_DEV void write_outputs(const Block& b, int i, sptr<E> stage, const Tiles& chunk, const ChunkDecay& decay,
+                                     const State& S) {
     const auto sums = Extras::clear(b);
     for (int strip = warp(); strip < C / 16; strip += nwarps()) {
       const int i0 = 16 * (strip ^ Block::flip());
       SIMT_UNROLL
       for (int j0 = 0; j0 < C; j0 += C / 2)
-        if (j0 <= i0) score(b, chunk, decay, i0, j0, sums);
+        if (j0 <= i0) score(b, stage, decay, i0, j0, sums);
     }
     Strip<kColumns, C> O;
     zero(O);
@@ -147,14 +150,14 @@ struct ChunkWalk {
   }
 
   // Half of 16 rows of A: from (i0, j0) on.
-  static SIMT_DEV void score(const Block& b, const Tiles& chunk, const ChunkDecay& decay, int i0, int j0,
-                             sptr<float> sums) {
+  static SIMT_DEV void score(const Block& b, sptr<E> stage, const ChunkDecay& decay, int i0, int j0, sptr<float> sums) {
     using Own = typename Shape::Own;
+    const Tiles chunk = Block::tiles(stage);
     Strip<16, C / 2> strip;
     zero(strip);
     mma_nt(strip, operand<Own>(chunk.q, i0), chunk.k.template rows<C / 2>(j0));
     map(strip, [&](int i, int j, float x) { return j0 + j <= i0 + i ? x * decay.mask(i0 + i, j0 + j) : 0.f; });
-    Extras::add_scores(b, chunk, strip, i0, j0, sums);
+    Extras::add_scores(b, stage, strip, i0, j0, sums);
     if constexpr (kGradient) {
       const float scale = b.key_scale();
       map(strip, [&](int, int, float x) { return x * scale; });
