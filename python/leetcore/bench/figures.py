@@ -58,7 +58,12 @@ WIDTH, HEIGHT, PAGE = 6.5, 3.6, 9.0  # inches; the text of a page is 6.5 x 9
 BAR, FRAME = 0.14, 0.8  # inches: height of a bar; height of title and axis
 
 # Names in figures of throughput, whose readers may not know the methods.
-LABELS = {"parallel": "parallel (quadratic)", "torch quadratic": "torch, quadratic", "torch chunk": "torch, chunkwise"}
+LABELS = {
+    "chunk": "chunk (linear)",
+    "parallel": "parallel (quadratic)",
+    "torch quadratic": "torch, quadratic",
+    "torch chunk": "torch, chunkwise",
+}
 
 Figures = Iterator[tuple[str, Figure]]  # file names without ending
 

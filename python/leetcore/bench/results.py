@@ -138,15 +138,16 @@ def origin(results: Results) -> str:
 
 
 def floors(results: Results, row: Row) -> tuple[float | None, float | None]:
-    """Least seconds of a call: its operands at the copy's bandwidth, its work at the matrix
-    product's rate.
+    """Least seconds of a call: by its bytes at the bandwidth of a copy, by its flop at the rate of
+    a matrix product.
 
-    The rates are those measured beside the row where it has them, else those of the whole run. The
-    work is what the row is credited with: every row of a method that has no count of flop has None.
+    The rates are those measured next to the row's samples, or else those of the whole run. A floor
+    is None where its count or its rate is unknown.
     """
-    beside = row["ceiling"] and row["ceiling"]["median"]
-    bytes_per_s = beside if row["unit"] == "bytes" else (row["copy"] or copy(results) or {}).get("median")
-    flop_per_s = beside if row["unit"] == "flop" else (matmul(results) or {}).get("median")
+    measured = {"bytes": row["copy"] or copy(results), "flop": matmul(results)}
+    if row["ceiling"]:
+        measured[row["unit"]] = row["ceiling"]
+    bytes_per_s, flop_per_s = (rate and rate["median"] for rate in measured.values())
     flop = row["work"] if row["unit"] == "flop" else row["flop"]
     memory = row["least_bytes"] / bytes_per_s if row["least_bytes"] and bytes_per_s else None
     return memory, flop / flop_per_s if flop and flop_per_s else None
