@@ -42,7 +42,8 @@ struct RecursiveSums {
     for (int64_t i0 = 0; i0 < count; i0 += kMaxThreads) {
       const int64_t i = i0 + tid();
       const bool own = i < count && a.leaves.owner(p, first + i) == b;  // false only if cu_seqlens decrease
-      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0, upto = cumulative(x);  // the last leaf has no stored decay
+      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0,
+                   upto = cumulative(x);  // the last leaf has no stored decay
       if (lane() == 31) warps.st(warp(), upto);
       sync_cta();
       double here = before;
@@ -69,7 +70,8 @@ struct RecursiveMerge {
     const int64_t blocks = a.blocks_per_state(), part = bid().x % blocks;
     const int64_t hs = bid().x / blocks % p.Hs, slot = bid().x / blocks / p.Hs;
     const int64_t b = groups.owner(p, slot), first = (slot - groups.first_slot(p, b)) * a.step * n;
-    const int64_t seen = a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that later leaves read
+    const int64_t seen =
+        a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that later leaves read
     const int live = int(seen < 0 ? 0 : seen / a.step < n ? seen / a.step : n);
     const int64_t base = (a.leaves.first_slot(p, b) + first) * p.Hs + hs;
     const gptr<const double> sums{a.sums + base};
