@@ -1,11 +1,11 @@
 // gradient.h - gradients as outputs and states of the recurrence itself, over other operands. With
 // S_t the state after token t and dS_t the gradient of S_t,
 //
-//   S_t  = e^g_t S_t-1 + k_t v_t^T                    dq_t = scale S_t dO_t
-//   dS_t = e^g_t+1 dS_t+1 + scale q_t dO_t^T          dk_t = dS_t v_t     dv_t = dS_t^T k_t     dS_N: d_final_state
+//   S_t  = e^g_t S_t-1 + k_t v_t^T              dq_t = scale S_t dO_t
+//   dS_t = e^g_t+1 dS_t+1 + scale q_t dO_t^T    dk_t = dS_t v_t     dv_t = dS_t^T k_t
 //
-// Each function returns a problem with other tensors in the places of q, k and v. Every q head has a
-// dS of its own.
+// and dS_N = d_final_state. Each function returns a problem with other tensors in the places of q, k
+// and v. Every q head has a dS of its own.
 #pragma once
 #include "problem.h"
 

@@ -8,7 +8,8 @@
 
 namespace lc::cuda {
 
-// The work of a method (see methods.h), and its launches: each block takes `steps` steps, one after another.
+// The work of a method (see methods.h), and its launches: each block takes `steps` steps, one after
+// another.
 struct Work {
   double flop, extra_bytes, depth;
   double launches, blocks, steps, step_us;

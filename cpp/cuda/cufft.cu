@@ -1,5 +1,5 @@
-// cufft.cu - implements cufft.h. The entry points are declared here, as in the "cuFFT API Reference". They are the same
-// in cuFFT 11 (CUDA 12) and cuFFT 12 (CUDA 13).
+// cufft.cu - implements cufft.h. The entry points are declared here, as in the "cuFFT API
+// Reference". They are the same in cuFFT 11 (CUDA 12) and cuFFT 12 (CUDA 13).
 #include "cufft.h"
 
 #include <dlfcn.h>
@@ -33,9 +33,9 @@ struct Cufft {
 
 bool readable(const std::string& path) { return access(path.c_str(), R_OK) == 0; }
 
-// A name for dlopen, or an empty string. Searches in this order: the user's choice, libraries that the process has
-// loaded, wheels next to this library (which is in site-packages/leetcore), the toolkit, the loader's own search. Only
-// the last search has to load the library.
+// A name for dlopen, or an empty string. Searches in this order: the user's choice, libraries that
+// the process has loaded, wheels next to this library (which is in site-packages/leetcore), the
+// toolkit, the loader's own search. Only the last search has to load the library.
 std::string find() {
   if (const std::string& wish = environment().cufft; !wish.empty())
     return wish.find('/') == std::string::npos || readable(wish) ? wish : "";

@@ -1,5 +1,5 @@
-// device.cu - implements device.h on the CUDA runtime, which is linked statically. No driver is needed until the first
-// call for a device.
+// device.cu - implements device.h on the CUDA runtime, which is linked statically. No driver is
+// needed until the first call for a device.
 #include "device.h"
 
 #include <cuda_runtime.h>

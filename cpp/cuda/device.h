@@ -14,11 +14,12 @@ struct Limits {
   double bytes_per_us, flop_per_us;  // memory; float32 FMA; rough, for predictions
 };
 
-// Throws Error(LC_DEVICE) if the device does not exist, there is no driver, or either is too old for this build.
+// Throws Error(LC_DEVICE) if the device does not exist, there is no driver, or either is too old
+// for this build.
 const Limits& limits(int device);
 
-// Throws Error(LC_DEVICE) for a kernel that did not start. The message names the kernel, or reports the earlier failure
-// if the device had failed before.
+// Throws Error(LC_DEVICE) for a kernel that did not start. The message names the kernel, or reports
+// the earlier failure if the device had failed before.
 [[noreturn]] void launch_failed(const Problem& p, const char* kernel, const char* why);
 
 // Makes a device current, and restores the previous one at the end of the scope.

@@ -1,4 +1,5 @@
-// launch.h - shared by launchers (kernels/*/*.cu): a run-time type as a template argument, and a checked launch.
+// launch.h - shared by launchers (kernels/*/*.cu): a run-time type as a template argument, and a
+// checked launch.
 #pragma once
 #include "../methods.h"
 #include "../simt/simt.h"
@@ -23,8 +24,8 @@ void with_type(Type type, F&& f) {
   }
 }
 
-// q heads of one block: one, or all q heads of a state that is updated in place, since no block may write the state
-// while another block reads it.
+// q heads of one block: one, or all q heads of a state that is updated in place, since no block may
+// write the state while another block reads it.
 inline int heads_per_block(const Problem& p) {
   const bool in_place = p.initial_state && p.initial_state.data == p.final_state.data;
   return in_place ? int(group(p)) : 1;

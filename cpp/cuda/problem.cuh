@@ -13,7 +13,8 @@ SIMT_DEV gptr<T> row(const View& w, int64_t b, int64_t h, int64_t n) {
   return {w.at<T>(b, h, n)};
 }
 
-// sequence() of problem.h. The host cannot check cu_seqlens on the device, so the bounds are clamped to [0, N] here.
+// sequence() of problem.h. The host cannot check cu_seqlens on the device, so the bounds are
+// clamped to [0, N] here.
 SIMT_DEV Sequence sequence_between(const Problem& p, int64_t begin, int64_t end) {
   begin = begin < 0 ? 0 : begin > p.N ? p.N : begin;
   end = end < begin ? begin : end > p.N ? p.N : end;

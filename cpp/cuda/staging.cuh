@@ -1,4 +1,5 @@
-// staging.cuh - copies rows of global memory, widened, to shared memory, for any stride, alignment and length.
+// staging.cuh - copies rows of global memory, widened, to shared memory, for any stride, alignment
+// and length.
 #pragma once
 #include "../simt/simt.h"
 
@@ -12,8 +13,8 @@ struct alignas(n * sizeof(T)) Packed {
   T x[n];
 };
 
-// Distance of rows of n numbers in shared memory, such that the same four numbers of eight adjacent rows are in different
-// banks.
+// Distance of rows of n numbers in shared memory, such that the same four numbers of eight adjacent
+// rows are in different banks.
 constexpr int padded(int n) { return n + 4; }
 
 // to[i][j] = f(i, from[i][j]) for i < n and j < columns, zeros in the rest of [kRows, kColumns].

@@ -1,14 +1,16 @@
-// tile.cuh - the tile verbs of the GPU, on the primitives of simt.h. Only this file knows lanes, swizzles and the layout
-// of fragments.
+// tile.cuh - the tile verbs of the GPU, on the primitives of simt.h. Only this file knows lanes,
+// swizzles and the layout of fragments.
 //
-// A Shared tile is in shared memory. A Strip is some rows of a matrix, held by one warp as float32 sums. The left side
-// of a product consists of pieces of 16 x 16: rows of a Shared tile (operand), its columns (operand_t), or a Strip.
-// The matrix unit reads bf16, f16 or tf32 (10 bits of mantissa). A float product is made of three tf32 products.
+// A Shared tile is in shared memory. A Strip is some rows of a matrix, held by one warp as float32
+// sums. The left side of a product consists of pieces of 16 x 16: rows of a Shared tile (operand),
+// its columns (operand_t), or a Strip. The matrix unit reads bf16, f16 or tf32 (10 bits of
+// mantissa). A float product is made of three tf32 products.
 //
-// Layouts: PTX ISA, "Matrix fragments for mma". Lane (g, t) = (lane / 4, lane % 4) holds the pair of columns 2t, 2t + 1
-// of row g, in sums and in 16-bit operands. For tf32 the two numbers of a pair are at k = t and t + 4 of an m16n8k8:
-// any order of k is right if both sides share it. So sums become operands, and 16-bit fragments become tf32 fragments,
-// without leaving the registers of a lane.
+// Layouts: PTX ISA, "Matrix fragments for mma". Lane (g, t) = (lane / 4, lane % 4) holds the pair
+// of columns 2t, 2t + 1 of row g, in sums and in 16-bit operands. For tf32 the two numbers of a
+// pair are at k = t and t + 4 of an m16n8k8: any order of k is right if both sides share it. So
+// sums become operands, and 16-bit fragments become tf32 fragments, without leaving the registers
+// of a lane.
 #pragma once
 #include "simt.h"
 
@@ -16,11 +18,13 @@ namespace simt {
 
 // A kind of operand, stored as float. The matrix unit ignores the low 13 bits of a number.
 struct tf32 {};
-// A kind of operand: a number rounded to X, and the remainder as X. It takes two products and has twice the digits.
+// A kind of operand: a number rounded to X, and the remainder as X. It takes two products and has
+// twice the digits.
 template <class X>
 struct Twice {};
-// x such that the matrix unit reads it rounded to nearest, to a quarter of the last place on average. This is one
-// multiplication; cvt.rna takes four instructions. tf32 numbers stay exact, and infinities and NaN stay as they are.
+// x such that the matrix unit reads it rounded to nearest, to a quarter of the last place on
+// average. This is one multiplication; cvt.rna takes four instructions. tf32 numbers stay exact,
+// and infinities and NaN stay as they are.
 SIMT_DEV float near_tf32(float x) { return x * (1 + 0.7f / 2048); }
 // x without the bits that the matrix unit ignores.
 SIMT_DEV float cut_tf32(float x) {
@@ -33,13 +37,14 @@ SIMT_DEV float cut_tf32(float x) {
 template <class X>
 inline constexpr bool is_16_bit = sizeof(X) == 2;
 
-// The position of a lane in a fragment. Every verb computes it again, since these numbers would take many registers.
+// The position of a lane in a fragment. Every verb computes it again, since these numbers would
+// take many registers.
 struct Lane {
   int l = fresh(lane());
   SIMT_DEV int row() const { return l >> 2; }        // g
   SIMT_DEV int pair() const { return 2 * (l & 3); }  // 2t
-  // The row and the column that this lane names for an ldmatrix of 16 x 16. `down`: matrices 0 and 1 are one below the
-  // other; `across`: they are side by side.
+  // The row and the column that this lane names for an ldmatrix of 16 x 16. `down`: matrices 0 and
+  // 1 are one below the other; `across`: they are side by side.
   SIMT_DEV int down_row() const { return l & 15; }
   SIMT_DEV int down_column() const { return (l >> 4) * 8; }
   SIMT_DEV int across_row() const { return (l & 7) + (l >> 4) * 8; }
@@ -48,15 +53,16 @@ struct Lane {
 
 // ---- tiles in shared memory ---------------------------------------------------------------------
 
-// [R, C]: each row in units of 16 bytes, which are permuted such that one access of a warp meets different banks.
+// [R, C]: each row in units of 16 bytes, which are permuted such that one access of a warp meets
+// different banks.
 template <class E, int R, int C>
 struct Shared {
   static constexpr int kUnit = 16 / int(sizeof(E)), kSize = R * C;
   static_assert(C % (8 * kUnit) == 0, "8 units of 16 bytes are permuted");
   sptr<E> s;
 
-  // Index of element (i0 + i, j0 + j). i0 is a multiple of 8. j0 is a multiple of 16 and j < 16, or j0 is a multiple of
-  // a unit and j = 0.
+  // Index of element (i0 + i, j0 + j). i0 is a multiple of 8. j0 is a multiple of 16 and j < 16, or
+  // j0 is a multiple of a unit and j = 0.
   static SIMT_DEV int at(int i0, int j0, int i, int j) {
     const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
     return (i0 + i) * C + unit * kUnit + j % kUnit;
@@ -68,13 +74,14 @@ struct Shared {
   }
 
  private:
-  // 16 bits: ldmatrix reads 8 rows of one unit. 32 bits: a warp reads pairs in rows 0 to 3 or 4 to 7, and numbers in
-  // rows 0, 2, 4, 6 or 1, 3, 5, 7, in two units each.
+  // 16 bits: ldmatrix reads 8 rows of one unit. 32 bits: a warp reads pairs in rows 0 to 3 or 4 to
+  // 7, and numbers in rows 0, 2, 4, 6 or 1, 3, 5, 7, in two units each.
   static SIMT_DEV int turn(int i) { return is_16_bit<E> ? i & 7 : (i & 6) ^ (i & 1) << 2; }
 };
 
-// Copies n rows of `columns` numbers, `stride` apart, to the tile, and zeros after them up to column `wide`, a multiple
-// of 16. Uses cp.async if all rows are `aligned` to 16 bytes. The caller does cp_commit and cp_wait.
+// Copies n rows of `columns` numbers, `stride` apart, to the tile, and zeros after them up to
+// column `wide`, a multiple of 16. Uses cp.async if all rows are `aligned` to 16 bytes. The caller
+// does cp_commit and cp_wait.
 template <class E, int R, int C>
 SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t stride, int n, int columns, bool aligned,
                          int wide = C) {
@@ -226,8 +233,8 @@ SIMT_DEV void store_t(const Shared<E, C, C2>& t, int j0, const Strip<R, C>& a) {
     }
   }
 }
-// Writes columns [j0, j0 + kWide) of n rows to rows that are `stride` apart, by one warp. Writes only the first `columns`
-// of the columns.
+// Writes columns [j0, j0 + kWide) of n rows to rows that are `stride` apart, by one warp. Writes
+// only the first `columns` of the columns.
 template <int kWide, class E, int R, int C>
 SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, int j0, int n, int columns,
                          bool aligned) {
@@ -264,7 +271,8 @@ struct Left<Twice<X>> {
   Left<X> big, small;
 };
 
-// 16 (k) x 16 (n) on the right side of a product, as stored: [2 * (n / 8) + k / 8], each a pair along k.
+// 16 (k) x 16 (n) on the right side of a product, as stored: [2 * (n / 8) + k / 8], each a pair
+// along k.
 template <class E>
 struct Right {
   uint32_t x[4];
@@ -466,8 +474,8 @@ SIMT_DEV InTwo<X, A> in_two(const A& a) {
   return {a};
 }
 
-// a diag(w), where w is in shared memory or is read like it. The numbers are weighted in the type of A, or as floats,
-// and converted to X.
+// a diag(w), where w is in shared memory or is read like it. The numbers are weighted in the type
+// of A, or as floats, and converted to X.
 template <class X, class A, class W>
 struct Weighted {
   using Kind = X;
@@ -584,8 +592,9 @@ SIMT_DEV void add_product(float (&c0)[4], float (&c1)[4], const A& a, const B& b
 
 }  // namespace tile
 
-// c += a b^T: a [R, L], b [C, L]. kLower: b is lower triangular; pieces (n, l) with l > n are not read. kRounded: sums of
-// more than 16 products are rounded to nearest, while the matrix unit truncates.
+// c += a b^T: a [R, L], b [C, L]. kLower: b is lower triangular; pieces (n, l) with l > n are not
+// read. kRounded: sums of more than 16 products are rounded to nearest, while the matrix unit
+// truncates.
 template <bool kLower = false, bool kRounded = false, int R, int C, class A, class E, int L>
 SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
   const Lane lane;

@@ -1,6 +1,7 @@
-// contract_test.cuh - what every primitive of simt.h promises: a kernel each, and what it has to write. The same source
-// runs in the emulator (contract_test.cpp) and on a GPU (contract_test.cu), so that a kernel that passes in the one
-// rests on the same ground in the other. Numbers are integers where rounding is not the point: even mma is exact.
+// contract_test.cuh - the contract of every primitive of simt.h: a kernel, and the words that it
+// has to write. The same source runs in the emulator (contract_test.cpp) and on a GPU
+// (contract_test.cu), so that both implementations keep the same contracts. Unless a case tests
+// rounding, its numbers are integers, for which even mma is exact.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -17,14 +18,14 @@ namespace contract {
 using namespace simt;
 using Words = std::vector<uint32_t>;
 
-enum class Compare { bits, floats, doubles };  // floats, doubles: any NaN is as good as another
+enum class Compare { bits, floats, doubles };  // floats, doubles: all NaN are equal
 
 struct Case {
   const char* name;
   const char* (*launch)(const uint32_t* in, uint32_t* out, Stream stream);
   Words in, want;
   Compare compare = Compare::bits;
-  int64_t units = 0;  // of the last place by which a number may be off
+  int64_t units = 0;  // largest error, in units of the last place
 };
 
 // ---- kernels ------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ struct Shared : Kernel {
   }
 };
 
-// More than a launch has without being asked for it.
+// More shared memory than a launch has by default.
 struct LargeShared : Kernel {
   static constexpr int kThreads = 128, kShared = 96 * 1024;
   static SIMT_DEV void run(const Params& a) {
@@ -204,7 +205,7 @@ struct MulAdd : Kernel {
 
 template <class E>
 struct ToFloat : Kernel {
-  static constexpr int kThreads = 128, kGrid[3] = {512, 1, 1};  // every bit pattern
+  static constexpr int kThreads = 128, kGrid[3] = {512, 1, 1};  // one thread per bit pattern
   static SIMT_DEV void run(const Params& a) {
     const int i = int(bid().x) * nthreads() + tid();
     out_as<float>(a).st(i, to_float(E{uint16_t(i)}));
@@ -235,7 +236,7 @@ struct ToTf32 : Kernel {
   static SIMT_DEV void run(const Params& a) { out_as<float>(a).st(tid(), to_tf32(in_as<float>(a).ld(tid()))); }
 };
 
-// Storage -> accumulator -> storage of the four types.
+// Storage -> accumulator -> storage, for the four types.
 struct WidenNarrow : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const float x = in_as<float>(a).ld(tid());
@@ -246,7 +247,8 @@ struct WidenNarrow : Kernel {
   }
 };
 
-// Three groups of copies in two stages and a rest: whole ones, `valid` bytes of one, none.
+// Three groups of copies, in two stages and a remainder: whole copies, copies of `valid` bytes, no
+// copies.
 struct CpAsync : Kernel {
   static constexpr int kThreads = 64, kShared = 3 * 64 * 16;
   static SIMT_DEV void run(const Params& a) {
@@ -289,7 +291,8 @@ struct Movmatrix : Kernel {
   static SIMT_DEV void run(const Params& a) { a.out.st(lane(), movmatrix_trans(a.in.ld(lane()))); }
 };
 
-// in: A [16, kDepth], B [kDepth, 8], C [16, 8] as floats; out: A B + C. The fragments are those of the PTX ISA.
+// in: A [16, kDepth], B [kDepth, 8], C [16, 8] as floats; out: A B + C. Fragments as in the PTX
+// ISA.
 template <class E>
 struct MatrixUnit : Kernel {
   static constexpr int kDepth = std::is_same_v<E, float> ? 8 : 16, kPerRegister = kDepth / 8;
@@ -315,7 +318,7 @@ struct MatrixUnit : Kernel {
   }
 };
 
-// ---- what they have to write --------------------------------------------------------------------
+// ---- the words that kernels have to write -------------------------------------------------------
 
 template <class T>
 void put(Words& w, T x) {
@@ -336,7 +339,7 @@ Words words(int n, F of) {
   return w;
 }
 
-// A 16-bit float of so many bits of mantissa.
+// A 16-bit float with the given number of mantissa bits.
 struct Format {
   int mantissa_bits, bias;
   double of_bits(unsigned u) const {
@@ -349,7 +352,7 @@ struct Format {
     return sign * std::ldexp(mantissa + hidden, std::max(exponent, 1) - bias - mantissa_bits);
   }
   double greatest() const { return std::ldexp(2 - std::ldexp(1, -mantissa_bits), bias); }
-  // To nearest, ties to even; half a unit behind the greatest number, infinity begins.
+  // Rounds to nearest, ties to even. Infinity begins half a unit above the greatest number.
   double round(double x) const {
     if (!std::isfinite(x) || x == 0) return x;
     const double unit = std::ldexp(1, std::max(std::ilogb(x), 1 - bias) - mantissa_bits);
@@ -359,7 +362,8 @@ struct Format {
 };
 constexpr Format kBf16 = {7, 127}, kF16 = {10, 15};
 
-// Numbers that conversions to a format may get wrong: its own, ties between two of them and what is beside the ties.
+// Inputs for conversions to a format: its numbers, ties between two of them, and the neighbours of
+// ties.
 inline std::vector<float> hard_to_round(Format f, int count) {
   const float inf = std::numeric_limits<float>::infinity();
   std::vector<float> all = {0.f,
@@ -380,7 +384,7 @@ inline std::vector<float> hard_to_round(Format f, int count) {
   return all;
 }
 
-inline int number(int i) { return i * 29 % 17 - 8; }  // integers of a few bits
+inline int number(int i) { return i * 29 % 17 - 8; }  // integers of few bits
 
 template <class E>
 Case matrix_unit(const char* name) {
@@ -474,7 +478,7 @@ inline void warps(std::vector<Case>& all) {
   all.push_back(shuffles<float>("shfl_up shfl_down shfl_xor shfl_idx, float"));
   all.push_back(shuffles<double>("shfl_up shfl_down shfl_xor shfl_idx, double"));
 
-  const uint32_t masks[3] = {0x80000005u, 0, ~0u};  // of each warp
+  const uint32_t masks[3] = {0x80000005u, 0, ~0u};  // one for each warp
   Case votes{"vote_ballot vote_any vote_all",
              launch_case<Votes>,
              words<uint32_t>(96, [&](int i) { return masks[i / 32] >> i % 32 & 1; }),
@@ -485,7 +489,8 @@ inline void warps(std::vector<Case>& all) {
   }
   all.push_back(votes);
 
-  // Element (i, j) of matrix m is 64 m + 8 i + j; lane l holds (l / 4, 2 (l % 4)) and the one behind it.
+  // Element (i, j) of matrix m is 64 m + 8 i + j; lane l holds (l / 4, 2 (l % 4)) and the next
+  // number.
   Case plain{"ldmatrix_x4", launch_case<Ldmatrix<false>>, {0}, {}};
   Case trans{"ldmatrix_x4_trans", launch_case<Ldmatrix<true>>, {0}, {}};
   for (uint32_t m = 0; m < 4; ++m)
@@ -516,7 +521,7 @@ inline void arithmetic(std::vector<Case>& all) {
   all.push_back({"ex2, double", launch_case<Ex2<double>>, words<double>(32, power),
                  words<double>(32, [&](int i) { return std::exp2(power(i)); }), Compare::doubles, 2});
 
-  // Fractions of 24, and numbers close to where one of the two is 0.
+  // Multiples of 1/24, and numbers close to zeros of sine and cosine.
   const auto turn = [](int i) {
     if (i < 25) return i / 24.;
     return std::array{
@@ -531,7 +536,7 @@ inline void arithmetic(std::vector<Case>& all) {
                                }),
                  Compare::doubles, 4});
 
-  // (1 + e) (1 - e) - 1 = -e^2, which a product that is rounded loses
+  // (1 + e) (1 - e) - 1 = -e^2, which a rounded product loses
   const auto factor = [](int bits) {
     return [=](int i) { return i % 3 == 0 ? 1 + std::ldexp(1, -bits) : i % 3 == 1 ? 1 - std::ldexp(1, -bits) : -1; };
   };
@@ -543,7 +548,8 @@ inline void arithmetic(std::vector<Case>& all) {
   conversions<bf16>(all, kBf16, "to_float(bf16)", "from_float<bf16>", "pack2 unpack2, bf16");
   conversions<f16>(all, kF16, "to_float(f16)", "from_float<f16>", "pack2 unpack2, f16");
 
-  // 1 + i 2^-12: of four neighbours two round down and two, the tie of them away from zero, round up
+  // 1 + i 2^-12: of four neighbours two round down; two round up, one of them a tie (away from
+  // zero)
   const auto near = [](int i) { return (i % 2 ? -1 : 1) * (1 + std::ldexp(i / 2, -12)); };
   all.push_back({"to_tf32", launch_case<ToTf32>, words<float>(32, near), words<float>(32, [&](int i) {
                    return std::copysign(std::floor(std::ldexp(std::fabs(near(i)), 10) + 0.5) / 1024, near(i));
@@ -575,7 +581,7 @@ bool close(T x, T want, int64_t units) {
                        std::llabs(int64_t(a) - int64_t(b)) <= units);
 }
 
-// What is wrong with the words that a case wrote; empty: nothing.
+// What is wrong with the words that a case wrote, or an empty string.
 inline std::string difference(const Case& c, const Words& got) {
   const size_t size = c.compare == Compare::doubles ? 2 : 1;
   for (size_t i = 0; i < c.want.size() / size; ++i) {
@@ -595,7 +601,8 @@ inline std::string difference(const Case& c, const Words& got) {
   return {};
 }
 
-// A launch that cannot be made says so, and the next one is none the worse for it; what is wrong, or nothing.
+// Checks that an impossible launch returns an error and does not disturb the next launch. Returns
+// what is wrong, or an empty string.
 inline std::string refused_launches(const uint32_t* in, uint32_t* out, Stream stream) {
   const Kernel::Params p{{in}, {out}};
   if (!launch<SyncCta>(dim3(1), 2 * SyncCta::kMaxThreads, SyncCta::kShared, stream, p)) return "a block too large runs";

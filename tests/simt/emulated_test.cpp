@@ -1,5 +1,6 @@
-// emulated_test.cpp - every CUDA row of lc_method() in the emulator, through lc_run, against the definition: under
-// several schedules, with every access of a kernel checked. Outputs and workspace are full of NaN before each call.
+// emulated_test.cpp - tests every CUDA row of lc_method() in the emulator, through lc_run, against
+// the definition, under several schedules and with every access of a kernel checked. Outputs and
+// workspace are filled with NaN before each call.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -31,7 +32,8 @@ class Emulated : public ::testing::Test {
     simt::forget();
   }
 
-  // Runs every CUDA method on the call that `spec` describes, under the first `schedules` schedules.
+  // Runs every CUDA method on the call that `spec` describes, under the first `schedules`
+  // schedules.
   void check(Spec spec, int schedules = 1) {
     spec.device = {LC_CUDA, 0};
     SCOPED_TRACE(describe(spec));
@@ -79,7 +81,7 @@ class Emulated : public ::testing::Test {
     }
   }
 
-  // Gradients of the row that serves them, likewise.
+  // Runs the gradients of the row that serves them, under the first `schedules` schedules.
   void check_gradients(Spec spec, int schedules = 1) {
     spec.device = {LC_CUDA, 0}, spec.op = LC_BACKWARD;
     if (spec.decay == Decay::none) spec.wants &= ~8u;
@@ -131,7 +133,7 @@ class Emulated : public ::testing::Test {
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
-// Every row serves every dtype that it is there for; the smallest call with a second chunk in it.
+// Every row serves each of its dtypes. This is the smallest call with a second chunk.
 TEST_F(Emulated, EveryRowServes) {
   const std::set<std::string> wide = {"recurrent", "parallel"};
   for (lc_dtype dtype : kInputs) {
@@ -147,7 +149,7 @@ TEST_F(Emulated, EveryRowServes) {
   }
 }
 
-// At least three chunks of 64, ragged, unequal head dims, every schedule.
+// At least three chunks of 64, the last one ragged, with unequal head dims, under every schedule.
 TEST_F(Emulated, Schedules) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::head, Decay::token}) {
@@ -180,7 +182,7 @@ TEST_F(Emulated, LargeHeadDims) {
   }
 }
 
-// Less shared memory, and so few processors that blocks need not be small.
+// A device with less shared memory, and so few processors that blocks can be large.
 TEST_F(Emulated, OneProcessor) {
   for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
@@ -194,7 +196,7 @@ TEST_F(Emulated, OneProcessor) {
       }
 }
 
-// A cache so small that fft takes several passes, over units and over pairs of ranks.
+// A device with a cache so small that fft takes several passes, over units and over pairs of ranks.
 TEST_F(Emulated, SmallCaches) {
   for (lc_dtype dtype : kInputs)
     for (int kilobytes : {1, 40, 200}) {
@@ -205,7 +207,7 @@ TEST_F(Emulated, SmallCaches) {
     }
 }
 
-// More than 128 chunks: a third round of merges in the tree of recursive.
+// More than 128 chunks, which take a third round of merges in the tree of recursive.
 TEST_F(Emulated, LongSequences) {
   for (Decay decay : {Decay::head, Decay::token}) {
     Spec spec;
@@ -265,7 +267,8 @@ TEST_F(Emulated, PackedSequences) {
       }
 }
 
-// More than one segment of scan and block; constant decays that a segment forgets, and such that it does not.
+// Several segments of scan and block, with constant decays that a segment forgets and that it does
+// not.
 TEST_F(Emulated, Segments) {
   left_out_ = {"parallel"};  // quadratic
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
@@ -290,8 +293,8 @@ TEST_F(Emulated, Segments) {
   }
 }
 
-// The ways in which the columns of V and shared memory are dealt out: by how many processors wait for blocks, by how
-// much memory they have.
+// The divisions of the columns of V and of shared memory, which depend on the number of processors
+// and on their shared memory.
 TEST_F(Emulated, Devices) {
   const std::pair<lc::cuda::Limits, int> devices[] = {
       {simt::kHopper, 1}, {simt::kHopper, 132}, {simt::kAmpere, 108}, {simt::kAda, 1}};
@@ -318,7 +321,7 @@ TEST_F(Emulated, NoBankConflicts) {
   EXPECT_EQ(0, simt::report().ldmatrix_conflicts);
 }
 
-// States, and scores, that float16 could not hold.
+// States and scores that exceed the range of float16.
 TEST_F(Emulated, LargeStates) {
   for (lc_dtype dtype : {kF16, kBf16}) {
     Spec spec;
@@ -343,7 +346,8 @@ TEST_F(Emulated, RoundingOfLongSequences) {
     }
 }
 
-// Every pool; slots that are skipped, and one outside of the pool, which no kernel may touch.
+// Every type of pool, with skipped slots, and a slot outside of the pool, which no kernel may
+// touch.
 TEST_F(Emulated, Decode) {
   for (lc_dtype dtype : kInputs)
     for (lc_dtype pool : kInputs)
@@ -362,7 +366,7 @@ TEST_F(Emulated, Decode) {
   EXPECT_GT(served_["recurrent"], 0);
 }
 
-// As many threads to a block as there can be, a state cut into pieces, a device that is full without cutting it.
+// Blocks with the most threads, a state cut into slices, and a device that is full without slices.
 TEST_F(Emulated, DecodeHeadDims) {
   constexpr int64_t head_dims[][2] = {{1, 1}, {128, 128}, {256, 256}, {300, 20}, {1024, 4}, {3, 1100}};
   for (lc_dtype dtype : kInputs)
@@ -376,7 +380,7 @@ TEST_F(Emulated, DecodeHeadDims) {
       }
 }
 
-// A rounding error of the decay would be raised to the power of the number of tokens.
+// A rounding error of the decay would be raised to the number of tokens.
 TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
   constexpr int kCalls = 24, kTokens = 64;
   Spec spec;
@@ -398,7 +402,7 @@ TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
   EXPECT_LE(relative_error(values(call.initial_state), answer.state, answer.state), state_tolerance(kF32));
 }
 
-// What a block may use of shared memory, and the processors that a grid is made for, differ between devices.
+// Devices differ in the shared memory of a block and in the number of processors.
 TEST_F(Emulated, DecodeDevices) {
   for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
@@ -467,7 +471,7 @@ TEST_F(Emulated, GradientsOfDecays) {
       }
 }
 
-// Every combination of what is asked for and given.
+// Every combination of requested gradients and optional inputs.
 TEST_F(Emulated, SomeGradients) {
   for (unsigned wants = 1; wants < 32; ++wants)
     for (int given = 0; given < 4; ++given) {
@@ -502,7 +506,7 @@ TEST_F(Emulated, GradientLayouts) {
       }
 }
 
-// Segments, which heads forget and do not; states that are kept at every 1024 tokens; packed sequences.
+// Segments that heads forget and do not forget; checkpoints at every 1024 tokens; packed sequences.
 TEST_F(Emulated, GradientsOfSegments) {
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
     for (Decay decay : {Decay::head, Decay::token}) {
@@ -521,7 +525,8 @@ TEST_F(Emulated, GradientsOfSegments) {
       }
 }
 
-// Of a device that is full without segments: states go through all of a sequence, and errors must not.
+// A device that is full without segments: states pass through a whole sequence, and errors must not
+// grow.
 TEST_F(Emulated, GradientsOfLongSequences) {
   simt::device().processors = 1;
   for (lc_dtype dtype : kOnMatrixUnit)
@@ -572,7 +577,7 @@ TEST_F(Emulated, NothingToDo) {
   }
 }
 
-// Of a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
+// For a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
 TEST(WithoutCufft, IsRefusedWithWhatToDo) {
   const std::string chosen = std::getenv("LEETCORE_CUFFT");
   if (chosen == CUFFT_DOUBLE) GTEST_SKIP() << "there is one";

@@ -1,5 +1,6 @@
-// fault_test.cpp - the emulator's own tests: small kernels with one fault each. Each fault must be found, under every
-// schedule, by the counter that is for it; the same kernel without it must pass clean.
+// fault_test.cpp - tests of the emulator: small kernels with one fault each. Every schedule must
+// find the fault and count it in the right counter; the same kernel without the fault must have no
+// reports.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -13,8 +14,8 @@ using namespace simt;
 
 constexpr int kThreads = 128, kBlocks = 2, kNumbers = 1024;
 
-// What the kernels work on: numbers to read, numbers to write and a workspace between two launches; gaps that are of
-// none of them.
+// The memory of the kernels: numbers to read, numbers to write, a workspace between two launches,
+// and gaps that no kernel may access.
 struct Memory {
   alignas(16) float in[kNumbers], gap[4], out[kNumbers], another_gap[4], work[kNumbers];
 };
@@ -30,7 +31,7 @@ struct Kernel {
   using Params = Arguments;
 };
 
-// Index of this thread among those of all blocks.
+// Index of this thread among the threads of all blocks.
 int global_id() { return int(bid().x) * kThreads + tid(); }
 
 // ---- shared memory ------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ struct BarrierOfAWarp : Kernel<kFault> {
   }
 };
 
-// A shuffle brings the lanes together, but orders no memory.
+// A shuffle synchronizes the lanes, but orders no memory accesses.
 template <bool kFault>
 struct ShuffleIsNoBarrier : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -96,7 +97,7 @@ struct ReadOfWhatNobodyWrote : Kernel<kFault> {
   }
 };
 
-// What an earlier block left in shared memory is not there for the next one.
+// Shared memory does not keep the data of an earlier block.
 template <bool kFault>
 struct ReadOfAnotherBlocksShared : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -117,7 +118,7 @@ struct SharedIndex : Kernel<kFault> {
   }
 };
 
-// Inside of the memory, but outside of the part of it that the view is.
+// An index inside of the memory, but outside of the view.
 template <bool kFault>
 struct IndexOfAPart : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -205,7 +206,7 @@ struct BlocksWriteTheSame : Kernel<kFault> {
   static void run(const Arguments& a) { a.out.st(kFault ? tid() : global_id(), 1); }
 };
 
-// One block reads what the other one writes; whichever comes first.
+// One block reads memory that the other block writes, in either order.
 template <bool kFault>
 struct BlockReadsWhatAnotherWrites : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -216,7 +217,7 @@ struct BlockReadsWhatAnotherWrites : Kernel<kFault> {
   }
 };
 
-// The reads of two blocks, and then a write of the second.
+// Two blocks read, and then the second block writes.
 template <bool kFault>
 struct BlockWritesWhatAnotherRead : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -266,7 +267,7 @@ struct WaitAtTheEnd : Kernel<kFault> {
   }
 };
 
-// A wait is for the copies of one's own; others see them after a barrier.
+// A thread waits only for its own copies; other threads see them after a barrier.
 template <bool kFault>
 struct BarrierAfterTheWait : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -297,7 +298,7 @@ struct WriteUnderACopy : Kernel<kFault> {
   }
 };
 
-// The ring of a loop: a stage may be filled again when all have read it.
+// The ring of a loop: a stage may be filled again once all threads have read it.
 template <bool kFault>
 struct Ring : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -415,8 +416,8 @@ struct NumberOfABarrier : Kernel<kFault> {
   }
 };
 
-// Two pairs of warps, each with a barrier of its own, exchange numbers many times; the pairs hear of one another only
-// through the last barrier. A pair may pass its own as often as it likes: that orders nothing of the other pair.
+// Two pairs of warps, each with its own barrier, exchange numbers many times. Only the last barrier
+// orders accesses of different pairs; the barrier of a pair orders nothing of the other pair.
 template <bool kFault>
 struct NamedBarriers : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -435,7 +436,7 @@ struct NamedBarriers : Kernel<kFault> {
   }
 };
 
-// One warp fills what three read, over barriers "full" and "free".
+// One warp fills memory that three warps read, with barriers "full" and "free".
 template <bool kFault>
 struct ProducerAndConsumers : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -486,7 +487,7 @@ struct LdmatrixBeforeTheBarrier : Kernel<kFault> {
   }
 };
 
-// A 16 x 8 product, of which a fault swaps two registers of the left operand.
+// A 16 x 8 product. The fault swaps two registers of the left operand.
 template <bool kFault>
 struct Product : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -501,7 +502,7 @@ struct Product : Kernel<kFault> {
   }
 };
 
-// ---- running them -------------------------------------------------------------------------------
+// ---- running the kernels ------------------------------------------------------------------------
 
 struct Schedule {
   Policy policy;
@@ -546,7 +547,8 @@ class Fault : public ::testing::Test {
     return launch_one<K>();
   }
 
-  // K<true> adds to `kind`, and what it adds to other counters are consequences; K<false> adds to none.
+  // K<true> adds to `kind`, and may add to other counters as a consequence. K<false> adds to no
+  // counter.
   template <template <bool> class K>
   void expect(int Report::* kind) {
     for (const Schedule& s : schedules()) {
@@ -593,7 +595,7 @@ TEST_F(Fault, Unwritten) {
   expect<ReadOfAnOutput>(&Report::uninit);
 }
 
-// A workspace is empty at the start of a call, and keeps what a launch leaves in it for the next one.
+// A workspace is empty at the start of a call, and keeps its contents from one launch to the next.
 TEST_F(Fault, Workspace) {
   for (bool first : {false, true}) {
     report() = {};
@@ -646,7 +648,7 @@ TEST_F(Fault, Deadlock) {
 
 TEST_F(Fault, NumbersOfBarriers) { expect<NumberOfABarrier>(&Report::other); }
 
-// A message names the kernel, what meets what, the source line of each, and the block and thread.
+// A message names the kernel, both accesses with their source lines, the block and the thread.
 TEST_F(Fault, Messages) {
   const auto first = [&](auto kernel) {
     run_under<decltype(kernel)>({Policy::sticky, 1, CpAsync::poison});
@@ -699,7 +701,7 @@ TEST_F(Fault, LaunchesThatNoDeviceTakes) {
   EXPECT_EQ(0, report().errors());
 }
 
-// Rows of 128 bytes lie in the same banks; rows of 144 bytes do not.
+// Rows of 128 bytes are in the same banks; rows of 144 bytes are not.
 template <int kStride>
 struct Banks : Kernel<false> {
   static void run(const Arguments& a) {
@@ -722,7 +724,7 @@ TEST_F(Fault, BankConflicts) {
   EXPECT_EQ(0, report().ldmatrix_conflicts);
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which finds it itself
+#ifndef __SANITIZE_ADDRESS__  // the sanitizer reports it
 struct EndlessRecursion : Kernel<false> {
   static float down(int n, float x) {
     volatile float use[256] = {x};

@@ -1,5 +1,5 @@
-// simt_host.cpp - the emulator behind simt_host.h: fibers, the scheduler, the shadow of shared and of global memory,
-// what cp.async and the matrix unit do.
+// simt_host.cpp - implements the emulator of simt_host.h: fibers, the scheduler, the shadow of
+// shared and global memory, cp.async and the matrix unit.
 #include <algorithm>
 #include <csignal>
 #include <cstdarg>
@@ -47,7 +47,7 @@ constexpr size_t kStack = 256 * 1024;
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
-constexpr size_t kGuard = 64 * 1024;  // below each stack; no page of it can be touched
+constexpr size_t kGuard = 64 * 1024;  // bytes below each stack that cannot be accessed
 enum State { kReady, kInWarp, kAtBarrier, kDone };
 
 Fiber fibers[kMostThreads], home;
@@ -94,7 +94,8 @@ namespace {
 }
 
 #ifdef __x86_64__
-// Saves the callee's registers on this stack and goes on with another one: 11 ns, where ucontext takes 228.
+// Saves the callee's registers on this stack and switches to another stack. Takes 11 ns; ucontext
+// takes 228 ns.
 extern "C" void simt_switch(void** save, void* load);
 asm(R"(
 .text
@@ -231,12 +232,13 @@ void make_ready(int t) { warps[t >> 5].ready |= 1u << (t & 31); }
   __builtin_unreachable();
 }
 
-// Time: counted in barriers, of a block or a warp. What warp u did before clocks[w][u] is ordered before what warp w
-// does from now on; [w][w]: what its other lanes did.
+// Time is counted in barriers, of a block or a warp. Accesses of warp u before clocks[w][u] are
+// ordered before all later accesses of warp w. [w][w] orders accesses of other lanes of warp w.
 uint32_t now = 1;
 uint32_t clocks[kMostWarps][kMostWarps];
 
-// Lets go the threads that wait at a barrier: all that they did before is ordered before all that they do next.
+// Releases the threads that wait at a barrier. All their earlier accesses are ordered before all
+// their later ones.
 void release(int id) {
   uint32_t joined[kMostWarps] = {};
   std::vector<int> waiting;
@@ -326,7 +328,7 @@ void warp_barrier(Line line) {
 
 namespace {
 
-// A source line in four bytes; `lane` that read there.
+// A source line and the lane that read there, in four bytes.
 constexpr uint8_t kSeveral = 32;
 struct Place {
   uint16_t number;
@@ -344,11 +346,11 @@ Place place(Line line, int lane = kSeveral) {
 }
 std::string text(Place p) { return text(Line{files[p.file], p.number}); }
 
-// Of two bytes: who wrote them and who read them since, and when.
+// The last write of two bytes, and the reads since then.
 struct Cell {
   uint32_t written;      // 0: never
-  uint32_t readers;      // warps
-  uint32_t read_before;  // by an earlier block
+  uint32_t readers;      // a mask of warps
+  uint32_t read_before;  // a read by an earlier block
   uint16_t writer, in_flight;
   Place writer_place;
 };
@@ -357,8 +359,8 @@ struct Read {
   Place place;
 };
 
-// Memory and its cells; reads[cell * warp_count + warp]. Accesses before `start` are ordered before all later ones,
-// those before block_start are of another block.
+// A range of memory and its cells; reads[cell * warp_count + warp]. Accesses before `start` are
+// ordered before all later accesses. Accesses before block_start were made by another block.
 struct Shadow {
   const unsigned char* begin = nullptr;
   std::vector<Cell> cells;
@@ -380,7 +382,7 @@ struct Shadow {
 struct Range {
   const unsigned char *begin, *end;
   bool writable;
-  Shadow shadow;  // of what is writable
+  Shadow shadow;  // only of writable ranges
 };
 std::vector<Range> ranges;
 Shadow shared_shadow;
@@ -472,7 +474,8 @@ class Access {
   int warp_;
 };
 
-// Of a vector, its size; what is larger than 16 bytes is a struct, which goes in several pieces.
+// The alignment of an access: the size of a vector. Larger values are structs, which move in
+// several pieces.
 bool aligned(const void* p, size_t bytes, const char* what, Line line) {
   const bool yes = reinterpret_cast<uintptr_t>(p) % std::min<size_t>(bytes & -bytes, 16) == 0;
   if (!yes)
@@ -584,7 +587,7 @@ void ldmatrix_all(void* const* all) {
     return static_cast<const unsigned char*>(static_cast<LdmatrixArgument*>(all[l])->row);
   };
   for (int m = 0; m < 4; ++m) {
-    int rows_in_bank[8] = {}, worst = 1;  // of 16 bytes; equal addresses share one access
+    int rows_in_bank[8] = {}, worst = 1;  // rows of 16 bytes; equal addresses share an access
     for (int r = 0; r < 8; ++r) {
       bool repeated = false;
       for (int s = 0; s < r; ++s) repeated |= row(m * 8 + s) == row(m * 8 + r);
@@ -601,8 +604,8 @@ void ldmatrix_all(void* const* all) {
   }
 }
 
-// The sum of products is exact up to its end and then cut to a float: hardware keeps a few bits more than a float has
-// and does not round to nearest.
+// The sum of products is exact and is truncated to a float at the end. Hardware keeps a few bits
+// more than a float has, and does not round to nearest.
 float cut(double x) {
   const float y = float(x);
   return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.f) : y;
@@ -615,7 +618,7 @@ struct MmaArgument {
   A b[2];
 };
 
-// of(register, h): the number in half h of it
+// of(register, h): the number in half h of a register
 template <class A, int K, class F>
 void mma_all(void* const* all, F of) {
   constexpr int kHalves = K / 8;  // numbers in a register
@@ -653,7 +656,7 @@ void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, Line line) {
 
 uint32_t movmatrix(uint32_t x, Line line) {
   return gather<uint32_t, uint32_t>("movmatrix", line, x, [](const uint32_t* v, int l) {
-    const int i = l / 4, j = l % 4 * 2;  // element (i, j) of the transposed is (j, i)
+    const int i = l / 4, j = l % 4 * 2;  // element (i, j) of the transposed matrix is (j, i)
     const auto at = [&](int row, int column) { return v[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
     return at(j, i) | at(j + 1, i) << 16;
   });
@@ -673,7 +676,7 @@ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Li
 }
 void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line) {
   MmaArgument<float> x{c, a, {b0, b1}};
-  collective("mma.tf32", line, &x, [](void* const* all) {  // the unit ignores the low bits
+  collective("mma.tf32", line, &x, [](void* const* all) {  // the matrix unit ignores the low bits
     mma_all<float, 8>(all, [](float f, int) { return double(bits_as<float>(bits(f) & ~0x1fffu)); });
   });
 }
@@ -682,9 +685,9 @@ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line)
 
 namespace {
 
-// Which threads wait for what, one line for each place where some do.
+// The threads that wait, one line for each source line where threads wait.
 void tell_deadlock() {
-  std::map<std::string, std::pair<int, int>> places;  // -> threads, the first of them
+  std::map<std::string, std::pair<int, int>> places;  // -> number of threads, first thread
   for (int t = block_threads - 1; t >= 0; --t)
     if (fibers[t].state != kDone) {
       auto& place = places[std::string(fibers[t].wait_what) + " of " + text(fibers[t].wait_line)];
@@ -723,8 +726,8 @@ void run_block(dim3 index, int smem) {
   if (alive && !abandoned) tell_deadlock();
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which tells of it itself
-// A thread that runs off its stack says so before it ends the process.
+#ifndef __SANITIZE_ADDRESS__  // the sanitizer reports it
+// A thread that overflows its stack prints the kernel before the process ends.
 void on_fault(int, siginfo_t* info, void*) {
   const auto* at = static_cast<const unsigned char*>(info->si_addr);
   if (current && current != &home && at >= current->stack - kGuard && at < current->stack) {
@@ -766,7 +769,7 @@ void make_memory() {
 
 }  // namespace
 
-// What the runtime of a device says to such a launch.
+// The error of a device's runtime for such a launch, or nullptr.
 const char* refuse_launch(dim3 grid, int block, int most_threads, int smem) {
   if (block <= 0 || block > std::min(most_threads, kMostThreads) || !grid.x || !grid.y || !grid.z ||
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)

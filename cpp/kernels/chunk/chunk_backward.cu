@@ -67,7 +67,8 @@ struct BackwardCall {
   int walks() const { return int(queries) + int(keys) + int(values); }
 
  private:
-  // Chooses the length of segments. Their ends are checkpoints, or divide the tokens between two checkpoints.
+  // Chooses the length of segments. Their ends are checkpoints, or divide the tokens between two
+  // checkpoints.
   void cut_sequences() {
     const int64_t chunks = (p.N + kChunk - 1) / kChunk, every = kCheckpoint / kChunk;
     int64_t length = segment_chunks(p, batch(p) * p.H * walks() * ((std::max(p.K, p.V) + 63) / 64));
@@ -83,7 +84,8 @@ struct BackwardCall {
     bytes += (size_t(numbers) * sizeof(T) + 15) / 16 * 16;
   }
 
-  // Dense memory for the gradients of all q heads if the caller asks for fewer heads; else the caller's tensor.
+  // Dense memory for the gradients of all q heads if the caller asks for fewer heads; else the
+  // caller's tensor.
   View per_head(const View& asked, int64_t b, int64_t own_heads, int64_t n, int64_t columns, int width) {
     if (!asked || own_heads == p.H) return asked;
     uint8_t* memory;
@@ -141,7 +143,8 @@ void walk(const BackwardCall& c, const GradientWalks& walks) {
   (c.decays ? walk_decays : walk_gradients)(c.p, c.walks(), walks);
 }
 
-// Computes c.before, S before every segment except the first, and c.after, dS after every segment except the last.
+// Computes c.before, S before every segment except the first, and c.after, dS after every segment
+// except the last.
 void make_states(const BackwardCall& c, GradientWalk states, GradientWalk gradients) {
   for (GradientWalk* w : {&states, &gradients}) {
     w->walk.states_only = true;

@@ -167,7 +167,8 @@ struct DecayGradient {
   }
 };
 
-// d log_decay where tokens share a decay: sums over tokens, and over heads and sequences where its strides are 0.
+// d log_decay where tokens share a decay: sums over tokens, and over heads and sequences where its
+// strides are 0.
 struct SumDecays {
   static constexpr const char* kName = "sum of decays";
   static constexpr int kMaxThreads = 128, kMinBlocks = 4, kSharedBytes = kMaxThreads * int(sizeof(double));

@@ -28,7 +28,8 @@ int64_t points(int64_t n) {
 
 int64_t all_pairs(const Problem& p) { return divide_up(p.K, 2); }
 
-// The division into passes of equal size. The last pass may have units, or pairs of ranks, that do not exist.
+// The division into passes of equal size. The last pass may have units, or pairs of ranks, that do
+// not exist.
 struct Cut {
   int64_t points, slices, columns, all_units, units, pairs;
   explicit Cut(const Problem& p)
@@ -49,7 +50,8 @@ struct Cut {
 
 Transforms transforms(const Problem& p, const Cut& cut) { return {p.type == Type::f64, cut.points, cut.transforms()}; }
 
-// Offsets in the workspace, all multiples of 256, like the addresses of memory that cuFFT allocates.
+// Offsets in the workspace, all multiples of 256, like the addresses of memory that cuFFT
+// allocates.
 struct Memory {
   size_t spectrum, x, sums, work, bytes;
   Memory(const Problem& p, const Cut& cut) {
@@ -123,7 +125,8 @@ Cost cost(const Problem& p) {
   const double states = 2 * n * double(p.B * p.Hs) * double(p.K * p.V);
   const double flop = transformed * (M * (10 * std::log2(M) + 6) + n * (2 + 4 * G)) +
                       states * (G * bool(p.initial_state) + bool(p.final_state));
-  // Estimated: each number of a pass moves eight times, at five times the speed of memory, since it stays in the cache.
+  // Estimated: each number of a pass moves eight times, at five times the speed of memory, since it
+  // stays in the cache.
   const double moved = transformed * M * 8 * (p.type == Type::f64 ? 16 : 8) / 5;
   return predict(p, {flop, moved, /*depth=*/2 * std::log2(M), /*launches=*/1 + 5 * passes, /*blocks=*/1,
                      /*steps=*/flop, /*step_us=*/4 / limits(p.device.id).flop_per_us});

@@ -47,7 +47,8 @@ SIMT_DEV FftUnit unit_at(const FftPass<T>& a, int64_t i) {
   return {b, state % a.p.Hs, c0, int(left < a.columns ? left : a.columns), sequence_at(a.p, b)};
 }
 
-// Shared by spread, collect and the final state: blocks of 256 threads, tiles of tokens and 32 ranks.
+// Shared by spread, collect and the final state: blocks of 256 threads, tiles of tokens and 32
+// ranks.
 template <class E>
 struct FftTiles {
   using T = Accumulator<E>;
@@ -65,7 +66,8 @@ struct FftTiles {
   }
 };
 
-// H_f = sum_(n < M/2) 2^(L n) w^(f n) = (1 - 2^(L M/2) w^(f M/2)) / (1 - 2^L w^f), w = e^(-2 pi i / M); divided by M.
+// H_f = sum_(n < M/2) 2^(L n) w^(f n) = (1 - 2^(L M/2) w^(f M/2)) / (1 - 2^L w^f), w = e^(-2 pi i /
+// M); divided by M.
 template <class T>
 struct FftFilter {
   static constexpr const char* kName = "fft filter";
@@ -225,7 +227,8 @@ struct FftCollect : FftTiles<E> {
   }
 };
 
-// S_N, 32 ranks and 32 columns per block. Each tile is summed on its own, since errors grow with the length of a sum.
+// S_N, 32 ranks and 32 columns per block. Each tile is summed on its own, since errors grow with
+// the length of a sum.
 template <class E>
 struct FftState : FftTiles<E> {
   using Tiles = FftTiles<E>;

@@ -17,7 +17,8 @@ constexpr int kTileTokens = 16;
 
 int64_t blocks(const Problem& p, int columns) { return p.B * p.H * ((p.V + columns - 1) / columns); }
 
-// Columns of a lane. With two columns each number of q and k is used twice per read; with one there are more blocks.
+// Columns of a lane. With two columns each number of q and k is used twice per read; with one there
+// are more blocks.
 int lane_columns(const Problem& p) {
   return p.type != Type::f64 && blocks(p, 64) >= limits(p.device.id).processors ? 2 : 1;
 }
@@ -32,7 +33,8 @@ void run(const Problem& p) {
     start<Kernel>(p, dim3(unsigned(grid)), 32 * Kernel::warps(p), Kernel::shared_bytes(p, tile),
                   {p, first, last - first, tile});
   };
-  // If the state is updated in place, the head that writes it runs after all other heads have read it.
+  // If the state is updated in place, the head that writes it runs after all other heads have read
+  // it.
   const int G = int(group(p));
   const bool in_place = heads_per_block(p) > 1;
   if (in_place) launch_heads(1, G);

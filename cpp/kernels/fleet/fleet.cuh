@@ -44,8 +44,8 @@ struct FleetForward {
     const int live = int(p.K - r0 < kRanks ? p.K - r0 : kRanks);  // ranks of this warp
     const Sequence s = sequence_at(p, b);
 
-    // The state goes through shared memory, since the addresses of 16 rows would take registers. A lane reads only the
-    // numbers that it wrote.
+    // The state goes through shared memory, since the addresses of 16 rows would take registers. A
+    // lane reads only the numbers that it wrote.
     T y[kRanks][C];
     for (int r = 0; r < live; ++r)
       for (int c = lane(); c < kColumns; c += 32) {
@@ -126,8 +126,9 @@ struct FleetForward {
       for (int c = lane(); c < width; c += 32) to.st(i * width + c, c < live ? widen(from.ld(i * stride + c)) : T(0));
   }
 
-  // y is multiplied by times + keep. A decay close to 1 is stored as 2^L - 1 and 1, since the rounding error of 2^L would
-  // be raised to the number of tokens. Other decays are stored as 2^L and 0, so that a decay of 0 forgets exactly.
+  // y is multiplied by times + keep. A decay close to 1 is stored as 2^L - 1 and 1, since the
+  // rounding error of 2^L would be raised to the number of tokens. Other decays are stored as 2^L
+  // and 0, so that a decay of 0 forgets exactly.
   static SIMT_DEV void load_decay(sptr<T> decay, double log2) {
     constexpr double kSlow = -0.0145;  // log2 0.99
     const bool keep = log2 > kSlow;

@@ -27,8 +27,8 @@ struct Parallel {
 
   static LC_INLINE int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
   static LC_INLINE int64_t slices(const Problem& p) { return (tiles(p.V) + kWide - 1) / kWide; }
-  // Tiles of tokens in all sequences. The tiles of a packed sequence b start at number begin / 64 + b, which may leave
-  // some numbers unused.
+  // Tiles of tokens in all sequences. The tiles of a packed sequence b start at number begin / 64 +
+  // b, which may leave some numbers unused.
   static LC_INLINE int64_t token_tiles(const Problem& p) { return p.cu_bits ? p.N / kTile + p.B : tiles(p.N) * p.B; }
   static int shared_bytes() {
     return (2 * kTile * kPitch + kTile) * int(sizeof(T)) + (kTile + 1) * int(sizeof(double));
@@ -60,8 +60,8 @@ struct Parallel {
   };
 
   static SIMT_DEV int at_most_a_tile(int64_t n) { return int(n < kTile ? n : kTile); }
-  // A thread's rows and columns in products: four from `slow` on and four from `fast` on. Neighbouring threads share
-  // `slow` and differ in `fast`.
+  // A thread's rows and columns in products: four from `slow` on and four from `fast` on.
+  // Neighbouring threads share `slow` and differ in `fast`.
   static SIMT_DEV int slow() { return tid() / 16 * 4; }
   static SIMT_DEV int fast() { return tid() % 16 * 4; }
 
@@ -159,7 +159,8 @@ struct Parallel {
     });
   }
 
-  // Sequence and first token of the i-th tile. Tiles with many keys come first, as far as the shapes tell.
+  // Sequence and first token of the i-th tile. Tiles with many keys come first, as far as the
+  // shapes tell.
   struct TokenTile {
     int64_t b, t;
   };
@@ -177,9 +178,9 @@ struct Parallel {
     return {b, (i - sequence_at(p, b).begin / kTile - b) * kTile};
   }
 
-  // Computes, by one warp, the total of the log2 decays of the tile from token t on, and either their sums up to each
-  // token (sums), or the weight of each token after the tile and a further log2 decay `beyond`. Tokens past the sequence
-  // do not decay.
+  // Computes, by one warp, the total of the log2 decays of the tile from token t on, and either
+  // their sums up to each token (sums), or the weight of each token after the tile and a further
+  // log2 decay `beyond`. Tokens past the sequence do not decay.
   static SIMT_DEV void weigh(const Memory& m, const Problem& p, const Sequence& s, int64_t hs, int64_t t, double beyond,
                              bool sums) {
     double x[2];

@@ -74,7 +74,8 @@ struct Decode {
   }
 
  private:
-  // From this log2 decay on, 2^L - 1 is added to 1: the rounding error of 2^L would be raised to the number of tokens.
+  // From this log2 decay on, 2^L - 1 is added to 1: the rounding error of 2^L would be raised to
+  // the number of tokens.
   static constexpr double kSlow = -0.0145;
 
   using Vector = Packed<P, kVector>;
@@ -196,8 +197,8 @@ struct Decode {
     }
   }
 
-  // The vectors of one thread in the pool: `rows` rows, and `numbers` numbers from the thread's first column on that are
-  // in the slice.
+  // The vectors of one thread in the pool: `rows` rows, and `numbers` numbers from the thread's
+  // first column on that are in the slice.
   struct Vectors {
     gptr<P> at;
     int64_t stride;

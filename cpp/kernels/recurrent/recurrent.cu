@@ -45,7 +45,8 @@ void with_decode(const Problem& p, F&& f) {
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Slices as wide as a block has threads for, or narrower if that would leave processors without work.
+// Slices as wide as a block has threads for, or narrower if that would leave processors without
+// work.
 template <class E, class P>
 typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   using Kernel = Decode<E, P>;

@@ -138,7 +138,8 @@ struct RecurrentForward {
       if (i % kColumns < b.columns) row<T>(p.final_state, b.b, b.hs, i / kColumns).st(b.c0 + i % kColumns, b.S.ld(i));
   }
 
-  // Copies q and k of n tokens from token t on, ranks [r0, r0 + ranks), to shared memory, and v with the first ranks.
+  // Copies q and k of n tokens from token t on, ranks [r0, r0 + ranks), to shared memory, and v
+  // with the first ranks.
   static SIMT_DEV void stage(const Problem& p, const Block& b, int64_t h, int64_t t, int n, int r0, int ranks) {
     const int64_t at = b.s.begin + t;
     sync_cta();
@@ -151,7 +152,8 @@ struct RecurrentForward {
     sync_cta();
   }
 
-  // Takes ranks r0 + r and r0 + r + 1 of the state through the tile, and adds their part of the outputs to o.
+  // Takes ranks r0 + r and r0 + r + 1 of the state through the tile, and adds their part of the
+  // outputs to o.
   static SIMT_DEV void scan(const Block& b, const Weights& weight, const Four (&own_v)[kOwn], int r0, int r,
                             T (&o)[kOwn][4]) {
     T x[2][kOwn][4];  // states at this lane's tokens, from the lane's own tokens only

@@ -57,7 +57,8 @@ struct RecursiveSums {
   }
 };
 
-// Three levels of the tree: among 8 adjacent nodes, every second node takes in the node before it, and so on.
+// Three levels of the tree: among 8 adjacent nodes, every second node takes in the node before it,
+// and so on.
 struct RecursiveMerge {
   static constexpr const char* kName = "recursive merge";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;
@@ -97,7 +98,8 @@ struct RecursiveMerge {
   }
 };
 
-// The state before each leaf: the sum of the left halves that it reads, the largest and oldest half first.
+// The state before each leaf: the sum of the left halves that it reads, the largest and oldest half
+// first.
 struct RecursiveRead {
   static constexpr const char* kName = "recursive read";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;
