@@ -271,7 +271,9 @@ def query() -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     names = [stage.name for stage in STAGES]
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"stages to run, of {', '.join(names)} (default: all)")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"stages to run, of {', '.join(names)} (default: all)"
+    )
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all stages (default: %(default)g)")
     parser.add_argument("--arch", default="", help="CUDA architectures, as in CMake (default: that of the first GPU)")
     parser.add_argument("--name", default="", help="name of the results (default: from the GPU's name)")

@@ -1,6 +1,6 @@
 // fft.cu - GPU: launches the kernels of fft.cuh, and cuFFT between them.
 //
-//   A pass has as many transforms of M >= 2N points as half of the L2 cache holds, and takes five launches or more
+//   A pass has as many transforms of M >= 2N points as half of the L2 cache holds, in five launches
 //   about B Hs (V K/2 (M (10 log2 M + 6) + N (2 + 4G)) + 2 N K V (G + 1)) flop; G = H / Hs
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include "fft.cuh"

@@ -1,6 +1,6 @@
 // fleet.cu - GPU: launches the kernel of fleet.cuh.
 //
-//   one block for each (sequence, state, part of its q heads, 32 or 64 columns of V); B N H 5 K V flop
+//   one block for each (sequence, state, part of its q heads, slice of V); B N H 5 K V flop
 //   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
 #include "fleet.cuh"
 

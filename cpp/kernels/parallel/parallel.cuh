@@ -1,13 +1,14 @@
-// parallel.cuh - GPU: the quadratic form, in tiles of 64 x 64 scores that never leave shared memory.
+// parallel.cuh - GPU: the quadratic form, in tiles of 64 x 64 scores that stay in shared memory.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2 decays
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)   G: sums of log2 decays
 //   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
 //
-//   A block walks from its own tile of tokens back to the first tile, or until all weights are 0. The exponent of a
-//   weight is the sum of three: the query's in its tile, the key's to the end of its tile, and a running double between
-//   block: 256 threads with 4 x 4 numbers of every product each, for [64, 128] outputs; a second launch computes [64
-//   ranks, 128] of S_N. (2 * 64 * 68 + 64) T bytes; B H N (N+1)(K+V) flop, all FMA in the accumulator's type T
-//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
+//   A block goes from its own tile of tokens back to the first, or until all weights are 0. An exponent
+//   is the sum of the query's in its tile, the key's to the end of its tile, and a running double
+//   block: 256 threads with 4 x 4 numbers of every product, for [64, 128] outputs; a second launch
+//   computes [64 ranks, 128] of S_N. (2 * 64 * 68 + 64) T bytes
+//   B H N (N+1)(K+V) flop, all FMA in the accumulator's type T
+//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention, arXiv:2307.08621
 #pragma once
 #include "../../cuda/problem.cuh"
 #include "../../cuda/staging.cuh"
