@@ -217,50 +217,86 @@ constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 // with grouped heads; a pool; gradients with one decay per head, and with one per token.
 std::vector<Spec> small_calls(lc_dtype dtype) {
   Spec base;
-  base.dtype = dtype, base.B = 1, base.N = 70, base.K = 24, base.V = 40;
+  base.dtype = dtype;
+  base.B = 1;
+  base.N = 70;
+  base.K = 24;
+  base.V = 40;
   std::vector<Spec> all(7, base);
   all[0].initial = all[0].final = true;
-  all[1].strided = all[1].bnhd = true, all[1].decay = Decay::token, all[1].final = true;
-  all[2].cu = {0, 0, 5, 70}, all[2].initial = all[2].final = true;
-  all[3].Hq = 4, all[3].in_place = true;
-  all[4].op = LC_DECODE, all[4].B = 3, all[4].N = 2, all[4].slots = 4, all[4].indices = {3, -1, 0};
-  for (int i : {5, 6}) all[i].op = LC_BACKWARD, all[i].initial = all[i].final = true;
-  all[6].decay = Decay::token, all[6].Hq = 4, all[6].N = 300;
+  all[1].strided = all[1].bnhd = true;
+  all[1].decay = Decay::token;
+  all[1].final = true;
+  all[2].cu = {0, 0, 5, 70};
+  all[2].initial = all[2].final = true;
+  all[3].Hq = 4;
+  all[3].in_place = true;
+  all[4].op = LC_DECODE;
+  all[4].B = 3;
+  all[4].N = 2;
+  all[4].slots = 4;
+  all[4].indices = {3, -1, 0};
+  for (int i : {5, 6}) {
+    all[i].op = LC_BACKWARD;
+    all[i].initial = all[i].final = true;
+  }
+  all[6].decay = Decay::token;
+  all[6].Hq = 4;
+  all[6].N = 300;
   return all;
 }
 
 std::vector<Spec> all_calls(lc_dtype dtype) {
   std::vector<Spec> all = small_calls(dtype);
   Spec base;
-  base.dtype = dtype, base.initial = base.final = true;
+  base.dtype = dtype;
+  base.initial = base.final = true;
   for (int64_t N : {0, 1, 63, 64, 65, 130, 500})
     for (const auto& [K, V] :
          {std::pair{1, 1}, {16, 24}, {33, 17}, {64, 64}, {80, 96}, {128, 128}, {7, 256}, {256, 64}}) {
       all.push_back(base);
-      all.back().N = N, all.back().K = K, all.back().V = V;
+      all.back().N = N;
+      all.back().K = K;
+      all.back().V = V;
     }
   for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
     for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
       if (decay == Decay::none && gamma != 1) continue;
       all.push_back(base);
-      all.back().N = 200, all.back().K = 32, all.back().V = 48, all.back().decay = decay, all.back().gamma = gamma;
+      all.back().N = 200;
+      all.back().K = 32;
+      all.back().V = 48;
+      all.back().decay = decay;
+      all.back().gamma = gamma;
     }
   constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
   for (const auto& h : heads)
     for (bool bnhd : {false, true}) {
       all.push_back(base);
-      all.back().Hq = h[0], all.back().Hk = h[1], all.back().Hv = h[2], all.back().bnhd = all.back().strided = bnhd;
-      all.back().N = 150, all.back().K = 40, all.back().V = 64, all.back().decay = Decay::token;
+      all.back().Hq = h[0];
+      all.back().Hk = h[1];
+      all.back().Hv = h[2];
+      all.back().bnhd = all.back().strided = bnhd;
+      all.back().N = 150;
+      all.back().K = 40;
+      all.back().V = 64;
+      all.back().decay = Decay::token;
     }
   for (const Index& bounds : {Index{0, 0, 1, 64, 300, 300}, Index{0, 63, 128, 129}, Index{0, 0}, Index{0}}) {
     all.push_back(base);
-    all.back().B = 1, all.back().N = bounds.back(), all.back().cu = bounds, all.back().cu_dtype = kI64;
-    all.back().K = 64, all.back().V = 32;
+    all.back().B = 1;
+    all.back().N = bounds.back();
+    all.back().cu = bounds;
+    all.back().cu_dtype = kI64;
+    all.back().K = 64;
+    all.back().V = 32;
   }
   for (int64_t N : {1500, 4100})  // one head, such that methods cut the sequence into segments
     for (double gamma : {0.9, 1 - 1e-6}) {
       all.push_back(base);
-      all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1, all.back().N = N, all.back().gamma = gamma;
+      all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1;
+      all.back().N = N;
+      all.back().gamma = gamma;
       all.back().K = all.back().V = 64;
     }
   // Gradients: the variants of the forward calls above, and checkpoints of states.
@@ -275,9 +311,18 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
     for (int64_t N : {1, 5, 8, 64}) {
       if ((pool == kF64) != (dtype == kF64)) continue;
       Spec spec;
-      spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7, spec.indices = {6, 0, 3};
+      spec.op = LC_DECODE;
+      spec.dtype = dtype;
+      spec.pool = pool;
+      spec.B = 3;
+      spec.slots = 7;
+      spec.indices = {6, 0, 3};
       spec.index_dtype = pool == dtype ? kI64 : kI32;
-      spec.Hq = 4, spec.N = N, spec.K = 64, spec.V = 80, spec.strided = N == 5;
+      spec.Hq = 4;
+      spec.N = N;
+      spec.K = 64;
+      spec.V = 80;
+      spec.strided = N == 5;
       all.push_back(spec);
     }
   return all;
@@ -312,7 +357,8 @@ int main(int argc, char** argv) {
         bool served;
         std::string refusal;
         const std::string wrong = examine(spec, name.c_str(), definition, &served, &refusal);
-        count.served += served, count.failed += !wrong.empty();
+        count.served += served;
+        count.failed += !wrong.empty();
         if (!refusal.empty()) count.refusals.insert(refusal);
         if (!wrong.empty()) std::printf("WRONG %s: %s: %s\n", name.c_str(), describe(spec).c_str(), wrong.c_str());
         std::fflush(stdout);

@@ -60,8 +60,11 @@ struct Index : Kernel {
     const dim3 b = bid();
     const int block = int(b.x) + 3 * (int(b.y) + 2 * int(b.z));
     const gptr<uint32_t> out = a.out.sub((int64_t(block) * nthreads() + tid()) * 5);
-    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(fresh(lane())));
-    out.st(3, uint32_t(warp())), out.st(4, uint32_t(nwarps()));
+    out.st(0, uint32_t(block));
+    out.st(1, uint32_t(nthreads()));
+    out.st(2, uint32_t(fresh(lane())));
+    out.st(3, uint32_t(warp()));
+    out.st(4, uint32_t(nwarps()));
   }
 };
 
@@ -93,7 +96,8 @@ struct Shared : Kernel {
     const auto pairs = s.sub(160, 64);
     pairs.stv(2 * t, a.in.ldv<uint2>(160 + 2 * t));
     d.st(t, double(t));
-    a.out.st(t, s.ld(t)), a.out.st(32 + 4 * t + 3, s.ldv<uint4>(32 + 4 * t).w);
+    a.out.st(t, s.ld(t));
+    a.out.st(32 + 4 * t + 3, s.ldv<uint4>(32 + 4 * t).w);
     for (int i = 0; i < 3; ++i) a.out.st(32 + 4 * t + i, s.ld(32 + 4 * t + i));
     a.out.stv(160 + 2 * t, pairs.ldv<uint2>(2 * t));
     a.out.st(224 + t, uint32_t(d.ld(t)));
@@ -109,7 +113,8 @@ struct LargeShared : Kernel {
     Smem smem;
     const auto s = smem.alloc<uint32_t>(kShared / 4);
     const int at = kShared / 4 - nthreads() + tid();
-    s.st(tid(), a.in.ld(tid())), s.st(at, a.in.ld(tid()) + 1);
+    s.st(tid(), a.in.ld(tid()));
+    s.st(at, a.in.ld(tid()) + 1);
     a.out.st(tid(), s.ld(tid()) + s.ld(at));
   }
 };
@@ -169,7 +174,10 @@ struct Shuffles : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const T x = in_as<T>(a).ld(tid());
     const auto out = out_as<T>(a).sub(tid() * 8);
-    out.st(0, shfl_up(x, 1)), out.st(1, shfl_up(x, 31)), out.st(2, shfl_down(x, 2)), out.st(3, shfl_down(x, 16));
+    out.st(0, shfl_up(x, 1));
+    out.st(1, shfl_up(x, 31));
+    out.st(2, shfl_down(x, 2));
+    out.st(3, shfl_down(x, 16));
     out.st(4, shfl_xor(x, 1)), out.st(5, shfl_xor(x, 21)), out.st(6, shfl_idx(x, 7)),
         out.st(7, shfl_idx(x, 31 - lane()));
   }
@@ -179,7 +187,9 @@ struct Votes : Kernel {
   static constexpr int kThreads = 96;
   static SIMT_DEV void run(const Params& a) {
     const bool x = a.in.ld(tid()) != 0;
-    a.out.st(3 * tid(), vote_ballot(x)), a.out.st(3 * tid() + 1, vote_any(x)), a.out.st(3 * tid() + 2, vote_all(x));
+    a.out.st(3 * tid(), vote_ballot(x));
+    a.out.st(3 * tid() + 1, vote_any(x));
+    a.out.st(3 * tid() + 2, vote_all(x));
   }
 };
 
@@ -191,7 +201,8 @@ struct Ex2 : Kernel {
 struct SinCosPi : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const double x = in_as<double>(a).ld(tid());
-    out_as<double>(a).st(2 * tid(), sin_pi(x)), out_as<double>(a).st(2 * tid() + 1, cos_pi(x));
+    out_as<double>(a).st(2 * tid(), sin_pi(x));
+    out_as<double>(a).st(2 * tid() + 1, cos_pi(x));
   }
 };
 
@@ -228,7 +239,8 @@ struct Pack : Kernel {
     const uint32_t u = pack2<E>(in.ld(0), in.ld(1));
     const float2 x = unpack2<E>(u);
     a.out.st(tid(), u);
-    out_as<float>(a).st(32 + 2 * tid(), x.x), out_as<float>(a).st(33 + 2 * tid(), x.y);
+    out_as<float>(a).st(32 + 2 * tid(), x.x);
+    out_as<float>(a).st(33 + 2 * tid(), x.y);
   }
 };
 
@@ -255,9 +267,12 @@ struct CpAsync : Kernel {
     Smem smem;
     const auto s = smem.alloc<uint32_t>(3 * 64 * 4);
     const int t = tid();
-    cp_async16(s, 4 * t, a.in, 4 * t), cp_commit();
-    cp_async16(s, 256 + 4 * t, a.in, 256 + 4 * t, t % 17), cp_commit();
-    cp_async16(s, 512 + 4 * t, a.in, 0, 0), cp_commit();
+    cp_async16(s, 4 * t, a.in, 4 * t);
+    cp_commit();
+    cp_async16(s, 256 + 4 * t, a.in, 256 + 4 * t, t % 17);
+    cp_commit();
+    cp_async16(s, 512 + 4 * t, a.in, 0, 0);
+    cp_commit();
     cp_wait<2>();
     sync_cta();
     for (int i = t; i < 256; i += nthreads()) a.out.st(i, s.ld(i));
@@ -444,8 +459,11 @@ inline void memory_and_barriers(std::vector<Case>& all) {
   const Words numbers = words<uint32_t>(320, [](int i) { return 0x9E3779B9u * uint32_t(i + 1); });
   all.push_back({"gptr", launch_case<Global>, numbers, numbers});
   Case shared{"sptr Smem", launch_case<Shared>, numbers, numbers};
-  for (uint32_t t = 0; t < 32; ++t)
-    shared.want[224 + t] = t, shared.want[256 + t] = 0, shared.want[288 + t] = 128 + 32 * 8 * 4 + 32 * 8;
+  for (uint32_t t = 0; t < 32; ++t) {
+    shared.want[224 + t] = t;
+    shared.want[256 + t] = 0;
+    shared.want[288 + t] = 128 + 32 * 8 * 4 + 32 * 8;
+  }
   all.push_back(shared);
   all.push_back({"launch with 96 KB of shared memory", launch_case<LargeShared>, words<uint32_t>(128, number),
                  words<uint32_t>(128, [](int i) { return 2 * number(i) + 1; })});
@@ -499,7 +517,8 @@ inline void warps(std::vector<Case>& all) {
       plain.want.push_back((64 * m + 8 * i + j) | (64 * m + 8 * i + j + 1) << 16);
       trans.want.push_back((64 * m + 8 * j + i) | (64 * m + 8 * (j + 1) + i) << 16);
     }
-  all.push_back(plain), all.push_back(trans);
+  all.push_back(plain);
+  all.push_back(trans);
   all.push_back({"movmatrix_trans", launch_case<Movmatrix>, Words(plain.want.begin(), plain.want.begin() + 32),
                  Words(trans.want.begin(), trans.want.begin() + 32)});
 
@@ -566,7 +585,9 @@ inline void arithmetic(std::vector<Case>& all) {
 
 inline std::vector<Case> cases() {
   std::vector<Case> all;
-  memory_and_barriers(all), warps(all), arithmetic(all);
+  memory_and_barriers(all);
+  warps(all);
+  arithmetic(all);
   return all;
 }
 
@@ -576,7 +597,8 @@ template <class T, class I>
 bool close(T x, T want, int64_t units) {
   if (x != x || want != want) return x != x && want != want;
   I a, b;
-  std::memcpy(&a, &x, sizeof x), std::memcpy(&b, &want, sizeof x);
+  std::memcpy(&a, &x, sizeof x);
+  std::memcpy(&b, &want, sizeof x);
   return x == want || (std::isfinite(x) && std::isfinite(want) && std::signbit(x) == std::signbit(want) &&
                        std::llabs(int64_t(a) - int64_t(b)) <= units);
 }
@@ -586,10 +608,13 @@ inline std::string difference(const Case& c, const Words& got) {
   const size_t size = c.compare == Compare::doubles ? 2 : 1;
   for (size_t i = 0; i < c.want.size() / size; ++i) {
     bool good = got[i] == c.want[i];
-    if (c.compare == Compare::floats)
-      good = close<float, int32_t>(get<float>(got, i), get<float>(c.want, i), c.units);
-    else if (c.compare == Compare::doubles)
-      good = close<double, int64_t>(get<double>(got, i), get<double>(c.want, i), c.units);
+    if (c.compare == Compare::floats) {
+      good = close < float;
+      int32_t > (get<float>(got, i), get<float>(c.want, i), c.units);
+    } else if (c.compare == Compare::doubles) {
+      good = close < double;
+      int64_t > (get<double>(got, i), get<double>(c.want, i), c.units);
+    }
     if (good) continue;
     const auto shown = [&](const Words& w) {
       return c.compare == Compare::bits     ? std::to_string(w[i])

@@ -112,10 +112,14 @@ int cufftMakePlanMany64(int plan, int rank, long long* n, long long* inembed, lo
   for (long long factor : {2, 3, 5, 7})
     while (rest % factor == 0) rest /= factor;
   if (rest != 1) return kInvalidValue;  // cuFFT has all sizes; the library uses only the fast ones
-  p->n = *n, p->batch = batch, p->type = type;
+  p->n = *n;
+  p->batch = batch;
+  p->type = type;
   const bool basic = !inembed || !onembed;  // "If either is NULL, strides and distances are ignored"
-  p->stride[0] = basic ? 1 : istride, p->distance[0] = basic ? *n : idist;
-  p->stride[1] = basic ? 1 : ostride, p->distance[1] = basic ? *n : odist;
+  p->stride[0] = basic ? 1 : istride;
+  p->distance[0] = basic ? *n : idist;
+  p->stride[1] = basic ? 1 : ostride;
+  p->distance[1] = basic ? *n : odist;
   *work_bytes = p->work_bytes = size_t(*n * batch) * (type == kZ2Z ? 16 : 8) + 24;
   return kSuccess;
 }

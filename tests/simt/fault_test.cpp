@@ -124,7 +124,8 @@ struct IndexOfAPart : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(2 * kThreads), first = s.sub(0, kThreads);
-    s.st(tid(), 1), s.st(kThreads + tid(), 2);
+    s.st(tid(), 1);
+    s.st(kThreads + tid(), 2);
     a.out.st(global_id(), first.ld(tid() + (kFault ? kThreads : 0)));
   }
 };
@@ -234,7 +235,10 @@ struct ShortWait : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(8 * kThreads);
-    for (int stage = 0; stage < 2; ++stage) cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid()), cp_commit();
+    for (int stage = 0; stage < 2; ++stage) {
+      cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid());
+      cp_commit();
+    }
     if (kFault)
       cp_wait<1>();
     else
@@ -261,7 +265,8 @@ struct WaitAtTheEnd : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     a.out.st(global_id(), a.in.ld(tid()));
     if (!kFault) cp_wait<0>();
   }
@@ -273,7 +278,8 @@ struct BarrierAfterTheWait : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     if (kFault) {
       sync_cta();
       cp_wait<0>();
@@ -290,7 +296,8 @@ struct WriteUnderACopy : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     if (!kFault) cp_wait<0>();
     s.st(4 * tid() + 1, 1);
     cp_wait<0>();
@@ -328,7 +335,8 @@ struct CopyAlignment : Kernel<kFault> {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads + 4);
     cp_async16(s, 4 * tid() + (kFault ? 2 : 0), a.in, 4 * tid());
-    cp_commit(), cp_wait<0>();
+    cp_commit();
+    cp_wait<0>();
     a.out.st(global_id(), 1);
   }
 };
@@ -340,7 +348,8 @@ struct CopyBehindTheEnd : Kernel<kFault> {
     const auto s = smem.alloc<float>(4 * kThreads);
     const bool last = kFault && tid() == 0;
     cp_async16(s, 4 * tid(), a.in, last ? kNumbers : 0, 4);
-    cp_commit(), cp_wait<0>();
+    cp_commit();
+    cp_wait<0>();
     a.out.st(global_id(), 1);
   }
 };
@@ -520,7 +529,10 @@ std::vector<Schedule> schedules() {
 class Fault : public ::testing::Test {
  protected:
   void SetUp() override {
-    for (int i = 0; i < kNumbers; ++i) memory_.in[i] = float(i % 13 - 6), memory_.work[i] = 0;
+    for (int i = 0; i < kNumbers; ++i) {
+      memory_.in[i] = float(i % 13 - 6);
+      memory_.work[i] = 0;
+    }
   }
   void TearDown() override {
     options() = {};

@@ -168,16 +168,23 @@ TEST_F(Runtime, TheHostReadsNoValue) {
   for (lc_op op : {LC_FORWARD, LC_DECODE})
     for (bool packed : {false, true}) {
       Spec spec = on_device();
-      spec.op = op, spec.decay = Decay::token;
+      spec.op = op;
+      spec.decay = Decay::token;
       if (op == LC_DECODE)
         spec.indices = {1, 0};
       else
         spec.initial = spec.final = true;
       if (packed && op == LC_DECODE) continue;
-      if (packed) spec.B = 1, spec.cu = {0, 2, 5};
+      if (packed) {
+        spec.B = 1;
+        spec.cu = {0, 2, 5};
+      }
       Call call(spec);
       char* place = static_cast<char*>(page);
-      for (Tensor* t : call.tensors()) t->data = place, place += bytes;
+      for (Tensor* t : call.tensors()) {
+        t->data = place;
+        place += bytes;
+      }
       size_t needed = 0;
       lc_cost cost;
       char text[8192];
@@ -241,7 +248,10 @@ TEST_F(Runtime, WrongValuesOnTheDevice) {
     for (const Index& bounds :
          {Index{0, 90, 60}, Index{-7, 60, 1000}, Index{500, 700, 900}, Index{2147483647, -2147483647 - 1, 5}}) {
       Spec packed = on_device();
-      packed.B = 1, packed.N = 90, packed.cu = {0, 50, 90}, packed.cu_dtype = dtype;
+      packed.B = 1;
+      packed.N = 90;
+      packed.cu = {0, 50, 90};
+      packed.cu_dtype = dtype;
       packed.initial = packed.final = true;
       for (int i = 0; const lc_method_info* method = lc_method(i); ++i) {
         if (std::strcmp(method->device, "cuda")) continue;

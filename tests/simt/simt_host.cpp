@@ -87,7 +87,10 @@ namespace {
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (!home.stack) home.stack = static_cast<unsigned char*>(const_cast<void*>(bottom)), home.stack_size = size;
+  if (!home.stack) {
+    home.stack = static_cast<unsigned char*>(const_cast<void*>(bottom));
+    home.stack_size = size;
+  }
 #endif
   kernel_body(kernel_params);
   fiber_exit();
@@ -135,7 +138,9 @@ ucontext_t* context(Fiber* f) {
 void prepare(Fiber& f) {
   ucontext_t* u = context(&f);
   getcontext(u);
-  u->uc_stack.ss_sp = f.stack, u->uc_stack.ss_size = kStack, u->uc_link = nullptr;
+  u->uc_stack.ss_sp = f.stack;
+  u->uc_stack.ss_size = kStack;
+  u->uc_link = nullptr;
   makecontext(u, reinterpret_cast<void (*)()>(&fiber_main), 0);
 }
 void switch_context(Fiber* from, Fiber* to) { swapcontext(context(from), context(to)); }
@@ -245,7 +250,10 @@ void release(int id) {
   for (int w = 0; w < warp_count; ++w) {
     int lanes = 0;
     for (int t = w * 32; t < w * 32 + 32; ++t)
-      if (fibers[t].state == kAtBarrier + 16 * id) ++lanes, make_ready(t);
+      if (fibers[t].state == kAtBarrier + 16 * id) {
+        ++lanes;
+        make_ready(t);
+      }
     if (!lanes) continue;
     if (id && lanes < 32)
       fail(&Report::diverge, "%d threads of warp %d meet at the barrier of %s", lanes, w,
@@ -284,7 +292,8 @@ void barrier(int id, int threads, Line line) {
   }
   Barrier& b = barriers[id];
   if (!b.arrived) {
-    b.line = line, b.threads = threads;
+    b.line = line;
+    b.threads = threads;
     if (!id && alive < block_threads)
       fail(&Report::diverge, "%d threads have ended before the barrier of %s", block_threads - alive,
            text(line).c_str());
@@ -292,7 +301,9 @@ void barrier(int id, int threads, Line line) {
     fail(&Report::diverge, "the barrier of %s for %d threads meets that of %s for %d", text(line).c_str(), threads,
          text(b.line).c_str(), b.threads);
   }
-  current->state = kAtBarrier + 16 * id, current->wait_line = line, current->wait_what = "a barrier";
+  current->state = kAtBarrier + 16 * id;
+  current->wait_line = line;
+  current->wait_what = "a barrier";
   const int expected = id ? threads : alive;
   if (++b.arrived == expected) release(id);
   yield();
@@ -301,17 +312,21 @@ void barrier(int id, int threads, Line line) {
 void collective(const char* what, Line line, void* argument, void (*all)(void* const*)) {
   Warp& w = warps[current->tid >> 5];
   if (!w.arrived) {
-    w.what = what, w.line = line;
+    w.what = what;
+    w.line = line;
   } else if (w.line != line || w.what != what) {
     fail(&Report::diverge, "warp diverged: %s of %s meets %s of %s", what, text(line).c_str(), w.what,
          text(w.line).c_str());
     abandon();
   }
   w.arguments[current->tid & 31] = argument;
-  current->state = kInWarp, current->wait_line = line, current->wait_what = what;
+  current->state = kInWarp;
+  current->wait_line = line;
+  current->wait_what = what;
   if (++w.arrived == 32) {
     all(w.arguments);
-    w.arrived = 0, w.ready = ~0u;
+    w.arrived = 0;
+    w.ready = ~0u;
     ++report().collectives;
   }
   yield();
@@ -370,7 +385,8 @@ struct Shadow {
   bool filled = false;
 
   void cover(const void* p, size_t bytes) {
-    begin = static_cast<const unsigned char*>(p), cells.assign((bytes + 1) / 2, Cell());
+    begin = static_cast<const unsigned char*>(p);
+    cells.assign((bytes + 1) / 2, Cell());
   }
   void prepare(uint32_t when) {
     start = when;
@@ -422,11 +438,17 @@ class Access {
     for (size_t i = first_; i < end_; ++i) {
       Cell& c = s_.cells[i];
       check_write(i);
-      c.written = now, c.writer = uint16_t(current->tid), c.writer_place = mine, c.readers = 0;
+      c.written = now;
+      c.writer = uint16_t(current->tid);
+      c.writer_place = mine;
+      c.readers = 0;
     }
   }
   void issue() {
-    for (size_t i = first_; i < end_; ++i) check_write(i), s_.cells[i].in_flight = uint16_t(current->tid + 1);
+    for (size_t i = first_; i < end_; ++i) {
+      check_write(i);
+      s_.cells[i].in_flight = uint16_t(current->tid + 1);
+    }
   }
   void land() {
     for (size_t i = first_; i < end_; ++i) s_.cells[i].in_flight = 0;
@@ -629,7 +651,9 @@ void mma_all(void* const* all, F of) {
     for (int h = 0; h < kHalves; ++h)
       for (int part = 0; part < 2; ++part) {
         const int k = t + h + part * K / 2;
-        a[g][k] = of(x->a[2 * part], h), a[g + 8][k] = of(x->a[2 * part + 1], h), b[g][k] = of(x->b[part], h);
+        a[g][k] = of(x->a[2 * part], h);
+        a[g + 8][k] = of(x->a[2 * part + 1], h);
+        b[g][k] = of(x->b[part], h);
       }
   }
   ++report().mma;
@@ -691,7 +715,8 @@ void tell_deadlock() {
   for (int t = block_threads - 1; t >= 0; --t)
     if (fibers[t].state != kDone) {
       auto& place = places[std::string(fibers[t].wait_what) + " of " + text(fibers[t].wait_line)];
-      ++place.first, place.second = t;
+      ++place.first;
+      place.second = t;
     }
   std::string list;
   for (const auto& [where, threads] : places)
@@ -706,15 +731,20 @@ void run_block(dim3 index, int smem) {
   std::memset(shared, 0xFF, size_t(smem));  // NaN
   for (int k = 0; k < smem / 2; ++k) shared_shadow.cells[size_t(k)].in_flight = 0;
   shared_shadow.start = block_start;
-  abandoned = false, alive = block_threads, turn = 0;
+  abandoned = false;
+  alive = block_threads;
+  turn = 0;
   std::fill_n(barriers, kBarriers, Barrier());
   for (int w = 0; w < warp_count; ++w) {
-    warps[w] = Warp(), warps[w].priority = random_number();
+    warps[w] = Warp();
+    warps[w].priority = random_number();
     std::fill_n(clocks[w], warp_count, block_start);
   }
   for (int t = 0; t < block_threads; ++t) {
     Fiber& f = fibers[t];
-    f.state = kReady, f.groups = 0, f.fake_stack = nullptr;
+    f.state = kReady;
+    f.groups = 0;
+    f.fake_stack = nullptr;
     f.copies.clear();
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(f.stack, kStack);
@@ -741,10 +771,12 @@ void on_fault(int, siginfo_t* info, void*) {
 void watch_stacks() {
   static char handler_stack[32 * 1024];
   stack_t other = {};
-  other.ss_sp = handler_stack, other.ss_size = sizeof handler_stack;
+  other.ss_sp = handler_stack;
+  other.ss_size = sizeof handler_stack;
   sigaltstack(&other, nullptr);
   struct sigaction action = {};
-  action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);
 }
 #else
@@ -763,7 +795,9 @@ void make_memory() {
     if (fibers[t].stack) continue;
     auto* memory = static_cast<unsigned char*>(mmap(nullptr, kStack + kGuard, kAccess, kFlags, -1, 0));
     mprotect(memory, kGuard, PROT_NONE);
-    fibers[t].stack = memory + kGuard, fibers[t].stack_size = kStack, fibers[t].tid = t;
+    fibers[t].stack = memory + kGuard;
+    fibers[t].stack_size = kStack;
+    fibers[t].tid = t;
   }
 }
 
@@ -780,7 +814,11 @@ const char* refuse_launch(dim3 grid, int block, int most_threads, int smem) {
 }
 
 void run(dim3 grid, int block, int smem, void (*body)(const void*), const void* params, const char* name) {
-  kernel_body = body, kernel_params = params, kernel_name = name, block_threads = block, warp_count = block / 32;
+  kernel_body = body;
+  kernel_params = params;
+  kernel_name = name;
+  block_threads = block;
+  warp_count = block / 32;
   shared_bytes = smem;
   current = &home;
   ++report().launches;
