@@ -1,6 +1,6 @@
-// segments.cuh - sequences cut into segments of `length` tokens; the last segment of a sequence may be shorter. Every
-// segment has a slot: the number of its state in memory. Slots can be computed without the lengths of packed sequences,
-// which the host does not know.
+// segments.cuh - sequences cut into segments of `length` tokens; the last segment of a sequence may
+// be shorter. Every segment has a slot: the number of its state in memory. Slots can be computed
+// without the lengths of packed sequences, which the host does not know.
 #pragma once
 #include "problem.cuh"
 #include "walk/walk.h"
@@ -30,8 +30,8 @@ struct Segments {
   }
 };
 
-// The number of tokens, in whole chunks, after which a constant decay leaves less than 2^-30 of a state. 0 if this is
-// more than a segment, or if every token has its own decay.
+// The number of tokens, in whole chunks, after which a constant decay leaves less than 2^-30 of a
+// state. 0 if this is more than a segment, or if every token has its own decay.
 SIMT_DEV int64_t horizon(const Problem& p, const Segments& cut, const Sequence& s, int64_t hs) {
   if (p.decay == Decay::per_token || !s.length) return 0;
   const double x = -log2_decay_at(p, s.row, hs, s.begin);

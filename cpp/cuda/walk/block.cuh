@@ -1,4 +1,4 @@
-// block.cuh - one block of a walk: its task, its shared memory, and the questions that every step asks of them.
+// block.cuh - one block of a walk: its task, its shared memory, and what follows from them.
 #pragma once
 #include "shape.cuh"
 
@@ -97,14 +97,16 @@ struct WalkBlock {
 
   // ---- division of work among warps -------------------------------------------------------------
 
-  // Every second block assigns the strips of A to its warps in reverse order, such that the warps of two blocks on one
-  // processor have equal work. The warp with the shortest strip computes the weights of the next chunk.
+  // Every second block assigns the strips of A to its warps in reverse order, such that the warps
+  // of two blocks on one processor have equal work. The warp with the shortest strip computes the
+  // weights of the next chunk.
   static SIMT_DEV int flip() { return bid().x & 1 ? C / 16 - 1 : 0; }
   static SIMT_DEV bool makes_weights() { return fresh(tid()) / 32 == (flip() ? nwarps() - 1 : 0); }
 
   // ---- states in memory -------------------------------------------------------------------------
 
-  // Distances of rows and columns of a state. `stride` is the distance of the rows as stored, transposed or not.
+  // Distances of rows and columns of a state. `stride` is the distance of the rows as stored,
+  // transposed or not.
   struct Steps {
     int64_t row, column;
     SIMT_DEV Steps(const Task& task, int64_t stride)

@@ -47,7 +47,8 @@ const char* walk_refuses(const Problem& p) {
 }
 
 void walk(const Problem& p, const Walk& w) {
-  // If a block would write a state that other blocks still read, the q heads of a state run one after another.
+  // If a block would write a state that other blocks still read, the q heads of a state run one
+  // after another.
   const int times = w.states_only ? 1 : heads_per_block(p);
   const int parts = w.states_only || times > 1 ? 1 : int(group(p));
   const int64_t heads = heads_of(p, w);

@@ -1,4 +1,5 @@
-// launch.h - chooses the configuration of walk.cuh for a problem and a device, and launches walks for gradients.
+// launch.h - chooses the configuration of walk.cuh for a problem and a device, and launches walks
+// for gradients.
 #pragma once
 #include "../launch.h"
 #include "walk.cuh"
@@ -34,7 +35,8 @@ void with_kernel(const Problem& p, int64_t K, bool wide, F&& f) {
   with_size<kAim, float, float>(K, wide, f);
 }
 
-// The number of stages of the ring: the deepest ring that does not cost a resident block. 0: not even one stage fits.
+// The number of stages of the ring: the deepest ring that does not cost a resident block. 0: not
+// even one stage fits.
 template <class Kernel>
 int stages(const Limits& l) {
   const auto blocks = [&](int n) {
@@ -93,8 +95,8 @@ inline Task task_of(const Problem& p, const Walk& w, const Slices& slices, int p
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// Walks for gradients, with the same kernel for all walks of a launch. gradients.cu and decay_gradients.cu compile one
-// Aim each, as the kernels take minutes to compile.
+// Walks for gradients, with the same kernel for all walks of a launch. gradients.cu and
+// decay_gradients.cu compile one Aim each, as the kernels take minutes to compile.
 template <Aim kAim>
 struct GradientLauncher {
   const Problem& p;

@@ -1,4 +1,5 @@
-// place.cuh - where a block of a walk reads and writes: its task of the launch, and its place in the tensors.
+// place.cuh - where a block of a walk reads and writes: its task of the launch, and its place in
+// the tensors.
 #pragma once
 #include "../segments.cuh"
 #include "walk.h"

@@ -1,12 +1,13 @@
-// products.cuh - the steps of a walk that only d log_decay needs (Aim::decays): one product per token, and checkpoints.
+// products.cuh - the steps of a walk that only d log_decay needs (Aim::decays): one product per
+// token, and checkpoints.
 //
-//   products_t = factor_t.o'_t                               o': the part of o that comes through the state
-//              + sum_{j<t} w_tj - sum_{i>t} w_it             forward in time only, i, j, t in one chunk
+//   products_t = factor_t.o'_t                       o': the part of o that comes through the state
+//              + sum_{j<t} w_tj - sum_{i>t} w_it     forward in time only; i, j, t in one chunk
 //   w_ij       = mask_ij q_i.k_j factor_i.v_j
 //
-// The gradient is a sum of these products over chunks, plus products of states. Errors add up if the two disagree. So
-// o' is computed from all digits of the state, and the factor is rounded exactly as it is where it becomes part of the
-// states of the walk in the other direction.
+// The gradient is a sum of these products over chunks, plus products of states. Errors add up if
+// the two disagree. So o' is computed from all digits of the state, and the factor is rounded
+// exactly as it is where it becomes part of the states of the walk in the other direction.
 #pragma once
 #include "block.cuh"
 
@@ -130,8 +131,8 @@ struct Products<Shape, true> {
     return true;
   }
 
-  // Writes the state before chunk i of the walk if that is a checkpoint. A checkpoint between two segments is written by
-  // the walk of the later segment in time.
+  // Writes the state before chunk i of the walk if that is a checkpoint. A checkpoint between two
+  // segments is written by the walk of the later segment in time.
   static SIMT_DEV void checkpoint(const Block& b, int i, const State& S) {
     const At at = b.place();
     constexpr int kEvery = kCheckpoint / kChunk;

@@ -1,4 +1,5 @@
-// shape.cuh - the sizes of a walk's kernel: its operands, its threads, the layout of its shared memory.
+// shape.cuh - the sizes of a walk's kernel: its operands, its threads, the layout of its shared
+// memory.
 #pragma once
 #include "../../simt/tile.cuh"
 #include "../decay.cuh"
@@ -6,8 +7,8 @@
 
 namespace lc::cuda {
 
-// E: the type of the inputs. X: the type of computed operands. kRows: rows of a state, K padded. kColumnsOfWarp:
-// columns of V that one warp has.
+// E: the type of the inputs. X: the type of computed operands. kRows: rows of a state, K padded.
+// kColumnsOfWarp: columns of V that one warp has.
 template <class E_, class X_, int kRows, int kColumnsOfWarp, Aim kAim>
 struct WalkShape {
   using E = E_;
@@ -31,8 +32,8 @@ struct WalkShape {
   static constexpr bool kOneStage = 2 * kStage * sizeof(E) > 227 * 1024;  // shared memory has no room for two stages
   static constexpr int kSums = kDecays ? kWarps * C : 0;                  // sums of products: one row per warp
 
-  // A thread has 255 registers. kHolds: V^T stays in registers while all of S is updated. kAhead: log-decays are loaded
-  // one chunk before their use.
+  // A thread has 255 registers. kHolds: V^T stays in registers while all of S is updated. kAhead:
+  // log-decays are loaded one chunk before their use.
   static constexpr bool kHolds = K <= 128 || !std::is_same_v<Own, float>;
   static constexpr bool kAhead = K <= 128 && !(kGradient && K > 64 && sizeof(E) == 4);
 

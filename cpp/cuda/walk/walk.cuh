@@ -1,13 +1,14 @@
-// walk.cuh - GPU: the kernel of a walk. One block takes one segment of one head and 16 or 32 columns of V per warp, in
-// chunks of C = 64 tokens. Everything is transposed such that the state stays in float32 registers as a Strip:
+// walk.cuh - GPU: the kernel of a walk. One block takes one segment of one head and 16 or 32
+// columns of V per warp, in chunks of C = 64 tokens. Everything is transposed such that the state
+// stays in float32 registers as a Strip:
 //
-//   A    = [j <= i] mask_ij q_i.k_j                      [C, C]     strips of 16 tokens, to shared memory
-//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)            [V, C]
-//   S^T  = total S^T + (rest S^T + V^T diag(out) K)      [V, K]     weights in, mask, out, total, rest: decay.cuh
+//   A    = [j <= i] mask_ij q_i.k_j                   [C, C]     strips of 16 tokens, to shared memory
+//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)         [V, C]
+//   S^T  = total S^T + (rest S^T + V^T diag(out) K)   [V, K]     weights: decay.cuh
 //
-// The sum of a chunk starts from zero and is added to S outside of the matrix unit, which truncates. Computed operands
-// (A, S) are rounded to X: bf16 for bf16; tf32 for f16, as they may exceed its range, and for float on request; else
-// float, which takes three products of tf32.
+// The sum of a chunk starts from zero and is added to S outside of the matrix unit, which
+// truncates. Computed operands (A, S) are rounded to X: bf16 for bf16; tf32 for f16, as they may
+// exceed its range, and for float on request; else float, which takes three products of tf32.
 #pragma once
 #include "products.cuh"
 
@@ -82,7 +83,8 @@ struct ChunkWalk {
     cp_commit();
   }
 
-  // Waits until chunk i is in shared memory and all warps are done with chunk i - 1, and fetches a later chunk.
+  // Waits until chunk i is in shared memory and all warps are done with chunk i - 1, and fetches a
+  // later chunk.
   static SIMT_DEV void arrive(const Block& b, int i) {
     if (b.stages == 1) {
       sync_cta();

@@ -1,4 +1,5 @@
-// walk.h - walks over sequences, 64 tokens at a time, on the matrix unit. README.md explains the words.
+// walk.h - walks over sequences, 64 tokens at a time, on the matrix unit. README.md explains the
+// words.
 #pragma once
 #include <vector>
 
@@ -19,9 +20,9 @@ struct Walk {
   float* after = nullptr;    // states after all segments except a sequence's last
   double* log2 = nullptr;    // with states_only: log2 of the decay over each segment, [slot, Hs]
 
-  // The rest is for gradients. In a backward walk a state is the gradient of a state, keys are multiplied by the scale
-  // instead of the outputs, and token t decays the state that comes from t + 1 by the decay of t + 1. The decay of the
-  // first token applies to the state that leaves it.
+  // The rest is for gradients. In a backward walk a state is the gradient of a state, keys are
+  // multiplied by the scale instead of the outputs, and token t decays the state that comes from t
+  // + 1 by the decay of t + 1. The decay of the first token applies to the state that leaves it.
   bool backward = false;         // walk from the last token to the first; the strides of tokens are negative
   bool transposed = false;       // states are stored as [V, K]
   int64_t share = 1;             // states that share a decay; only the first of them has the initial state
@@ -32,17 +33,19 @@ struct Walk {
   float* checkpoints = nullptr;  // states at every kCheckpoint tokens: before them forward in time, after them backward
 };
 
-// Chunks of a segment, at least 4, such that the segments fill the device about twice if each needs `blocks` blocks.
-// The result depends on the problem and the device alone.
+// Chunks of a segment, at least 4, such that the segments fill the device about twice if each needs
+// `blocks` blocks. The result depends on the problem and the device alone.
 int64_t segment_chunks(const Problem& p, int64_t blocks);
 
 const char* walk_refuses(const Problem& p);
 void walk(const Problem& p, const Walk& w);
 
-// The results of a walk: o; one of dq, dk, dv; dq or dk with the products that d log_decay is made of.
+// The results of a walk: o; one of dq, dk, dv; dq or dk with the products that d log_decay is made
+// of.
 enum class Aim { outputs, gradients, decays };
 
-// A walk over the operands of gradient.h, with K and V up to 256. One launch runs up to three of them.
+// A walk over the operands of gradient.h, with K and V up to 256. One launch runs up to three of
+// them.
 struct GradientWalk {
   Problem p;
   Walk walk;
@@ -50,7 +53,8 @@ struct GradientWalk {
 using GradientWalks = std::vector<GradientWalk>;
 const char* gradients_refuse(const Problem& p);
 const char* decays_refuse(const Problem& p);
-// `concurrent` is the number of walks that the call makes altogether, which tells how full the device is.
+// `concurrent` is the number of walks that the call makes altogether, which tells how full the
+// device is.
 void walk_gradients(const Problem& p, int concurrent, const GradientWalks& walks);
 void walk_decays(const Problem& p, int concurrent, const GradientWalks& walks);
 int decay_slices(const Problem& p);  // slices of Walk::products

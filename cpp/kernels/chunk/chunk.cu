@@ -3,7 +3,7 @@
 //   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
 //   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cuda/decay.cuh
 //
-//   kernel: cuda/walk/walk.cuh, one launch. grid: (sequence, head, slice of up to 64 or 128 columns of V)
+//   kernel: cuda/walk/walk.cuh, one launch. grid: (sequence, head, slice of V of up to 128 columns)
 //   B H N ((C+1)(K+V) + 4KV) flop; no workspace; reads the operands once, q and k once per slice
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "../../cuda/cost.h"

@@ -1,12 +1,12 @@
-// chunk_backward.cu - GPU: gradients as up to three walks in one launch. They are outputs of the recurrence itself over
-// other operands (gradient.h), so cuda/walk/walk.cuh computes them as it computes o.
+// chunk_backward.cu - GPU: gradients as up to three walks in one launch. They are outputs of the
+// recurrence itself over other operands (gradient.h), computed by cuda/walk/walk.cuh.
 //
 //   dq: forward in time, with states S^T    dk, dv: backward in time, with states dS^T and dS
-//   States are in memory between segments, where heads are few (as in scan), and at every 1024 tokens, for d log_decay:
-//   chunk_backward.cuh. Gradients that heads share are written per head and then summed
+//   States are in memory between segments, where heads are few (as in scan), and at every 1024 tokens
+//   for d log_decay (chunk_backward.cuh). Gradients that heads share are written per head, then summed
 //
-//   3 B H N ((C+1)(K+V) + 4KV) flop: 2KV more than with dk and dv from one dS, but no block waits for a sum of another
-//   block, and one kernel serves all; K C flop more for d log_decay; 4KV more where there are segments
+//   3 B H N ((C+1)(K+V) + 4KV) flop: 2KV more than with dk and dv from one dS, but no sums between
+//   blocks, and one kernel; K C flop more for d log_decay; 4KV more where there are segments
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
 #include "chunk_backward.cuh"
 
@@ -67,7 +67,8 @@ struct BackwardCall {
   int walks() const { return int(queries) + int(keys) + int(values); }
 
  private:
-  // Chooses the length of segments. Their ends are checkpoints, or divide the tokens between two checkpoints.
+  // Chooses the length of segments. Their ends are checkpoints, or divide the tokens between two
+  // checkpoints.
   void cut_sequences() {
     const int64_t chunks = (p.N + kChunk - 1) / kChunk, every = kCheckpoint / kChunk;
     int64_t length = segment_chunks(p, batch(p) * p.H * walks() * ((std::max(p.K, p.V) + 63) / 64));
@@ -83,7 +84,8 @@ struct BackwardCall {
     bytes += (size_t(numbers) * sizeof(T) + 15) / 16 * 16;
   }
 
-  // Dense memory for the gradients of all q heads if the caller asks for fewer heads; else the caller's tensor.
+  // Dense memory for the gradients of all q heads if the caller asks for fewer heads; else the
+  // caller's tensor.
   View per_head(const View& asked, int64_t b, int64_t own_heads, int64_t n, int64_t columns, int width) {
     if (!asked || own_heads == p.H) return asked;
     uint8_t* memory;
@@ -141,7 +143,8 @@ void walk(const BackwardCall& c, const GradientWalks& walks) {
   (c.decays ? walk_decays : walk_gradients)(c.p, c.walks(), walks);
 }
 
-// Computes c.before, S before every segment except the first, and c.after, dS after every segment except the last.
+// Computes c.before, S before every segment except the first, and c.after, dS after every segment
+// except the last.
 void make_states(const BackwardCall& c, GradientWalk states, GradientWalk gradients) {
   for (GradientWalk* w : {&states, &gradients}) {
     w->walk.states_only = true;

@@ -1,11 +1,12 @@
-// chunk_backward.cuh - GPU: what gradients need besides walks: sums over heads, and d log_decay. The gradient of token
-// t's decay is what crosses from before t to t or later. In a chunk, with S before it and dS after it,
+// chunk_backward.cuh - GPU: the kernels of gradients besides walks: sums over heads, and d log_decay.
+// The gradient of token t's decay is the part of the loss that crosses from before t to t or later:
 //
-//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i    M = total <S, dS>;  x, y: cuda/walk/products.cuh of dq and dk
+//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i     M = total <S, dS>, of S before and dS after the chunk
 //
-//   M = (what crosses into the chunk) - sum x, and M + sum y crosses into the next chunk. Rounding errors would add up,
-//   so the recurrence restarts at every kCheckpoint tokens with <S, dS> of two stored states
-//   grid: (kCheckpoint tokens, state); 2 K V flop and a few for each token; Mamba-2, arXiv:2405.21060
+//   x, y: products of the walks for dq and dk (cuda/walk/products.cuh). M = (crossing into the chunk)
+//   - sum x, and M + sum y crosses into the next chunk. As rounding errors would add up, this restarts
+//   at every kCheckpoint tokens from <S, dS> of two stored states
+//   grid: (kCheckpoint tokens, state); 2 K V flop and a few per token; Mamba-2, arXiv:2405.21060
 #pragma once
 #include "../../cuda/segments.cuh"
 
@@ -167,7 +168,8 @@ struct DecayGradient {
   }
 };
 
-// d log_decay where tokens share a decay: sums over tokens, and over heads and sequences where its strides are 0.
+// d log_decay where tokens share a decay: sums over tokens, and over heads and sequences where its
+// strides are 0.
 struct SumDecays {
   static constexpr const char* kName = "sum of decays";
   static constexpr int kMaxThreads = 128, kMinBlocks = 4, kSharedBytes = kMaxThreads * int(sizeof(double));

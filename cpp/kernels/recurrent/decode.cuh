@@ -1,12 +1,12 @@
-// decode.cuh - GPU: a few tokens per sequence, whose state is in a pool and updated in place. The state is read once.
+// decode.cuh - GPU: a few tokens per sequence, whose state in a pool is updated in place, read once.
 //
-//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S     for every token t of the call and every q head of the state
+//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S         for every token t and q head of the state
 //
-//   pool [slots, Hs, K, V] of type P. Shared memory holds a few pairs of a token and a q head at a time, in the
+//   pool [slots, Hs, K, V] of type P. Shared memory holds some pairs of a token and a q head, in the
 //   accumulator's type T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
-//   block: a slice of V, `columns` vectors of 16 bytes wide. A thread keeps one vector of kRows rows in registers for all
-//   tokens. grid: (sequence, state, slice); a small batch has more slices, to fill the device
-//   B (H 2KV + Hs 3KV) flop per token. Memory bound: a thread loads all of its rows before it uses the first
+//   block: a slice of V, `columns` vectors of 16 bytes wide. A thread keeps one vector of kRows rows in
+//   registers for all tokens. grid: (sequence, state, slice); small batches have more slices
+//   B (H 2KV + Hs 3KV) flop per token. Memory bound: a thread loads all rows before it uses the first
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #pragma once
 #include "../../cuda/problem.cuh"
@@ -74,7 +74,8 @@ struct Decode {
   }
 
  private:
-  // From this log2 decay on, 2^L - 1 is added to 1: the rounding error of 2^L would be raised to the number of tokens.
+  // From this log2 decay on, 2^L - 1 is added to 1: the rounding error of 2^L would be raised to
+  // the number of tokens.
   static constexpr double kSlow = -0.0145;
 
   using Vector = Packed<P, kVector>;
@@ -196,8 +197,8 @@ struct Decode {
     }
   }
 
-  // The vectors of one thread in the pool: `rows` rows, and `numbers` numbers from the thread's first column on that are
-  // in the slice.
+  // The vectors of one thread in the pool: `rows` rows, and `numbers` numbers from the thread's
+  // first column on that are in the slice.
   struct Vectors {
     gptr<P> at;
     int64_t stride;

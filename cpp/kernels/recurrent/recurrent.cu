@@ -1,7 +1,7 @@
 // recurrent.cu - GPU: launches the kernels of recurrent.cuh and decode.cuh.
 //
-//   forward, one block for each (sequence, state, part of its q heads, 32 columns); B N H 8.5 K V flop
-//   decode, one block for each (sequence, state, slice of V); B N (2 H + 3 Hs) K V flop
+//   forward: one block for each (sequence, state, part of its q heads, slice of V); B N H 8.5 K V flop
+//   decode: one block for each (sequence, state, slice of V); B N (2 H + 3 Hs) K V flop
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include "recurrent.cuh"
 
@@ -45,7 +45,8 @@ void with_decode(const Problem& p, F&& f) {
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Slices as wide as a block has threads for, or narrower if that would leave processors without work.
+// Slices as wide as a block has threads for, or narrower if that would leave processors without
+// work.
 template <class E, class P>
 typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   using Kernel = Decode<E, P>;

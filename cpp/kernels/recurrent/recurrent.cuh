@@ -1,11 +1,11 @@
-// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes with four tokens each scan a number of the state.
+// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan each number of the state.
 //
-//   S_t = 2^L_t S_{t-1} + k_t v_t^T by a scan: 3 steps in a lane, 3 across lanes;   o_t = scale q_t^T S_t
+//   S_t = 2^L_t S_{t-1} + k_t v_t^T by a scan: 3 steps in a lane with four tokens, 3 across lanes
+//   o_t = scale q_t^T S_t                                                          L: log2 decays
 //
-//   L: log2 decays. Shared memory holds Q^T, K^T [32 ranks, 32 tokens] and V^T [32 columns, 32 tokens] of a tile, and
+//   Shared memory holds Q^T, K^T [32 ranks, 32 tokens] and V^T [32 columns, 32 tokens] of a tile, and
 //   S [K, 32], in the accumulator's type T: (3 * 32 * 36 + 32 K) T bytes
-//   block: 4 warps of 8 columns each, for one q head. A warp scans four columns at once; a lane has two columns and two
-//   ranks in flight
+//   block: 4 warps of 8 columns for one q head. A lane has two columns and two ranks in flight
 //   B N H 8.5 K V flop, K V / 8 shuffles per token: for short sequences, small head dims, float64
 //   Katharopoulos et al. 2020, arXiv:2006.16236; scans: Martin and Cundy 2018, arXiv:1709.04057
 #pragma once
@@ -138,7 +138,8 @@ struct RecurrentForward {
       if (i % kColumns < b.columns) row<T>(p.final_state, b.b, b.hs, i / kColumns).st(b.c0 + i % kColumns, b.S.ld(i));
   }
 
-  // Copies q and k of n tokens from token t on, ranks [r0, r0 + ranks), to shared memory, and v with the first ranks.
+  // Copies q and k of n tokens from token t on, ranks [r0, r0 + ranks), to shared memory, and v
+  // with the first ranks.
   static SIMT_DEV void stage(const Problem& p, const Block& b, int64_t h, int64_t t, int n, int r0, int ranks) {
     const int64_t at = b.s.begin + t;
     sync_cta();
@@ -151,7 +152,8 @@ struct RecurrentForward {
     sync_cta();
   }
 
-  // Takes ranks r0 + r and r0 + r + 1 of the state through the tile, and adds their part of the outputs to o.
+  // Takes ranks r0 + r and r0 + r + 1 of the state through the tile, and adds their part of the
+  // outputs to o.
   static SIMT_DEV void scan(const Block& b, const Weights& weight, const Four (&own_v)[kOwn], int r0, int r,
                             T (&o)[kOwn][4]) {
     T x[2][kOwn][4];  // states at this lane's tokens, from the lane's own tokens only

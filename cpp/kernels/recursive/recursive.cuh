@@ -1,12 +1,12 @@
-// recursive.cuh - GPU: the tree of states over the leaves, which are segments of tokens (cuda/segments.cuh).
+// recursive.cuh - GPU: the tree of states over the leaves, which are segments (cuda/segments.cuh).
 //
 //   S(node) = 2^(sum L over right half) S(left) + S(right)
 //
-//   states [slots, Hs, K, V] hold the state of each leaf, then the tree in place, as a Fenwick tree: slot i - 1 holds the
-//   node of leaves (i - 2^l, i], where 2^l is the lowest bit of i. The left halves that leaf i reads are the bits of i,
-//   the highest bit first; right halves are not stored. sums [slots, Hs]: log2 of the decay from the start of the
-//   sequence to the leaf, float64; no factor exceeds 1
-//   blocks of 256 threads, for: a sequence and state; 1024 numbers of 8 nodes; 1024 numbers of one leaf
+//   states [slots, Hs, K, V]: first of leaves, then of the tree, a Fenwick tree: slot i - 1 has the node
+//   of leaves (i - 2^l, i], where 2^l is the lowest bit of i. Leaf i reads left halves, which are the
+//   bits of i, highest bit first; right halves are not stored. sums [slots, Hs]: log2 of the decay from
+//   the sequence's start to the leaf, float64; no factor exceeds 1
+//   blocks of 256 threads: a sequence and state; 1024 numbers of 8 nodes; 1024 numbers of a leaf
 //   about B Hs N/leaf K V (2 + log2(N/leaf)) flop besides those of the leaves
 //   LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761
 #pragma once
@@ -42,7 +42,8 @@ struct RecursiveSums {
     for (int64_t i0 = 0; i0 < count; i0 += kMaxThreads) {
       const int64_t i = i0 + tid();
       const bool own = i < count && a.leaves.owner(p, first + i) == b;  // false only if cu_seqlens decrease
-      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0, upto = cumulative(x);  // the last leaf has no stored decay
+      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0,
+                   upto = cumulative(x);  // the last leaf has no stored decay
       if (lane() == 31) warps.st(warp(), upto);
       sync_cta();
       double here = before;
@@ -56,7 +57,8 @@ struct RecursiveSums {
   }
 };
 
-// Three levels of the tree: among 8 adjacent nodes, every second node takes in the node before it, and so on.
+// Three levels of the tree: among 8 adjacent nodes, every second node takes in the node before it,
+// and so on.
 struct RecursiveMerge {
   static constexpr const char* kName = "recursive merge";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;
@@ -69,7 +71,8 @@ struct RecursiveMerge {
     const int64_t blocks = a.blocks_per_state(), part = bid().x % blocks;
     const int64_t hs = bid().x / blocks % p.Hs, slot = bid().x / blocks / p.Hs;
     const int64_t b = groups.owner(p, slot), first = (slot - groups.first_slot(p, b)) * a.step * n;
-    const int64_t seen = a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that later leaves read
+    const int64_t seen =
+        a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that later leaves read
     const int live = int(seen < 0 ? 0 : seen / a.step < n ? seen / a.step : n);
     const int64_t base = (a.leaves.first_slot(p, b) + first) * p.Hs + hs;
     const gptr<const double> sums{a.sums + base};
@@ -95,7 +98,8 @@ struct RecursiveMerge {
   }
 };
 
-// The state before each leaf: the sum of the left halves that it reads, the largest and oldest half first.
+// The state before each leaf: the sum of the left halves that it reads, the largest and oldest half
+// first.
 struct RecursiveRead {
   static constexpr const char* kName = "recursive read";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;

@@ -1,13 +1,13 @@
 // scan.cu - GPU: segments of a sequence in parallel, for few heads and long N. Three launches:
 //
-//   1. each segment i but the last, from zero:   S_i+1 <- total S_i+1 + (diag(out) K)^T V       cuda/walk/walk.cuh
-//   2. a scan over the segments:                 S_i+1 <- 2^(sum L over segment i) S_i + S_i+1  cuda/scan_states.cuh
-//   3. each segment, from the state before it:   O = scale (diag(in) Q S + A V), S as in 1      cuda/walk/walk.cuh
+//   1. each segment i but the last, from zero: S_i+1 <- total S_i+1 + (diag(out) K)^T V
+//   2. a scan over the segments:               S_i+1 <- 2^(sum L over segment i) S_i + S_i+1
+//   3. each segment from the state before it:  O = scale (diag(in) Q S + A V), S as in 1
 //
-//   A head whose constant decay leaves less than 2^-30 of a state after W tokens, W within a segment, skips 1 and 2; its
-//   segments start from zero W tokens earlier in 3
-//   B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment and state
-//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
+//   1, 3: cuda/walk/walk.cuh; 2: cuda/scan_states.cuh. A head whose constant decay leaves less than
+//   2^-30 of a state after W tokens, within a segment, skips 1 and 2; in 3 its segments start from zero,
+//   W tokens earlier. B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment and state
+//   state passing of Mamba-2, arXiv:2405.21060; scans: Martin and Cundy 2018, arXiv:1709.04057
 #include "../../cuda/cost.h"
 #include "../../cuda/scan_states.cuh"
 #include "../../cuda/walk/walk.h"
