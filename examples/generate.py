@@ -2,8 +2,9 @@
 
 python examples/generate.py [PROMPT] [--run FOLDER] [--bytes N] [--quadratic]
 
-Everything that came before is in states of a fixed size, so that the ten-thousandth byte takes as long as the first.
---quadratic lets the same weights generate the usual way too: each byte looks at the keys and values of all before.
+Everything that came before is in states of a fixed size, so that the ten-thousandth byte takes as
+long as the first. --quadratic lets the same weights generate the usual way too: each byte looks at
+the keys and values of all before.
 """
 
 import codecs

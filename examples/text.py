@@ -2,8 +2,10 @@
 
 python examples/text.py [FILE]
 
-The bytes become q, k and v of one attention layer: a random embedding (byte for byte, without positions) and random
-projections, so that every number has unit variance. Each of 8 heads forgets at its own rate, ALiBi's slopes.
+The bytes become q, k and v of one attention layer: a random embedding (byte for byte, without
+    positions) and random
+projections, so that every number has unit variance. Each of 8 heads forgets at its own rate,
+ALiBi's slopes.
 """
 
 import statistics

@@ -2,8 +2,9 @@
 
 python examples/train_lm.py [FILE] [--run FOLDER] [--steps N] [--minutes M] [--resume]
 
-FILE is any text; without it, the language reference that ships with Python. The loss is in bits per byte, held against
-what counting bytes and pairs of bytes gives. Ctrl-C leaves a checkpoint to go on from; examples/generate.py uses it.
+FILE is any text; without it, the language reference that ships with Python. The loss is in bits per
+byte, held against what counting bytes and pairs of bytes gives. Ctrl-C leaves a checkpoint to go on
+from; examples/generate.py uses it.
 """
 
 import math

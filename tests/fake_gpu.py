@@ -1,7 +1,8 @@
 """Array libraries with a GPU that is none: memory of numpy, exported through DLPack as a CUDA device's.
 
-Each library has what leetcore uses of the real one, and notes which stream a producer was given, what was made on which
-stream and device. Reading values on the host is an error unless `readable` is set.
+Each library has what leetcore uses of the real one, and notes which stream a producer was given,
+what was made on which stream and device. Reading values on the host is an error unless `readable`
+is set.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Arrays on a GPU, without one: fakes of the libraries (fake_gpu.py) around the emulated devices.
 
-ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is its path.
+ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is
+its path.
 """
 
 import gc

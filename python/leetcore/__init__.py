@@ -1,4 +1,4 @@
-"""leetcore: causal linear attention with exponential decay, by every known method, on arrays of any DLPack library."""
+"""leetcore: causal linear attention with exponential decay, on arrays of any DLPack library."""
 
 import contextlib
 import importlib

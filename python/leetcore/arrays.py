@@ -1,8 +1,8 @@
 """The array libraries: how each exports, allocates and takes back arrays. No other module knows them.
 
-A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the host
-waits for nothing. The stream is the caller's, else the library's current one. The library makes the
-stream wait for pending writes to the inputs (DLPack's ``__dlpack__(stream=...)``).
+A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the
+host waits for nothing. The stream is the caller's, else the library's current one. The library
+makes the stream wait for pending writes to the inputs (DLPack's ``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ class TorchOnGpu(Torch):
 class OnGpu:
     """Arrays on a GPU of any library with the array API standard, during one call.
 
-    Without a stream from the caller, the work goes to the legacy default stream, because the standard has
-    no current stream.
+    Without a stream from the caller, the work goes to the legacy default stream, because the
+    standard has no current stream.
     """
 
     plain = False
@@ -347,8 +347,8 @@ class CuPy:
 class CuPyOnGpu(OnGpu):
     """cupy's arrays on a GPU. New memory comes from the pool of the call's stream, which reuses it in stream order.
 
-    The inputs may come from pools of other streams. A caller that passes a stream must keep the inputs until
-    the stream is done.
+    The inputs may come from pools of other streams. A caller that passes a stream must keep the
+    inputs until the stream is done.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
@@ -431,9 +431,10 @@ class Immutable(NumPy):
 class JaxOnGpu(OnGpu):
     """jax's arrays on a GPU. Results share the memory of arrays that jax has just made and no one else uses.
 
-    These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax waits for
-    external memory, so that jax.dlpack.from_dlpack orders later uses of a result after it. jax does not know
-    when this stream has read an input; therefore the results keep the inputs and the scratch alive.
+    These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax
+    waits for external memory, so that jax.dlpack.from_dlpack orders later uses of a result after
+    it. jax does not know when this stream has read an input; therefore the results keep the inputs
+    and the scratch alive.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:

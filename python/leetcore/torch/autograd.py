@@ -1,7 +1,7 @@
 """Gradients of the operators: their kernels of the dispatch key Autograd.
 
-torch.library.register_autograd makes such kernels too. Its kernels fail in torch.func's transforms and cost
-100 us per call.
+torch.library.register_autograd makes such kernels too. Its kernels fail in torch.func's transforms
+and cost 100 us per call.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch.autograd import forward_ad
 from .. import api
 from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, tensor_fields
 
-# leetcore.torch uses the private names of torch below and no others. Each says what happens without the name.
+# leetcore.torch uses the private names of torch below and no others. Each says what happens without
+# the name.
 
-# The guard with which an operator's autograd kernel calls the kernel below it. torch has no public name for it.
-# Without it, the import fails.
+# The guard with which an operator's autograd kernel calls the kernel below it. torch has no public
+# name for it. Without it, the import fails.
 if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
     raise ImportError(
         "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
         f"{torch.__version__}; install an older torch or a newer leetcore"
     )
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-# Derivatives inside of torch.func's transforms need the three names that torch's own functions use there. Without
-# one of the three, such a derivative raises NotImplementedError. Without the name that tells whether a transform is
-# active, torch raises an error.
+# Derivatives inside of torch.func's transforms need the three names that torch's own functions use
+# there. Without one of the three, such a derivative raises NotImplementedError. Without the name
+# that tells whether a transform is active, torch raises an error.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 try:
     from torch._functorch.utils import enable_single_level_autograd_function

@@ -1,7 +1,7 @@
 """The inputs of the operators `torch.ops.leetcore.*`: one NamedTuple per operator.
 
-The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads is
-made from their names, types and defaults; kernels, gradients and rules receive the tuple.
+The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads
+is made from their names, types and defaults; kernels, gradients and rules receive the tuple.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ Every layer maps [B, N, embed_dim] to the same shape:
     y = layer(prompt, state)            # in one piece or in several; updates the state
     y = layer.step(x, state)            # one more token, [B, embed_dim]; inference only
 
-    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in between
+    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in
+    between
 
-Both ways give the same numbers. state_dict() holds parameters only. Constant decays are computed from
-the arguments of the constructor, and stay float32 when .to(dtype) converts the parameters.
+Both ways give the same numbers. state_dict() holds parameters only. Constant decays are computed
+from the arguments of the constructor, and stay float32 when .to(dtype) converts the parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class State:
     """The state of a layer after the tokens it has processed.
 
     Attributes:
-        memory: [B, H, K, V], or [S, H, K, V] with cu_seqlens; float32, or float64 in a float64 layer.
+        memory: [B, H, K, V], or [S, H, K, V] with cu_seqlens; float32, or float64 in a float64
+            layer.
         position: number of tokens processed, int64: [], or [B] if a mask made the numbers differ.
     """
 
@@ -101,7 +103,8 @@ class _Layer(ConstantDecay):
 
         Args:
             x: [B, N, embed_dim].
-            position: [N] or [B, N], int64, the index of each token in its sequence. None: 0, 1, 2, ...
+            position: [N] or [B, N], int64, the index of each token in its sequence. None: 0, 1, 2,
+                ...
         """
         raise NotImplementedError
 
@@ -129,12 +132,13 @@ class _Layer(ConstantDecay):
 
         Args:
             x: [B, N, embed_dim], the tokens.
-            state: the state after the tokens before x, from `new_state` or from an earlier call. The
-                call updates it; its memory is differentiable. None: x begins the sequence.
-            cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along N, from 0 to N;
-                B is 1.
-            mask: [B, N], bool or integers: False or 0 at padding, which may be anywhere. y of the other
-                tokens, the state and gradients are the same as without padding; y of padding is 0.
+            state: the state after the tokens before x, from `new_state` or from an earlier call.
+                The call updates it; its memory is differentiable. None: x begins the sequence.
+            cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along N, from 0
+                to N; B is 1.
+            mask: [B, N], bool or integers: False or 0 at padding, which may be anywhere. y of the
+                other tokens, the state and gradients are the same as without padding; y of padding
+                is 0.
 
         Returns:
             y [B, N, embed_dim].
@@ -209,8 +213,8 @@ class _Layer(ConstantDecay):
 class LinearAttention(_Layer):
     """Linear attention as in MiniMax-Text-01 (arXiv:2501.08313).
 
-    q, k, v = silu(W_qkv x) and y = W_o (sigmoid(W_g x) * norm(o)). Parameters have the names and shapes of
-    transformers' MiniMaxLightningAttention, so its weights load.
+    q, k, v = silu(W_qkv x) and y = W_o (sigmoid(W_g x) * norm(o)). Parameters have the names and
+    shapes of transformers' MiniMaxLightningAttention, so its weights load.
 
     Args:
         embed_dim: size of x and y.
@@ -278,8 +282,8 @@ class Lightning(LinearAttention):
 class Retention(_Layer):
     """Multi-scale retention of RetNet (arXiv:2307.08621).
 
-    y = W_o (silu(W_g x) * norm_each_head(o)), where q and k are rotated. Parameters have the names and
-    shapes of torchscale's MultiScaleRetention, so its weights load.
+    y = W_o (silu(W_g x) * norm_each_head(o)), where q and k are rotated. Parameters have the names
+    and shapes of torchscale's MultiScaleRetention, so its weights load.
 
     Args:
         embed_dim: size of x and y.
@@ -288,8 +292,9 @@ class Retention(_Layer):
         value_dim: size of v per head. None: 2 * key_dim.
         rotation: the angles of the rotation. Pair i of K / 2 turns by 10000^-x per token, with
             x = i / (K / 2 - 1) for "torchscale" and x = i / (K / 2) for "rope".
-        heads: the heads that this layer computes, such as range(4, 8), in one process of a tensor-parallel
-            model. The sum of y over the processes is y of the model. None: all heads.
+        heads: the heads that this layer computes, such as range(4, 8), in one process of a
+            tensor-parallel model. The sum of y over the processes is y of the model. None: all
+            heads.
         eps: epsilon of the norm.
 
     Raises:
@@ -357,8 +362,8 @@ class GatedLinearAttention(_Layer):
         num_heads: number of heads.
         key_dim: size of q and k per head. None: embed_dim / num_heads / 2.
         value_dim: size of v per head. None: embed_dim / num_heads.
-        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature. A larger temperature gives a
-            longer memory.
+        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature. A larger temperature gives
+            a longer memory.
         eps: epsilon of the norm.
 
     Raises:

@@ -57,8 +57,8 @@ def decode_shapes(args: DecodeInputs) -> Tensor:
 def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
     """Refuses tensors on several devices.
 
-    One tensor on the device "meta" is enough for torch to call the functions above, whose results would be
-    uninitialised memory.
+    One tensor on the device "meta" is enough for torch to call the functions above, whose results
+    would be uninitialised memory.
     """
     if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
         log_decay = None  # a number, which may be used with any device
@@ -161,8 +161,8 @@ def _fold_decay(g: Any, dim: Any, size: int, B: int, Hs: int) -> Any:
     return g.flatten(0, 1)
 
 
-# ---- flop: as if every method worked in chunks of 64 tokens (cpp/kernels/chunk), so that a count depends on shapes
-# ---- only. torch passes shapes in place of tensors.
+# ---- flop, counted for chunks of 64 tokens (cpp/kernels/chunk) with any method, so that a count depends
+# ---- on shapes only. torch passes shapes in place of tensors.
 
 
 def forward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:

@@ -1,9 +1,9 @@
 """MiniMax models of transformers with leetcore as their linear attention: `patch(model)`.
 
-The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a time
-when it continues from a cache. The patched layer calls the operator once in both cases. It keeps
-states in float32 and decays exact. Padding does not change a state. Weights, configuration and cache
-stay as they are.
+The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a
+time when it continues from a cache. The patched layer calls the operator once in both cases. It
+keeps states in float32 and decays exact. Padding does not change a state. Weights, configuration
+and cache stay as they are.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx nu
 def patch(model: nn.Module) -> int:
     """Makes every linear attention layer of a MiniMax model compute with leetcore, in place.
 
-    Prefill, continuation of a cache by any number of tokens, beam search and training work as before.
-    Padding does not decay a state. A cached state is float32; a call of up to 64 tokens without gradients
-    updates it in place. Layers that are already patched stay as they are. `unpatch` undoes the change.
+    Prefill, continuation of a cache by any number of tokens, beam search and training work as
+    before. Padding does not decay a state. A cached state is float32; a call of up to 64 tokens
+    without gradients updates it in place. Layers that are already patched stay as they are.
+    `unpatch` undoes the change.
 
     Args:
         model: MiniMaxForCausalLM or any module that contains MiniMaxLightningAttention.
@@ -158,8 +159,8 @@ def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
 def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32]) -> float:
     """The distance between slopes and a decay, at most 1 if rounding may explain it.
 
-    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of the last layer
-    multiples of 2^-24. A slope may have been rounded twice.
+    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of the last
+    layer multiples of 2^-24. A slope may have been rounded twice.
     """
     if slopes.shape != log_decay.shape:
         return float("inf")
