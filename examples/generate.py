@@ -1,4 +1,6 @@
-"""Continues a prompt with the model of examples/train_lm.py, byte by byte, and shows how fast, early and late.
+"""Continues a prompt with the model of examples/train_lm.py, byte by byte.
+
+It shows the speed at the start and at the end.
 
 python examples/generate.py [PROMPT] [--run FOLDER] [--bytes N] [--quadratic]
 
@@ -22,7 +24,10 @@ REPORTS = 10
 
 
 class Quadratic:
-    """One layer's attention by keys and values of all tokens: the same numbers as by its state, up to rounding."""
+    """One layer's attention from the keys and values of all tokens.
+
+    It has the numbers of the layer's state form, up to rounding.
+    """
 
     def __init__(self, attention, most):
         H = attention.num_heads

@@ -1,4 +1,7 @@
-"""A language model of bytes on decayed linear attention; examples/train_lm.py and examples/generate.py share it."""
+"""A language model of bytes on decayed linear attention.
+
+examples/train_lm.py and examples/generate.py use it.
+"""
 
 import argparse
 import pickle
@@ -14,7 +17,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Attention, then two linear maps with a nonlinearity between, each added to its normalised input."""
+    """Attention and two linear maps with a nonlinearity, each added to its normalised input."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -41,7 +44,10 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens, states=None):
-        """[B, N, 256] of tokens [B, N], after those that the states have seen, which then have seen these too."""
+        """The model's output [B, N, 256] for tokens [B, N] after those of the states.
+
+        The call updates the states.
+        """
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, lambda attention, x, i=i: attention(x, states and states[i]))
@@ -96,7 +102,7 @@ def load(checkpoint):
 
 
 def chart(path, console, axis, lines, levels=None):
-    """A picture of lines, {name: (x, y, style)}, over an axis each way, and of horizontal levels {name: y}."""
+    """Draws lines {name: (x, y, style)} and horizontal levels {name: y}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

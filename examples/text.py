@@ -1,4 +1,6 @@
-"""Attention over the bytes of a text: every method of leetcore, held against the definition and against the clock.
+"""Attention over the bytes of a text, by every method of leetcore.
+
+Each method is compared with the definition and timed.
 
 python examples/text.py [FILE]
 
@@ -68,7 +70,10 @@ def timed(call, runs=5, most_seconds=2.0):
 
 
 def decode(q, k, v, log_decay, scale):
-    """The last tokens one by one, from the state that the others left; the outputs, the state, seconds a step."""
+    """The last tokens one by one, from the state after the others.
+
+    Returns the outputs, the state and the seconds per step.
+    """
     before = max(0, q.shape[2] - DECODED)
     first = (x[:, :, :before] for x in (q, k, v))
     _, state = leetcore.linear_attention(*first, log_decay, scale=scale, return_state=True)

@@ -22,7 +22,7 @@ PIECE = 2048  # bytes of validation text at once
 
 
 def count_models(train, validation):
-    """Bits per byte of the validation text by the frequencies of bytes, and by those of pairs of bytes."""
+    """Bits per byte of the validation text, by frequencies of bytes and of pairs of bytes."""
     single = torch.bincount(train, minlength=256) + 1.0
     pairs = torch.bincount(train[:-1] * 256 + train[1:], minlength=65536).view(256, 256).double()
     unigram = single / single.sum()
@@ -50,7 +50,7 @@ def learning_rate(step, options):
 
 
 def batch(train, step, options):
-    """Random pieces of the text; which ones depends on the step alone, so that a resumed run sees the same."""
+    """Random pieces of the text. They depend on the step alone, so a resumed run sees the same."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(train) - options.length, (options.batch, 1), generator=generator)
     pieces = train[starts + torch.arange(options.length + 1)]

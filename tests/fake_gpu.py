@@ -1,4 +1,4 @@
-"""Array libraries with a GPU that is none: memory of numpy, exported through DLPack as a CUDA device's.
+"""Fake array libraries on a GPU: numpy memory, exported through DLPack as a CUDA device's.
 
 Each library has what leetcore uses of the real one, and notes which stream a producer was given,
 what was made on which stream and device. Reading values on the host is an error unless `readable`
@@ -181,7 +181,7 @@ def _empty(kind, shape, dtype, stream, device):
     return kind(_nan(shape, dtype), device)
 
 
-# ---- a library of the array API standard ----------------------------------------------------------------------------
+# ---- a library of the array API standard ---------------------------------------------------------
 
 
 class OtherArray(Array):
@@ -222,7 +222,7 @@ class ReadOnlyArray(OtherArray):
         return capsule(self.host, self.number, self, read_only=True)
 
 
-# ---- cupy -----------------------------------------------------------------------------------------------------------
+# ---- cupy ----------------------------------------------------------------------------------------
 
 
 class CuPyArray(Array):
@@ -280,7 +280,7 @@ def cupy():
     return module
 
 
-# ---- jax ------------------------------------------------------------------------------------------------------------
+# ---- jax -----------------------------------------------------------------------------------------
 
 
 class JaxArray(Array):
@@ -327,7 +327,7 @@ def jax():
     return module
 
 
-# ---- torch ----------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
 class TorchStream:

@@ -497,7 +497,7 @@ def test_jax_arrays_are_never_written():
 
 
 def test_inputs_are_not_copied():
-    """A broadcast array of 2^34 elements could not be copied; a mapped one is read where it lies."""
+    """A broadcast array of 2^34 elements could not be copied; a mapped one is read in place."""
     big = np.broadcast_to(np.ones((1, 1, 1, 1 << 10), np.float32), (1 << 10, 1 << 14, 1, 1 << 10))
     with pytest.raises(ValueError, match=r"^k: expected shape"):  # validated without touching memory
         attend(big, big[:1], big)

@@ -1,4 +1,4 @@
-"""The examples of training and generation, shortened: they learn, go on where they stopped, and generate."""
+"""Shortened examples of training and generation: they learn, resume and generate."""
 
 import sys
 from pathlib import Path

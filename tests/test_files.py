@@ -1,4 +1,4 @@
-"""Files of the user: tables that are broken in any way, files that appear whole or not at all, where a package lies."""
+"""Files of the user: broken tables, complete writes, and the folders of a package."""
 
 import os
 import pickle
@@ -257,7 +257,7 @@ def test_a_target_is_tried_before_the_work(tmp_path, command):
 
 
 def test_folders_of_an_editable_install(tmp_path):
-    """Python files in one folder, what was built in another: scikit-build-core lays out `pip install -e` so."""
+    """Python files in one folder and built files in another, as after `pip install -e`."""
     package = Path(leetcore.__file__).parent
     built = ("lib", "lib64", "include")
     source = tmp_path / "sources of ünïcode"

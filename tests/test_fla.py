@@ -1,4 +1,4 @@
-"""leetcore.compat.fla: the calls of flash-linear-attention, held against its own references in plain torch.
+"""leetcore.compat.fla, compared with flash-linear-attention's references in plain torch.
 
 fla-core is not imported, as that needs triton; its files of references are read by their paths.
 """

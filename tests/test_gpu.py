@@ -1,4 +1,4 @@
-"""Every CUDA method on a real GPU, through torch: numbers, streams, graphs, generation. `make gpu` runs it.
+"""Every CUDA method on a real GPU, through torch. `make gpu` runs these tests.
 
 Results and scratch are NaN before each call (conftest.py), on the stream that the call is put on.
 """
@@ -141,7 +141,7 @@ def test_nothing_to_do(method, shape):
     assert o.shape == shape and torch.equal(state, before)
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def busy(milliseconds=200):
@@ -272,7 +272,7 @@ def test_the_device_of_the_tensors(method):
         leetcore.linear_attention(**given, method=method)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 GRADIENTS = (
     *({"N": N, "K": 64, "V": 64} for N in (1, 65, 3000)),
@@ -323,7 +323,7 @@ def test_the_same_bits_of_gradients_every_time(kind, dtype):
 
 
 def training(**fields):
-    """Leaves, the options of a call, d_o, and what the library itself returns as the leaves' gradients."""
+    """Leaves, the options of a call, d_o, and the gradients that the library itself returns."""
     fields = {"N": 500, "K": 64, "V": 64, "kind": "[B,Hs,N]", "dtype": np.float32} | fields
     arguments, options, (d_o, _) = on_gpu(gradients.problem(**fields))
     want = gradients.backward(arguments, options, (d_o, None))
@@ -409,7 +409,7 @@ def test_float64_has_no_gradients_here():
         o.backward(d_o)
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def decode_inputs(B=5, Hq=4, Hs=2, T=None, K=64, V=32, slots=9, dtype=torch.bfloat16, pool=torch.float32):
@@ -483,7 +483,7 @@ def test_generation_under_a_graph_equals_one_prefill():
     assert error(state, want_state) <= TOLERANCE["float32"][1]
 
 
-# ---- what goes wrong, and other libraries ---------------------------------------------------------------------------
+# ---- what goes wrong, and other libraries --------------------------------------------------------
 
 
 def test_places_are_refused_by_name():

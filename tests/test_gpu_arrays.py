@@ -167,7 +167,7 @@ def test_decode_updates_the_pool_in_place():
         leetcore.decode_step(q, k, v, state, -0.1)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def moved(make, p):
@@ -241,7 +241,7 @@ def test_gradients_of_two_places_are_refused(place):
     assert emulator.launches == 0
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def call(make, **options):
@@ -378,7 +378,7 @@ def test_scratch_is_an_array_of_the_caller():
         assert [shape for shape, *_ in fake_gpu.made] == [(1, 2, 300, 8), ((bytes + 3) // 4,)]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["k", "v", "log_decay", "initial_state", "cu_seqlens", "out"])
@@ -450,7 +450,7 @@ def test_a_library_that_cannot_make_arrays_is_refused():
         leetcore.linear_attention(q, k, v)
 
 
-# ---- around it ------------------------------------------------------------------------------------------------------
+# ---- around it -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["torch", "cupy", "jax"])

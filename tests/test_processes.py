@@ -1,4 +1,6 @@
-"""leetcore among other users of processes and threads: forks, limits, settings that change, Ctrl-C, the end.
+"""leetcore with other users of processes and threads.
+
+Forks, limits, settings that change, Ctrl-C, and the end of a process.
 
 Every test runs a program of its own, as a library meets these things once in the life of a process.
 """
@@ -49,7 +51,7 @@ EARLIER = {
 
 @pytest.mark.parametrize("earlier", EARLIER)
 def test_forked_children_answer(earlier):
-    """Three forks deep, whoever used threads before: leetcore may have been loaded before or after the fork."""
+    """Three nested forks after threads were used; leetcore is loaded before or after the fork."""
     code = """
 def descend(depth):
     good = right() if depth % 2 else True  # every second generation has not called leetcore
@@ -217,7 +219,7 @@ print(errors[:1] or "ok")
 
 
 def test_a_daemon_thread_in_a_call_does_not_outlive_the_process():
-    """With arrays of numpy: torch and jax themselves abort a process that ends during a call of a daemon thread."""
+    """Uses numpy, because torch and jax abort a process that ends during a daemon thread's call."""
     code = """
 import leetcore
 def work(n, method):

@@ -1,4 +1,4 @@
-"""leetcore.torch.nn: a layer says the same of a sequence, of its pieces and of its tokens one by one."""
+"""leetcore.torch.nn: a layer gives the same results for a sequence, its pieces and its tokens."""
 
 import copy
 import io
@@ -221,7 +221,7 @@ MASKS = {  # of two sequences
 @pytest.mark.parametrize("shown", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("first", [False, True], ids=["continued", "first"])
 def test_padding_leaves_no_trace(layer, x, shown, first):
-    """Outputs, states and gradients are those of the packed sequences, even where padding is NaN or infinite."""
+    """Outputs, states and gradients are those of packed sequences, even with NaN at padding."""
     mask = torch.zeros(B, N, dtype=torch.bool if first else torch.int64)
     for b, places in enumerate(shown):
         mask[b, list(places)] = 1
@@ -304,8 +304,11 @@ def test_a_saved_state_loads_with_weights_only(layer, x):
 
 @pytest.mark.parametrize("rotation", ["torchscale", "rope"])
 def test_retention_is_that_of_torchscale_but_for_the_angles(x, rotation):
-    """The quadratic form of arXiv:2307.08621, with the angles and names of parameters of torchscale's RetNet
-    (github.com/microsoft/torchscale, torchscale/architecture/retnet.py and component/multiscale_retention.py)."""
+    """The quadratic form of arXiv:2307.08621, with torchscale's angles and names of parameters.
+
+    They are in torchscale/architecture/retnet.py and component/multiscale_retention.py of
+    github.com/microsoft/torchscale.
+    """
     torch.manual_seed(0)
     H, K, V = 4, C // 4, C // 2
     names = {"q_proj": H * K, "k_proj": H * K, "v_proj": H * V, "g_proj": H * V}

@@ -56,7 +56,7 @@ def gradients(call, given, seed=0):
 
 
 def definition(q, k, v, log_decay, initial_state, scale=1.0):
-    """The recurrence as it is written, for torch's own autograd; a decay [H], as many heads everywhere."""
+    """The recurrence for torch's own autograd; decay [H], equal numbers of heads."""
     state, outputs = initial_state, []
     for t in range(q.shape[2]):
         state = torch.exp(log_decay)[:, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]

@@ -151,7 +151,7 @@ def test_unpatch(models):
 
 
 def hooked(layer):
-    """What accelerate does to a layer that it moves between devices; how often the hook was called."""
+    """Wraps a layer as accelerate does to move it; returns the calls of the hook."""
     calls = []
 
     def forward(layer, *arguments, **options):
@@ -230,7 +230,7 @@ def test_patching_twice_is_patching_once(models):
 
 @torch.no_grad()
 def test_compiled_whole(models, tokens):
-    """Prefill with a mask and without, and decoding, have one graph, with the results of eager code."""
+    """Prefill with and without a mask, and decoding, have one graph and the eager results."""
     ids, mask = tokens
     model = models[1]
     for given in ({}, {"attention_mask": mask}):
@@ -297,7 +297,7 @@ def small(layer_types, layers=4):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("back", [False, True])
 def test_rounded_slopes_are_recognised_and_decays_exact(dtype, back):
-    """The slopes of a last layer are subnormal in float16; a patched model that is cast keeps its decays, too."""
+    """The last layer's slopes are subnormal in float16; a cast patched model keeps its decays."""
     model = MiniMaxForCausalLM(small(["full_attention"] * 3 + ["linear_attention"]))
     layer = model.model.layers[3].self_attn
     want = decay.minimax(8, 3, 4)

@@ -74,7 +74,9 @@ def alibi(num_heads: int) -> LogDecay:
 
 
 def retnet(num_heads: int) -> LogDecay:
-    """RetNet's decays: log(1 - 2^(-5 - h)) for head h = 0, 1, ... (Sun et al. 2023, arXiv:2307.08621).
+    """RetNet's decays: log(1 - 2^(-5 - h)) for head h = 0, 1, ...
+
+    The source is Sun et al. 2023, arXiv:2307.08621.
 
     Args:
         num_heads: number of heads of the whole model, >= 1.
@@ -90,7 +92,9 @@ def retnet(num_heads: int) -> LogDecay:
 
 
 def minimax(num_heads: int, layer: int, num_layers: int, flavor: Literal["hf", "vllm"] = "hf") -> LogDecay:
-    """Decays of MiniMax-Text-01 (arXiv:2501.08313), after TransNormerLLM: slopes shrink with layer l of L.
+    """Decays of MiniMax-Text-01 (arXiv:2501.08313), after TransNormerLLM.
+
+    The slopes shrink with the layer l of L.
 
     - "hf", as in transformers: the slope of head h is 2^(-8 (h + 1) / num_heads) for any num_heads,
       times 1 - l / (L - 1 + 1e-5) + 1e-5.

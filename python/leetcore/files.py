@@ -63,7 +63,7 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` at the end of the block, or is removed if the block raises.
+    """A binary file that replaces `path` at the end of the block, or is removed if it raises.
 
     Other processes see the old file or the complete new file, never a part. A path that is not a
     regular file (a device, a pipe) is written directly. An OSError names `path`, never the
@@ -90,7 +90,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def require_writable(path: str | os.PathLike[str] | None) -> None:
-    """Raises OSError, with the name of the path, if `replacing` could not write. Call it before long work."""
+    """Raises OSError, with the name of the path, if `replacing` could not write.
+
+    Call it before long work.
+    """
     if path is None:
         return
     try:

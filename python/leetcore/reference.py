@@ -57,7 +57,10 @@ def linear_attention(
 
 
 def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """The recurrence, token by token. q, k, v and o are [B, heads, N, *]; grouped heads share k, v and states."""
+    """The recurrence, token by token. q, k, v and o are [B, heads, N, *].
+
+    Grouped heads share k, v and states.
+    """
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
     decay = np.exp(g)
     o = np.empty((*q.shape[:-1], v.shape[-1]))
@@ -68,7 +71,7 @@ def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, sta
 
 
 def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """The recurrence in chunks of 128 tokens: two products per chunk, and one state between chunks."""
+    """The recurrence in chunks of 128 tokens: two products per chunk, one state between chunks."""
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
     g = np.maximum(g, -1e4)  # exp(g) stays 0, and sums of g have finite differences
     o = np.empty((*q.shape[:-1], v.shape[-1]))
@@ -129,7 +132,7 @@ def decode_step(
 
 
 def error(got: Array, want: Array) -> float:
-    """The relative Frobenius norm of got - want; inf if a value is not finite or the shapes differ."""
+    """The relative Frobenius norm of got - want; inf if a value is not finite or shapes differ."""
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf

@@ -1,8 +1,9 @@
-"""Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
+"""Operators of flash-linear-attention, served by leetcore.
+
+The library is github.com/fla-org/flash-linear-attention, fla-core 0.6.
 
 Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. `leetcore.torch` computes
-the
-results: on any device, without graph breaks, and with gradients for a constant decay too.
+the results, on any device, without graph breaks, and with gradients for a constant decay too.
 
 `chunk_`, `fused_chunk_` and `fused_recurrent_` name the same operator. These functions return (o,
 final_state), where final_state is None unless output_final_state is set. `parallel_` functions

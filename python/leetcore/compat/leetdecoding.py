@@ -1,4 +1,6 @@
-"""The call of LeetDecoding (github.com/Computational-Machine-Intelligence/LeetDecoding), served by leetcore.
+"""The call of LeetDecoding, served by leetcore.
+
+The library is github.com/Computational-Machine-Intelligence/LeetDecoding.
 
 docs/migration-leetdecoding.md explains the differences.
 """

@@ -41,7 +41,7 @@ except ImportError:
 
 
 def _forward_mode_is_on() -> bool:
-    """Whether a tensor may have a tangent. Without the private name, every call looks for tangents."""
+    """Whether a tensor may have a tangent. Without the private name, the answer is always True."""
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
 
 
@@ -139,7 +139,10 @@ class _Backward:
 
 
 def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
-    """Runs the two passes as a torch.autograd.Function. torch.func's transforms call a kernel once per level."""
+    """Runs the two passes as a torch.autograd.Function.
+
+    torch.func's transforms call a kernel once per level.
+    """
     if not _transforms_are_active():
         return _function(passes, torch.autograd.Function).apply(*inputs)
     if _SingleLevelFunction is None:

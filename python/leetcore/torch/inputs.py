@@ -43,7 +43,10 @@ class ForwardInputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Inputs of `linear_attention_backward`. Fields that `ForwardInputs` has too have the same values."""
+    """Inputs of `linear_attention_backward`.
+
+    Fields with names of `ForwardInputs` have the values of the forward pass.
+    """
 
     q: Tensor
     k: Tensor

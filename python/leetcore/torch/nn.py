@@ -59,7 +59,7 @@ torch.serialization.add_safe_globals([State])  # lets torch.load read a saved St
 
 
 class ConstantDecay(nn.Module):
-    """A module with a constant decay, which stays float32 and follows the inputs to their device."""
+    """A module with a constant decay, which stays float32 and follows the inputs' device."""
 
     log_decay: Tensor | None
     _exact: Tensor | None
@@ -74,7 +74,7 @@ class ConstantDecay(nn.Module):
             self.log_decay = self._exact.to(device, copy=True)
 
     def _decay_on(self, device: torch.device) -> Tensor | None:
-        """The decay on the device of an input. The module's parameters may have moved there without it."""
+        """The decay on the device of an input. Parameters may have moved there without it."""
         if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the device is unknown
             return self.log_decay
         if self.log_decay is not None and self.log_decay.device != device:
@@ -89,7 +89,10 @@ class ConstantDecay(nn.Module):
 
 
 class _Layer(ConstantDecay):
-    """Base of the layers: `project` makes q, k, v and a decay of x, `finish` makes y of the operator's o."""
+    """Base of the layers.
+
+    `project` makes q, k, v and a decay of x; `finish` makes y of the operator's o.
+    """
 
     def __init__(
         self, num_heads: int, key_dim: int, value_dim: int, scale: float, log_decay: npt.ArrayLike | None
@@ -344,7 +347,7 @@ class Retention(_Layer):
         return y
 
     def _angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [.., N, 1, key_dim / 2] of the angles. float64 keeps large positions exact."""
+        """cos and sin [.., N, 1, key_dim / 2] of the angles, exact for large positions."""
         pairs = self.key_dim // 2
         steps = max(pairs - 1, 1) if self.rotation == "torchscale" else pairs
         exponents = torch.arange(pairs, dtype=torch.float64, device=position.device) / steps

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.leetcore.*`: the functions that call them, their kernels, and their definition.
+"""The operators `torch.ops.leetcore.*`: functions that call them, kernels, and definition.
 
 `linear_attention` is functional and differentiable, `linear_attention_backward` computes its
 gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
@@ -150,7 +150,10 @@ def decode_step(
 
 
 def _stand_in(**tensors: Any) -> bool:
-    """Whether an argument stands in for a tensor, as torch.fx's proxies do. Raises TypeError for other objects."""
+    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
+
+    Raises TypeError for an object that is neither a tensor nor such a stand-in.
+    """
     found = False
     for name, value in tensors.items():
         if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
@@ -166,7 +169,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(scale: Any) -> Any:
-    """The scale as a float, or torch.compile's symbolic number. A tensor is refused: it would lose its gradient."""
+    """The scale as a float, or torch.compile's symbolic number.
+
+    A tensor is refused, because it would lose its gradient.
+    """
     if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
         return scale
     if isinstance(scale, Tensor):

@@ -161,8 +161,8 @@ def _fold_decay(g: Any, dim: Any, size: int, B: int, Hs: int) -> Any:
     return g.flatten(0, 1)
 
 
-# ---- flop, counted for chunks of 64 tokens (cpp/kernels/chunk) with any method, so that a count depends
-# ---- on shapes only. torch passes shapes in place of tensors.
+# ---- flop, counted for chunks of 64 tokens (cpp/kernels/chunk) with any method, so that a count
+# ---- depends on shapes only. torch passes shapes in place of tensors.
 
 
 def forward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:

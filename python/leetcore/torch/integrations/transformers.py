@@ -98,7 +98,10 @@ class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
         past_key_value: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output [B, N, C] and its state [B, H, D, D], which also replaces the cached state."""
+        """The layer's output [B, N, C] and its state [B, H, D, D].
+
+        The state also replaces the one in the cache.
+        """
         for older in (past_key_values, past_key_value):
             cache = older if cache is None else cache
         N = hidden_states.shape[1]
@@ -136,7 +139,7 @@ def _is_forward_of(call: Any, kind: Any) -> bool:
 
 
 def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of transformers as bool [B, N]. It has any dtype, and may cover earlier tokens too."""
+    """The mask of transformers, of any dtype and maybe with earlier tokens, as bool [B, N]."""
     if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
         raise ValueError(
             f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
