@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-PIECE = 2048  # bytes of validation text at once
+PIECE = 2048  # bytes of validation text per call
 
 
 def count_models(train, validation):
@@ -35,7 +35,7 @@ def count_models(train, validation):
 
 @torch.no_grad()
 def validate(model, text):
-    """Bits per byte of a text read in pieces, the states carried from one to the next."""
+    """Bits per byte of a text that is read in pieces; each piece starts from the previous states."""
     states, total = model.new_states(1), 0.0
     for start in range(0, len(text) - 1, PIECE):
         piece = text[start : start + PIECE + 1][None]
@@ -44,7 +44,7 @@ def validate(model, text):
 
 
 def learning_rate(step, options):
-    """Up in the first twentieth, then down along a cosine to a tenth."""
+    """The learning rate: a linear rise in the first twentieth of the steps, then a cosine to a tenth."""
     progress = step / options.steps
     return options.rate * (min(1.0, 20 * progress + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress)))
 
@@ -154,7 +154,7 @@ def options_of(arguments):
     made.add_argument("--heads", type=positive(int), default=4)
     made.add_argument("--layers", type=positive(int), default=4)
     made.add_argument("--every", type=positive(int), default=100, help="steps between validations and checkpoints")
-    made.add_argument("--check", type=positive(int), default=50_000, help="bytes of a validation, at the most")
+    made.add_argument("--check", type=positive(int), default=50_000, help="most bytes of a validation")
     return made.parse_args(arguments)
 
 

@@ -10,7 +10,7 @@ from leetcore import reference
 from leetcore.compat.leetdecoding import METHODS, causal_linear_decoder
 
 H = 3
-GAMMA = {True: [0.0, 0.5, 9.0], False: [1.0, 0.5, 0.0]}  # by is_need_exp; one for each head
+GAMMA = {True: [0.0, 0.5, 9.0], False: [1.0, 0.5, 0.0]}  # by is_need_exp, one value per head
 LONG = 1025
 
 NAMES = pytest.mark.parametrize("name", [None, *METHODS])

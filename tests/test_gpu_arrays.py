@@ -1,4 +1,4 @@
-"""Arrays on a GPU, without one: fakes of the libraries (fake_gpu.py) around the emulated devices.
+"""Arrays on a GPU, tested without one: fake libraries (fake_gpu.py) on the emulated devices.
 
 ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is
 its path.
@@ -258,7 +258,7 @@ def test_torch_current_stream(current):
     TorchStream.current.cuda_stream = current
     call(fake_gpu.torch_array)
     assert emulator.stream == current
-    assert TorchStream.events == []  # nobody waits, nothing is recorded
+    assert TorchStream.events == []  # no stream waits, nothing is recorded
     assert {stream for _, stream, _ in fake_gpu.made} == {current}
     call(fake_gpu.torch_array, stream=current)
     assert TorchStream.events == []
@@ -460,7 +460,7 @@ def test_registered_methods_and_the_migration_call(kind, monkeypatch):
     given = [make(x) for x in (q, k, v)]
     want = reference.linear_attention(q, k, v, DECAY)[0]
     o = causal_linear_decoder(*given, True, 0.25)
-    assert type(o) is result and emulator.launches == 1  # a number: nothing on the GPU is read
+    assert type(o) is result and emulator.launches == 1  # gamma is a number: the host reads nothing from the GPU
     fake_gpu.readable = True
     leetcore.register_method("mine", lambda *x: reference.linear_attention(*x[:4], scale=x[4])[0].astype("f4"))
     try:

@@ -19,7 +19,7 @@ ones = np.ones((2, 8, 512, 64), np.float32)
 
 def right():
     import leetcore
-    o = leetcore.linear_attention(ones, ones, ones, -0.1, method="chunk")  # some ms of work
+    o = leetcore.linear_attention(ones, ones, ones, -0.1, method="chunk")  # takes some ms
     return abs(o[0, 0, -1, 0] / 672.5332 - 1) < 1e-5
 """
 
@@ -80,7 +80,7 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, i): return right(), leetcore.num_threads()
 
 loader = DataLoader(Data(), num_workers=2, batch_size=None, multiprocessing_context="fork", timeout=30)
-assert all(good and threads == 1 for good, threads in loader)  # DataLoader gives a worker one thread
+assert all(good and threads == 1 for good, threads in loader)  # a worker of DataLoader has one thread
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert all(pool.apply_async(right).get(30) for _ in range(4))
 print("ok")
@@ -91,7 +91,7 @@ print("ok")
 # ---- how many threads
 
 COUNT = "import leetcore; print(leetcore.num_threads(), leetcore.build_info()['threads_source'], sep=': ')"
-ALL = "all"  # what a program answers whose caller limits nothing: the affinity's cores, or a quota of this machine
+ALL = "all"  # the answer without limits: the cores of the affinity, or the quota of this machine
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
@@ -113,7 +113,7 @@ ALL = "all"  # what a program answers whose caller limits nothing: the affinity'
         ("import torch; torch.set_num_threads(1);", {}, "1: the caller's framework"),
         (f"import torch; torch.set_num_threads({CORES});", {"OMP_NUM_THREADS": "1"}, ALL),
         ("import torch, leetcore; torch.set_num_threads(1); leetcore.set_num_threads(2);", {}, "2: set_num_threads"),
-        # An OpenMP runtime that pins the calling thread to one core does not mean leetcore.
+        # An OpenMP runtime may pin the calling thread to one core. leetcore still uses all cores.
         ("import torch; torch.sin(torch.randn(4_000_000));", {"OMP_PROC_BIND": "true"}, ALL),
     ],
 )
@@ -160,9 +160,9 @@ leetcore.linear_attention(small, small, small, -0.1)
 leetcore.set_num_threads(8)
 if "LIMIT" == "RLIMIT_AS":
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20),) * 2)  # room for the result, not for all stacks
+    resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20),) * 2)  # enough memory for the result, not for all stacks
 else:
-    if os.getuid() == 0:  # who is above this limit
+    if os.getuid() == 0:  # root is exempt from this limit
         os.setgid(23456), os.setuid(23456)
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 print("ok" if right() else "wrong")
@@ -240,7 +240,7 @@ def test_ctrl_c_ends_a_call():
     code = """
 import leetcore
 q = np.ones((1, 32, 20_000, 64), np.float32)
-f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # seconds
+f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # takes seconds
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 began = time.time()
 try:

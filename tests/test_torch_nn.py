@@ -66,7 +66,9 @@ def test_gradients_reach_every_parameter_and_flow_through_states(layer, x):
 
 def test_packed_sequences_do_not_see_each_other(layer, x):
     packed = layer(x.flatten(0, 1)[None], cu_seqlens=torch.tensor([0, N, 2 * N]))
-    if isinstance(layer, nn.Retention):  # its rotations run on: the same up to rounding, as only distances count
+    if isinstance(
+        layer, nn.Retention
+    ):  # its angles continue; only their differences count, so results agree up to rounding
         torch.testing.assert_close(packed[0].unflatten(0, (B, N)), layer(x), rtol=1e-10, atol=1e-10)
     else:
         torch.testing.assert_close(packed[0].unflatten(0, (B, N)), layer(x), rtol=1e-12, atol=1e-12)
@@ -210,7 +212,7 @@ def test_steps_need_no_grad(layer, x):
         layer.step(x[:, 0], layer.new_state(B))
 
 
-MASKS = {  # of two sequences
+MASKS = {  # for two sequences
     "left": [range(13, N), range(N)],
     "right": [range(N - 7), range(20)],
     "middle": [[*range(5), *range(9, 30), *range(31, N)], range(0, N, 2)],
@@ -237,7 +239,7 @@ def test_padding_leaves_no_trace(layer, x, shown, first):
     assert not y[~kept].any()
     got = [y[kept], padded.memory]
     alone = x[kept][None].requires_grad_()
-    if isinstance(layer, nn.Retention):  # a packed call rotates on from sequence to sequence; this one starts each at 0
+    if isinstance(layer, nn.Retention):  # angles continue over packed sequences, and start at 0 here
         parts, memories = [], []
         for b, part in enumerate(alone[0].split(kept.sum(1).tolist())):
             state = nn.State(packed.memory[b : b + 1], packed.position)

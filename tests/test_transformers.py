@@ -1,4 +1,4 @@
-"""leetcore.torch.integrations.transformers: a patched MiniMax says what the unpatched one says."""
+"""leetcore.torch.integrations.transformers: a patched MiniMax gives the results of the original."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ VOCABULARY, B, N, PADDED = 97, 2, 90, 37
 
 @pytest.fixture(scope="module")
 def models():
-    """One of four layers, two of them linear, in float32: as transformers has it, and patched."""
+    """A MiniMax of four layers, two of them linear, in float32: original and patched."""
     torch.manual_seed(0)
     config = MiniMaxConfig(
         vocab_size=VOCABULARY,
@@ -100,7 +100,7 @@ def test_generate_gives_the_same_tokens(models, tokens, options):
         torch.manual_seed(0)
         results.append(model.generate(ids[:, :60], **given))
     assert torch.equal(*results)
-    assert len(set(results[0][0, 60:].tolist())) > 4  # not one token for ever
+    assert len(set(results[0][0, 60:].tolist())) > 4  # the model does not repeat one token
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -172,7 +172,7 @@ def test_hooks_around_a_layer_stay_around_it(models, monkeypatch, removed):
         layer.forward = layer.__dict__.pop("_old_forward")
     ours, linear_attention = [], integration.linear_attention
     monkeypatch.setattr(integration, "linear_attention", lambda *a, **o: ours.append(a) or linear_attention(*a, **o))
-    for change, by_us in ((patch, 1), (unpatch, 1)):  # calls of ours so far
+    for change, by_us in ((patch, 1), (unpatch, 1)):  # calls of the patched forward so far
         assert change(layer) == 1
         layer(x, None, None)
         assert len(ours) == by_us
@@ -314,7 +314,7 @@ def test_rounded_slopes_are_recognised_and_decays_exact(dtype, back):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_layer_with_one_less_in_its_factor(dtype):
-    """A later transformers divides by layers - 1; what its slopes are decides, not its version."""
+    """A later transformers divides by layers - 1. Its slopes decide the decay, not its version."""
     model = MiniMaxForCausalLM(small(["linear_attention"] * 3, 3))
     for layer in (x.self_attn for x in model.model.layers):
         slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64) * (1 - layer.layer_idx / 2 + 1e-5)

@@ -2,9 +2,8 @@
 
 They are computed in float64 and returned as float32 numpy arrays. A decay is stored as its natural
 logarithm, because float32 cannot represent a factor close to 1: at gamma = 1 - 1e-6 the logarithm
-    of the
-rounded factor is 1.3 % off. Each function returns all heads of the model. A process that computes
-some of the heads (tensor parallelism) slices the result.
+of the rounded factor is 1.3 % off. Each function returns all heads of the model. A process that
+computes some of the heads (tensor parallelism) slices the result.
 """
 
 from __future__ import annotations
