@@ -5,8 +5,8 @@ Each method is compared with the definition and timed.
 python examples/text.py [FILE]
 
 The bytes become q, k and v of one attention layer by a random embedding (byte for byte, without
-positions) and random projections, so that every number has unit variance. Each of the 8 heads decays
-at its own rate, ALiBi's slopes.
+positions) and random projections, so that every number has unit variance. Each of the 8 heads
+decays at its own rate, ALiBi's slopes.
 """
 
 import statistics

@@ -35,7 +35,7 @@ def count_models(train, validation):
 
 @torch.no_grad()
 def validate(model, text):
-    """Bits per byte of a text that is read in pieces; each piece starts from the previous states."""
+    """Bits per byte of a text read in pieces; each piece starts from the previous states."""
     states, total = model.new_states(1), 0.0
     for start in range(0, len(text) - 1, PIECE):
         piece = text[start : start + PIECE + 1][None]
@@ -44,7 +44,7 @@ def validate(model, text):
 
 
 def learning_rate(step, options):
-    """The learning rate: a linear rise in the first twentieth of the steps, then a cosine to a tenth."""
+    """The learning rate: a linear rise in the first twentieth, then a cosine to a tenth."""
     progress = step / options.steps
     return options.rate * (min(1.0, 20 * progress + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress)))
 

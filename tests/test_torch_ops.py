@@ -590,6 +590,13 @@ def test_autocast_while_decoding():
     assert o.dtype == torch.bfloat16 and state.dtype == torch.float32 and state.any()
 
 
+def test_autocast_while_decoding_updates_a_state_of_16_bits():
+    x, state = torch.randn(2, 3, 8), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        decode_step(x, x, x, state, -0.5)
+    assert state.any()
+
+
 def test_flop_of_forward_backward_and_decoding():
     B, H, N, K, V = 2, 3, 640, 16, 32
     q, k = torch.randn(2, B, H, N, K, requires_grad=True)

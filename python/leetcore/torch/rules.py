@@ -67,15 +67,15 @@ def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | N
             raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
 
 
-# ---- autocast: q, k and v in its dtype, decays and states in float32
+# ---- autocast: q, k and v in its dtype, decays and initial states in float32
 
 
 def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
     """The autocast kernel of an operator on a type of device."""
 
     def cast(name: str, x: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
+        if not isinstance(x, Tensor) or not x.is_floating_point() or name == "state":
+            return x  # a state is updated in place: the update of a copy would be lost
         return x.to(dtype if name in ("q", "k", "v") else torch.float32)
 
     def kernel(*arguments: Any) -> Any:
