@@ -77,6 +77,8 @@ class Place(Protocol):
 
 
 class NumPy:
+    """numpy's arrays."""
+
     name = "numpy"
     plain = True
 
@@ -120,6 +122,8 @@ class NumPy:
 
 
 class Torch:
+    """torch's tensors, and those of them on the host."""
+
     name = "torch"
     plain = False
 
@@ -334,6 +338,8 @@ class OnGpu:
 
 
 class CuPy:
+    """cupy's arrays."""
+
     name = "cupy"
     plain = False
 
@@ -436,6 +442,8 @@ class Immutable(NumPy):
 
 
 class JaxOnGpu(OnGpu):
+    """jax's arrays, and those of them on the host."""
+
     """jax's arrays on a GPU. Results share the memory of arrays that jax has made for them.
 
     These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax

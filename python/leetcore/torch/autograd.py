@@ -59,18 +59,21 @@ _STATE = DecodeInputs._fields.index("state")
 
 
 def forward_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of linear_attention."""
     if not _is_differentiated(inputs):
         return _run(_operators.linear_attention.default, inputs)
     return _apply(_Forward, ForwardInputs(*inputs))
 
 
 def backward_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of linear_attention_backward."""
     if not _is_differentiated(inputs):
         return _run(_operators.linear_attention_backward.default, inputs)
     return _apply(_Backward, inputs)
 
 
 def decode_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of decode_step, which refuses inputs that require gradients."""
     if _is_differentiated(inputs):
         raise NotImplementedError(
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "

@@ -24,6 +24,7 @@ def absent(like: Tensor) -> Tensor:
 
 
 def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Empty results of linear_attention."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens)
     heads = head_axis(args.layout)
@@ -39,6 +40,7 @@ def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
+    """Empty results of linear_attention_backward."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens, args.d_o, args.d_final_state)
     inputs = api.Gradients(q, k, v, args.log_decay, args.initial_state)
@@ -49,6 +51,7 @@ def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
 
 
 def decode_shapes(args: DecodeInputs) -> Tensor:
+    """An empty result of decode_step."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.state, args.state_indices)
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
@@ -93,6 +96,7 @@ def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
 
 
 def vmap_forward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """linear_attention of a batch of calls, as torch.library.register_vmap expects it."""
     size = info.batch_size
     args = _fold_all(ForwardInputs(*inputs), _dims(ForwardInputs, in_dims), size)
     o, final_state = _operators.linear_attention.default(*args)
@@ -103,6 +107,7 @@ def vmap_forward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 
 def vmap_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """linear_attention_backward of a batch of calls."""
     size, args, dims = info.batch_size, BackwardInputs(*inputs), _dims(BackwardInputs, in_dims)
     folded = _fold_all(args, dims, size)._replace(
         d_o=_fold(args.d_o, dims.d_o, size),
@@ -119,6 +124,7 @@ def vmap_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 
 def vmap_decode(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """Refuses a batch of calls of decode_step."""
     raise NotImplementedError("decode_step: expected no torch.vmap, as it updates a state in place; use its batch")
 
 
@@ -166,14 +172,17 @@ def _fold_decay(g: Any, dim: Any, size: int, B: int, Hs: int) -> Any:
 
 
 def forward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of linear_attention."""
     return _flop(ForwardInputs(*inputs, **named), 1, 1, 4)
 
 
 def backward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of linear_attention_backward."""
     return _flop(BackwardInputs(*inputs, **named), 3, 2, 10)
 
 
 def decode_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of decode_step."""
     args: Any = DecodeInputs(*inputs, **named)
     q, k, v = args.q, args.k, args.v
     T = q[2] if len(q) == 4 else 1
