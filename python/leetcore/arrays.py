@@ -442,8 +442,6 @@ class Immutable(NumPy):
 
 
 class JaxOnGpu(OnGpu):
-    """jax's arrays, and those of them on the host."""
-
     """jax's arrays on a GPU. Results share the memory of arrays that jax has made for them.
 
     These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax
@@ -518,6 +516,8 @@ class _Producer:
 
 
 class Jax(Immutable):
+    """jax's arrays, and those of them on the host."""
+
     _on_gpu = JaxOnGpu
 
     def __init__(self) -> None:
