@@ -1,4 +1,4 @@
-"""Properties that the definition implies, for every method: algebra to rounding, independence to the last bit."""
+"""Properties that the definition implies for every method, exact or up to rounding."""
 
 import itertools
 import mmap
@@ -34,7 +34,7 @@ def states(rng, p, B=None):
 
 
 def require(served):
-    """Skips a test whose method does not serve the problem. Tests of hypothesis call assume, to skip one example."""
+    """Skips a test whose method does not serve the problem. Tests of hypothesis use assume."""
     if not served:
         pytest.skip("the method does not serve this decay")
 
@@ -354,7 +354,7 @@ def test_dtypes_of_the_results(method, dtype):
 
 
 def test_offsets_have_64_bits(method):
-    """Sequences and tokens that lie more than 2^31 elements apart, in memory that is reserved and hardly touched."""
+    """Sequences and tokens more than 2^31 elements apart, in reserved, mostly untouched memory."""
     reserve = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     space = np.frombuffer(mmap.mmap(-1, 2 * ((1 << 33) + (1 << 12)), flags=reserve), np.float16)
     p = problem(B=2, heads=(1, 1, 1), N=3, K=8, V=8, dtype=np.float16)

@@ -1,8 +1,10 @@
-"""The array libraries: how each exports, allocates and takes back arrays. No other module knows them.
+"""The array libraries: how each exports, allocates and takes back arrays.
 
-A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the host
-waits for nothing. The stream is the caller's, else the library's current one. The library makes the
-stream wait for pending writes to the inputs (DLPack's ``__dlpack__(stream=...)``).
+No other module knows them.
+
+A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the
+host waits for nothing. The stream is the caller's, else the library's current one. The library
+makes the stream wait for pending writes to the inputs (DLPack's ``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
@@ -50,13 +52,16 @@ class Place(Protocol):
         """
 
     def repair(self, name: str, array: Array, writable: bool) -> Any:
-        """Another object for an array whose import failed. Raises an error that says why if there is none."""
+        """Another object for an array whose import failed, or an error that says why."""
 
     def contiguous(self, array: Array) -> Array:
         """A copy whose last dimension is contiguous."""
 
     def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
-        """A new array on the device of `like`, of float32, float64 or (float_bits = 0) the dtype of `like`."""
+        """A new array on the device of `like`.
+
+        float_bits: 32 or 64 for float32 or float64; 0 for the dtype of `like`.
+        """
 
     def result(self, array: Array) -> Array:
         """An array from `empty`, after it was written, as an array of the caller's library."""
@@ -72,6 +77,8 @@ class Place(Protocol):
 
 
 class NumPy:
+    """numpy's arrays."""
+
     name = "numpy"
     plain = True
 
@@ -115,6 +122,8 @@ class NumPy:
 
 
 class Torch:
+    """torch's tensors, and those of them on the host."""
+
     name = "torch"
     plain = False
 
@@ -279,8 +288,8 @@ class TorchOnGpu(Torch):
 class OnGpu:
     """Arrays on a GPU of any library with the array API standard, during one call.
 
-    Without a stream from the caller, the work goes to the legacy default stream, because the standard has
-    no current stream.
+    Without a stream from the caller, the work goes to the legacy default stream, because the
+    standard has no current stream.
     """
 
     plain = False
@@ -329,6 +338,8 @@ class OnGpu:
 
 
 class CuPy:
+    """cupy's arrays."""
+
     name = "cupy"
     plain = False
 
@@ -345,10 +356,12 @@ class CuPy:
 
 
 class CuPyOnGpu(OnGpu):
-    """cupy's arrays on a GPU. New memory comes from the pool of the call's stream, which reuses it in stream order.
+    """cupy's arrays on a GPU.
 
-    The inputs may come from pools of other streams. A caller that passes a stream must keep the inputs until
-    the stream is done.
+    New memory comes from the pool of the call's stream, which reuses it in stream order.
+
+    The inputs may come from pools of other streams. A caller that passes a stream must keep the
+    inputs until the stream is done.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
@@ -381,7 +394,7 @@ class CuPyOnGpu(OnGpu):
 
 
 class Immutable(NumPy):
-    """Libraries with immutable arrays: numpy allocates the results, and the library takes them over."""
+    """Libraries with immutable arrays. numpy allocates the results; the library takes them over."""
 
     plain = False
     _on_gpu: type[OnGpu] = OnGpu
@@ -429,11 +442,12 @@ class Immutable(NumPy):
 
 
 class JaxOnGpu(OnGpu):
-    """jax's arrays on a GPU. Results share the memory of arrays that jax has just made and no one else uses.
+    """jax's arrays on a GPU. Results share the memory of arrays that jax has made for them.
 
-    These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax waits for
-    external memory, so that jax.dlpack.from_dlpack orders later uses of a result after it. jax does not know
-    when this stream has read an input; therefore the results keep the inputs and the scratch alive.
+    These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax
+    waits for external memory, so that jax.dlpack.from_dlpack orders later uses of a result after
+    it. jax does not know when this stream has read an input; therefore the results keep the inputs
+    and the scratch alive.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
@@ -502,6 +516,8 @@ class _Producer:
 
 
 class Jax(Immutable):
+    """jax's arrays, and those of them on the host."""
+
     _on_gpu = JaxOnGpu
 
     def __init__(self) -> None:
@@ -535,7 +551,10 @@ class Jax(Immutable):
 
 
 def _number(stream: Stream) -> int:
-    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba. None: 0."""
+    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba.
+
+    None gives 0.
+    """
     if stream is None:
         return 0
     if hasattr(stream, "__cuda_stream__"):
@@ -587,7 +606,7 @@ def _numpy_dtype(array: Array) -> np.dtype[Any]:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An empty array aligned to 64 bytes, which libraries with such a rule take over without a copy."""
+    """An empty array aligned to 64 bytes, as libraries need it to use the memory without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -595,7 +614,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _other_library(array: Array) -> Immutable:
-    """Any library with DLPack. Results go through its from_dlpack, or stay numpy arrays if it has none."""
+    """Any library with DLPack.
+
+    Results go through its from_dlpack, or stay numpy arrays if it has none.
+    """
     namespace = getattr(array, "__array_namespace__", lambda: None)() or sys.modules.get(_package(array))
     return Immutable(_package(array), getattr(namespace, "from_dlpack", lambda x: x))
 
@@ -634,7 +656,10 @@ def threads_of_framework() -> int:
 
 
 def library_of(names: tuple[str, ...], *arrays: Array) -> Library:
-    """The library of all arrays. None and Python numbers fit every library. Raises TypeError for a mixture."""
+    """The library of all arrays. None and Python numbers fit every library.
+
+    Raises TypeError if the arrays are of several libraries.
+    """
     kind = type(arrays[0])
     library = _of_type.get(kind) or _find(names[0], arrays[0])
     for name, array in zip(names, arrays, strict=False):

@@ -1,12 +1,15 @@
-"""Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
+"""Operators of flash-linear-attention, served by leetcore.
 
-Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. `leetcore.torch` computes the
-results: on any device, without graph breaks, and with gradients for a constant decay too.
+The library is github.com/fla-org/flash-linear-attention, fla-core 0.6.
 
-`chunk_`, `fused_chunk_` and `fused_recurrent_` name the same operator. These functions return
-(o, final_state), where final_state is None unless output_final_state is set. `parallel_` functions return
-(o, weights), where weights is None unless output_attentions is set. chunk_size and cu_seqlens_cpu only
-choose among fla's kernels and are ignored. An unknown argument raises TypeError.
+Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. `leetcore.torch` computes
+the results, on any device, without graph breaks, and with gradients for a constant decay too.
+
+`chunk_`, `fused_chunk_` and `fused_recurrent_` name the same operator. These functions return (o,
+final_state), where final_state is None unless output_final_state is set. `parallel_` functions
+return (o, weights), where weights is None unless output_attentions is set. chunk_size and
+cu_seqlens_cpu only choose among fla's kernels and are ignored. An unknown argument raises
+TypeError.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ def chunk_simple_gla(
         initial_state: [B, H, K, V], or [S, H, K, V] with cu_seqlens. None: zeros.
         output_final_state: whether to return the state after the last token.
         state_v_first: whether both states are [.., V, K].
-        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along T, from 0 to T;
-            B is 1.
+        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along T, from 0 to
+            T; B is 1.
         cu_seqlens_cpu: ignored.
         chunk_size: ignored.
 
@@ -145,7 +148,8 @@ def chunk_retention(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla` with RetNet's decays: 1 - 2^(-5 - h) for head h.
 
-    q must have all heads of the model, because the decays depend on the number of heads before a head.
+    q must have all heads of the model, because the decays depend on the number of heads before a
+    head.
     """
     return _simple_gla(
         q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, False, False, cu_seqlens
@@ -215,8 +219,8 @@ def chunk_lightning_attn(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla` with fla's decays: exp(-8 h / H (1 - layer_idx / num_layers)) for head h.
 
-    MiniMax and TransNormerLLM have other decays. For their weights use `chunk_simple_gla` with g_gamma
-    from `leetcore.decay.minimax` and scale=1.
+    MiniMax and TransNormerLLM have other decays. For their weights use `chunk_simple_gla` with
+    g_gamma from `leetcore.decay.minimax` and scale=1.
     """
     return _simple_gla(
         q,
@@ -273,8 +277,8 @@ def chunk_linear_attn(
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """Linear attention without decay.
 
-    With normalize, o is divided by the sum of the weights, scale * q_t . (k_1 + ... + k_t), and states are
-    pairs (kv [B, H, K, V], z [B, 1, H, K]), where z is the sum of the keys.
+    With normalize, o is divided by the sum of the weights, scale * q_t . (k_1 + ... + k_t), and
+    states are pairs (kv [B, H, K, V], z [B, 1, H, K]), where z is the sum of the keys.
     """
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, False, normalize, cu_seqlens)
 

@@ -1,4 +1,6 @@
-"""The call of LeetDecoding (github.com/Computational-Machine-Intelligence/LeetDecoding), served by leetcore.
+"""The call of LeetDecoding, served by leetcore.
+
+The library is github.com/Computational-Machine-Intelligence/LeetDecoding.
 
 docs/migration-leetdecoding.md explains the differences.
 """
@@ -38,25 +40,26 @@ def causal_linear_decoder(
 ) -> Any:
     """Causal linear attention in which a token s steps back has the weight lambda^s.
 
-    lambda is exp(-gamma) if is_need_exp is True, else gamma. This holds for every method, dtype, shape and
-    length.
+    lambda is exp(-gamma) if is_need_exp is True, else gamma. This holds for every method, dtype,
+    shape and length.
 
     Args:
         q: [B, H, N, K]. Libraries, dtypes and strides are those of `leetcore.linear_attention`.
         k: [B, H, N, K].
         v: [B, H, N, V].
         is_mask_weight: whether there is a decay. gamma must be given if and only if it is True.
-        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if is_need_exp
-            is False. An array on a GPU is copied to the host, which waits for the copy.
+        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if
+            is_need_exp is False. An array on a GPU is copied to the host, which waits for the copy.
         is_need_exp: whether lambda is exp(-gamma). Without gamma it has no effect.
-        attn_method: a name of LeetDecoding (`METHODS`). None: the method predicted to be the fastest.
+        attn_method: a name of LeetDecoding (`METHODS`). None: the method predicted to be the
+            fastest.
 
     Returns:
         [B, H, N, V] of q's dtype in the caller's array library.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rules above; the text names the argument, what was
-            given and what is allowed.
+        ValueError, TypeError: an argument breaks the rules above; the text names the argument, what
+            was given and what is allowed.
     """
     for name, flag in (("is_mask_weight", is_mask_weight), ("is_need_exp", is_need_exp)):
         if not isinstance(flag, (bool, np.bool_)):  # such as gamma in the wrong position

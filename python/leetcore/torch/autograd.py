@@ -1,7 +1,7 @@
 """Gradients of the operators: their kernels of the dispatch key Autograd.
 
-torch.library.register_autograd makes such kernels too. Its kernels fail in torch.func's transforms and cost
-100 us per call.
+torch.library.register_autograd makes such kernels too. Its kernels fail in torch.func's transforms
+and cost 100 us per call.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch.autograd import forward_ad
 from .. import api
 from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, tensor_fields
 
-# leetcore.torch uses the private names of torch below and no others. Each says what happens without the name.
+# leetcore.torch uses the private names of torch below and no others. Each says what happens without
+# the name.
 
-# The guard with which an operator's autograd kernel calls the kernel below it. torch has no public name for it.
-# Without it, the import fails.
+# The guard with which an operator's autograd kernel calls the kernel below it. torch has no public
+# name for it. Without it, the import fails.
 if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
     raise ImportError(
         "torch: expected a version with torch._C._AutoDispatchBelowAutograd, which leetcore.torch needs, got "
         f"{torch.__version__}; install an older torch or a newer leetcore"
     )
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-# Derivatives inside of torch.func's transforms need the three names that torch's own functions use there. Without
-# one of the three, such a derivative raises NotImplementedError. Without the name that tells whether a transform is
-# active, torch raises an error.
+# Derivatives inside of torch.func's transforms need the three names that torch's own functions use
+# there. Without one of the three, such a derivative raises NotImplementedError. Without the name
+# that tells whether a transform is active, torch raises an error.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -40,7 +41,7 @@ except ImportError:
 
 
 def _forward_mode_is_on() -> bool:
-    """Whether a tensor may have a tangent. Without the private name, every call looks for tangents."""
+    """Whether a tensor may have a tangent. Without the private name, the answer is always True."""
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
 
 
@@ -58,18 +59,21 @@ _STATE = DecodeInputs._fields.index("state")
 
 
 def forward_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of linear_attention."""
     if not _is_differentiated(inputs):
         return _run(_operators.linear_attention.default, inputs)
     return _apply(_Forward, ForwardInputs(*inputs))
 
 
 def backward_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of linear_attention_backward."""
     if not _is_differentiated(inputs):
         return _run(_operators.linear_attention_backward.default, inputs)
     return _apply(_Backward, inputs)
 
 
 def decode_kernel(*inputs: Any) -> Any:
+    """The Autograd kernel of decode_step, which refuses inputs that require gradients."""
     if _is_differentiated(inputs):
         raise NotImplementedError(
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
@@ -138,7 +142,10 @@ class _Backward:
 
 
 def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
-    """Runs the two passes as a torch.autograd.Function. torch.func's transforms call a kernel once per level."""
+    """Runs the two passes as a torch.autograd.Function.
+
+    torch.func's transforms call a kernel once per level.
+    """
     if not _transforms_are_active():
         return _function(passes, torch.autograd.Function).apply(*inputs)
     if _SingleLevelFunction is None:

@@ -1,7 +1,7 @@
 """The inputs of the operators `torch.ops.leetcore.*`: one NamedTuple per operator.
 
-The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads is
-made from their names, types and defaults; kernels, gradients and rules receive the tuple.
+The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads
+is made from their names, types and defaults; kernels, gradients and rules receive the tuple.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class ForwardInputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Inputs of `linear_attention_backward`. Fields that `ForwardInputs` has too have the same values."""
+    """Inputs of `linear_attention_backward`.
+
+    Fields with names of `ForwardInputs` have the values of the forward pass.
+    """
 
     q: Tensor
     k: Tensor

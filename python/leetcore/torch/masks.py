@@ -1,8 +1,9 @@
 """Padding: a masked token adds nothing to a state and does not decay it, wherever the token is.
 
-q, k, v and log_decay of the token become 0, so a masked call always has one log_decay per token. One
-decay per head would give the same numbers if all padding were at the start of the first call. Only
-the values of the mask can tell, and reading them stops a GPU and breaks the graph of torch.compile.
+q, k, v and log_decay of the token become 0, so a masked call always has one log_decay per token.
+One decay per head would give the same numbers if all padding were at the start of the first call.
+Only the values of the mask can tell, and reading them stops a GPU and breaks the graph of
+torch.compile.
 """
 
 from __future__ import annotations

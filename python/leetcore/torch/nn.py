@@ -7,10 +7,11 @@ Every layer maps [B, N, embed_dim] to the same shape:
     y = layer(prompt, state)            # in one piece or in several; updates the state
     y = layer.step(x, state)            # one more token, [B, embed_dim]; inference only
 
-    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in between
+    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in
+    between
 
-Both ways give the same numbers. state_dict() holds parameters only. Constant decays are computed from
-the arguments of the constructor, and stay float32 when .to(dtype) converts the parameters.
+Both ways give the same numbers. state_dict() holds parameters only. Constant decays are computed
+from the arguments of the constructor, and stay float32 when .to(dtype) converts the parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class State:
     """The state of a layer after the tokens it has processed.
 
     Attributes:
-        memory: [B, H, K, V], or [S, H, K, V] with cu_seqlens; float32, or float64 in a float64 layer.
+        memory: [B, H, K, V], or [S, H, K, V] with cu_seqlens; float32, or float64 in a float64
+            layer.
         position: number of tokens processed, int64: [], or [B] if a mask made the numbers differ.
     """
 
@@ -57,7 +59,7 @@ torch.serialization.add_safe_globals([State])  # lets torch.load read a saved St
 
 
 class ConstantDecay(nn.Module):
-    """A module with a constant decay, which stays float32 and follows the inputs to their device."""
+    """A module with a constant decay, which stays float32 and follows the inputs' device."""
 
     log_decay: Tensor | None
     _exact: Tensor | None
@@ -72,7 +74,7 @@ class ConstantDecay(nn.Module):
             self.log_decay = self._exact.to(device, copy=True)
 
     def _decay_on(self, device: torch.device) -> Tensor | None:
-        """The decay on the device of an input. The module's parameters may have moved there without it."""
+        """The decay on the device of an input. Parameters may have moved there without it."""
         if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the device is unknown
             return self.log_decay
         if self.log_decay is not None and self.log_decay.device != device:
@@ -87,7 +89,10 @@ class ConstantDecay(nn.Module):
 
 
 class _Layer(ConstantDecay):
-    """Base of the layers: `project` makes q, k, v and a decay of x, `finish` makes y of the operator's o."""
+    """Base of the layers.
+
+    `project` makes q, k, v and a decay of x; `finish` makes y of the operator's o.
+    """
 
     def __init__(
         self, num_heads: int, key_dim: int, value_dim: int, scale: float, log_decay: npt.ArrayLike | None
@@ -101,7 +106,8 @@ class _Layer(ConstantDecay):
 
         Args:
             x: [B, N, embed_dim].
-            position: [N] or [B, N], int64, the index of each token in its sequence. None: 0, 1, 2, ...
+            position: [N] or [B, N], int64, the index of each token in its sequence. None: 0, 1, 2,
+                ...
         """
         raise NotImplementedError
 
@@ -129,12 +135,13 @@ class _Layer(ConstantDecay):
 
         Args:
             x: [B, N, embed_dim], the tokens.
-            state: the state after the tokens before x, from `new_state` or from an earlier call. The
-                call updates it; its memory is differentiable. None: x begins the sequence.
-            cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along N, from 0 to N;
-                B is 1.
-            mask: [B, N], bool or integers: False or 0 at padding, which may be anywhere. y of the other
-                tokens, the state and gradients are the same as without padding; y of padding is 0.
+            state: the state after the tokens before x, from `new_state` or from an earlier call.
+                The call updates it; its memory is differentiable. None: x begins the sequence.
+            cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along N, from 0
+                to N; B is 1.
+            mask: [B, N], bool or integers: False or 0 at padding, which may be anywhere. y of the
+                other tokens, the state and gradients are the same as without padding; y of padding
+                is 0.
 
         Returns:
             y [B, N, embed_dim].
@@ -209,8 +216,8 @@ class _Layer(ConstantDecay):
 class LinearAttention(_Layer):
     """Linear attention as in MiniMax-Text-01 (arXiv:2501.08313).
 
-    q, k, v = silu(W_qkv x) and y = W_o (sigmoid(W_g x) * norm(o)). Parameters have the names and shapes of
-    transformers' MiniMaxLightningAttention, so its weights load.
+    q, k, v = silu(W_qkv x) and y = W_o (sigmoid(W_g x) * norm(o)). Parameters have the names and
+    shapes of transformers' MiniMaxLightningAttention, so its weights load.
 
     Args:
         embed_dim: size of x and y.
@@ -278,8 +285,8 @@ class Lightning(LinearAttention):
 class Retention(_Layer):
     """Multi-scale retention of RetNet (arXiv:2307.08621).
 
-    y = W_o (silu(W_g x) * norm_each_head(o)), where q and k are rotated. Parameters have the names and
-    shapes of torchscale's MultiScaleRetention, so its weights load.
+    y = W_o (silu(W_g x) * norm_each_head(o)), where q and k are rotated. Parameters have the names
+    and shapes of torchscale's MultiScaleRetention, so its weights load.
 
     Args:
         embed_dim: size of x and y.
@@ -288,8 +295,9 @@ class Retention(_Layer):
         value_dim: size of v per head. None: 2 * key_dim.
         rotation: the angles of the rotation. Pair i of K / 2 turns by 10000^-x per token, with
             x = i / (K / 2 - 1) for "torchscale" and x = i / (K / 2) for "rope".
-        heads: the heads that this layer computes, such as range(4, 8), in one process of a tensor-parallel
-            model. The sum of y over the processes is y of the model. None: all heads.
+        heads: the heads that this layer computes, such as range(4, 8), in one process of a
+            tensor-parallel model. The sum of y over the processes is y of the model. None: all
+            heads.
         eps: epsilon of the norm.
 
     Raises:
@@ -339,7 +347,7 @@ class Retention(_Layer):
         return y
 
     def _angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [.., N, 1, key_dim / 2] of the angles. float64 keeps large positions exact."""
+        """cos and sin [.., N, 1, key_dim / 2] of the angles, exact for large positions."""
         pairs = self.key_dim // 2
         steps = max(pairs - 1, 1) if self.rotation == "torchscale" else pairs
         exponents = torch.arange(pairs, dtype=torch.float64, device=position.device) / steps
@@ -357,8 +365,8 @@ class GatedLinearAttention(_Layer):
         num_heads: number of heads.
         key_dim: size of q and k per head. None: embed_dim / num_heads / 2.
         value_dim: size of v per head. None: embed_dim / num_heads.
-        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature. A larger temperature gives a
-            longer memory.
+        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature. A larger temperature gives
+            a longer memory.
         eps: epsilon of the norm.
 
     Raises:

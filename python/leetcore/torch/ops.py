@@ -1,8 +1,9 @@
-"""The operators `torch.ops.leetcore.*`: the functions that call them, their kernels, and their definition.
+"""The operators `torch.ops.leetcore.*`: functions that call them, kernels, and definition.
 
-`linear_attention` is functional and differentiable, `linear_attention_backward` computes its gradients,
-`decode_step` updates a state in place. Each kernel calls the library once. `inputs.py` lists their
-arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap and flop.
+`linear_attention` is functional and differentiable, `linear_attention_backward` computes its
+gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
+lists their arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap
+and flop.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def linear_attention(
 ) -> Any:
     """Causal linear attention with exponential decay, as an operator of torch.
 
-    The operator is `leetcore.linear_attention` with gradients. torch.compile treats it as opaque and
-    keeps the graph whole. Gradients flow from o and from final_state to q, k, v, initial_state and
-    log_decay in any of its shapes. Gradients do not depend on the method. Second derivatives are not
-    available.
+    The operator is `leetcore.linear_attention` with gradients. torch.compile treats it as opaque
+    and keeps the graph whole. Gradients flow from o and from final_state to q, k, v, initial_state
+    and log_decay in any of its shapes. Gradients do not depend on the method. Second derivatives
+    are not available.
 
     Under autocast, q, k and v are cast to autocast's dtype, log_decay and initial_state to float32.
     torch.vmap adds its dimension to the batch.
@@ -50,14 +51,14 @@ def linear_attention(
         q: [B, Hq, N, K]. float64, float32, float16 or bfloat16, the same for q, k and v.
         k: [B, Hk, N, K].
         v: [B, Hv, N, V].
-        log_decay: natural log of the decay, <= 0: a number, [], [Hs], [B, Hs] or [B, Hs, N]; float32
-            (float64 too with float64 inputs). None: no decay.
+        log_decay: natural log of the decay, <= 0: a number, [], [Hs], [B, Hs] or [B, Hs, N];
+            float32 (float64 too with float64 inputs). None: no decay.
         scale: a number that multiplies the output.
-        initial_state: [B, Hs, K, V], or [S, Hs, K, V] with cu_seqlens; float32 (float64 with float64
-            inputs). None: zeros.
+        initial_state: [B, Hs, K, V], or [S, Hs, K, V] with cu_seqlens; float32 (float64 with
+            float64 inputs). None: zeros.
         return_state: whether to also return the state after the last token.
-        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along the token axis,
-            from 0 to N; B is 1.
+        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along the token
+            axis, from 0 to N; B is 1.
         layout: "bhnd", or "bnhd" for [B, N, H, D] (and log_decay [B, N, Hs]).
         method: "auto" or a name of `leetcore.methods()`.
         precision: "ieee" (default) or "tf32", which lets GPUs round float32 products.
@@ -67,8 +68,8 @@ def linear_attention(
 
     Raises:
         ValueError, TypeError: an argument breaks the rules above.
-        NotImplementedError: no method, or not the named one, serves the problem. The backward pass raises
-            it for float64 on a GPU, and for K or V above 256 there.
+        NotImplementedError: no method, or not the named one, serves the problem. The backward pass
+            raises it for float64 on a GPU, and for K or V above 256 there.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
     if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
@@ -120,24 +121,24 @@ def decode_step(
     `linear_attention` with initial_state where a gradient is needed.
 
     Args:
-        q: [B, Hq, K], or [B, Hq, T, K] for T <= 64 tokens. float64, float32, float16 or bfloat16, the same
-            for q, k and v.
+        q: [B, Hq, K], or [B, Hq, T, K] for T <= 64 tokens. float64, float32, float16 or bfloat16,
+            the same for q, k and v.
         k: [B, Hk, K] or [B, Hk, T, K].
         v: [B, Hv, V] or [B, Hv, T, V].
         state: [slots, Hs, K, V], read and updated in place; float32 (float64 with float64 inputs),
             or float16 or bfloat16, which are rounded once per call.
         log_decay: a number, [], [Hs], [B, Hs] or [B, Hs, T], as in `linear_attention`.
         scale: a number that multiplies the output.
-        state_indices: [B], int32 or int64, the slot of each sequence, all different; -1 skips a sequence,
-            whose output is 0. None: sequence b uses slot b.
+        state_indices: [B], int32 or int64, the slot of each sequence, all different; -1 skips a
+            sequence, whose output is 0. None: sequence b uses slot b.
 
     Returns:
         o, [B, H, V] or [B, H, T, V], of q's dtype.
 
     Raises:
         ValueError, TypeError: an argument breaks the rules above.
-        NotImplementedError: an argument requires a gradient while gradients are enabled, or the call is
-            inside of torch.vmap.
+        NotImplementedError: an argument requires a gradient while gradients are enabled, or the
+            call is inside of torch.vmap.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
     if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
@@ -150,7 +151,10 @@ def decode_step(
 
 
 def _stand_in(**tensors: Any) -> bool:
-    """Whether an argument stands in for a tensor, as torch.fx's proxies do. Raises TypeError for other objects."""
+    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
+
+    Raises TypeError for an object that is neither a tensor nor such a stand-in.
+    """
     found = False
     for name, value in tensors.items():
         if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
@@ -166,7 +170,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(scale: Any) -> Any:
-    """The scale as a float, or torch.compile's symbolic number. A tensor is refused: it would lose its gradient."""
+    """The scale as a float, or torch.compile's symbolic number.
+
+    A tensor is refused, because it would lose its gradient.
+    """
     if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
         return scale
     if isinstance(scale, Tensor):
@@ -312,7 +319,8 @@ def _with_tuple(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]
     return lambda *single: function(inputs(*single))
 
 
-# A second import in the same process uses the operators of the first, which live as long as their library.
+# A second import in the same process uses the operators of the first, which live as long as their
+# library.
 _namespace: Any = torch.ops.leetcore
 if not hasattr(_namespace, "library"):
     _namespace.library, _namespace.version = _define(), _core.version

@@ -1,9 +1,9 @@
 """MiniMax models of transformers with leetcore as their linear attention: `patch(model)`.
 
-The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a time
-when it continues from a cache. The patched layer calls the operator once in both cases. It keeps
-states in float32 and decays exact. Padding does not change a state. Weights, configuration and cache
-stay as they are.
+The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a
+time when it continues from a cache. The patched layer calls the operator once in both cases. It
+keeps states in float32 and decays exact. Padding does not change a state. Weights, configuration
+and cache stay as they are.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx nu
 def patch(model: nn.Module) -> int:
     """Makes every linear attention layer of a MiniMax model compute with leetcore, in place.
 
-    Prefill, continuation of a cache by any number of tokens, beam search and training work as before.
-    Padding does not decay a state. A cached state is float32; a call of up to 64 tokens without gradients
-    updates it in place. Layers that are already patched stay as they are. `unpatch` undoes the change.
+    Prefill, continuation of a cache by any number of tokens, beam search and training work as
+    before. Padding does not decay a state. A cached state is float32; a call of up to 64 tokens
+    without gradients updates it in place. Layers that are already patched stay as they are.
+    `unpatch` undoes the change.
 
     Args:
         model: MiniMaxForCausalLM or any module that contains MiniMaxLightningAttention.
@@ -97,7 +98,10 @@ class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
         past_key_value: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output [B, N, C] and its state [B, H, D, D], which also replaces the cached state."""
+        """The layer's output [B, N, C] and its state [B, H, D, D].
+
+        The state also replaces the one in the cache.
+        """
         for older in (past_key_values, past_key_value):
             cache = older if cache is None else cache
         N = hidden_states.shape[1]
@@ -135,7 +139,7 @@ def _is_forward_of(call: Any, kind: Any) -> bool:
 
 
 def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of transformers as bool [B, N]. It has any dtype, and may cover earlier tokens too."""
+    """The mask of transformers, of any dtype and maybe with earlier tokens, as bool [B, N]."""
     if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
         raise ValueError(
             f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
@@ -158,8 +162,8 @@ def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
 def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32]) -> float:
     """The distance between slopes and a decay, at most 1 if rounding may explain it.
 
-    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of the last layer
-    multiples of 2^-24. A slope may have been rounded twice.
+    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of the last
+    layer multiples of 2^-24. A slope may have been rounded twice.
     """
     if slopes.shape != log_decay.shape:
         return float("inf")
