@@ -108,6 +108,7 @@ class GpuSession(Session):
     floor."""
 
     device: Any = None
+    slow: float = SLOW_S
     broken: list[str] = field(default_factory=list)  # methods, or "rivals", that are not to be called any more
 
     def row(self, section: str, method: str, p: Problem, kind: str = "leetcore", **fields: Any) -> Row:
@@ -154,12 +155,12 @@ class GpuSession(Session):
             cost = lab.predicted(p, "auto" if method in ("training", "backward", "decode_step") else method)
             note = cost.method if method in ("auto", "training") else ""
             seconds = 1e-6 * cost.microseconds if type(p) is Problem else 0.0
-        if seconds > SLOW_S:
+        if seconds > self.slow:
             return self.row(section, method, p, note=note, status=f"skipped: predicted {seconds:.2g} s")
         row = self.leetcore(section, p, method, note=note)
         if row.status.startswith("failed"):
             self.require(method, row)
-        if row.call and (took := self.timer.clock(row.call, 1)) > SLOW_S:
+        if row.call and (took := self.timer.clock(row.call, 1)) > self.slow:
             row.status, row.call = f"skipped: took {took:.2g} s", None
         return row
 
@@ -271,6 +272,7 @@ def main(
         quick=True,
         pattern=methods,
         device=gpu,
+        slow=math.inf if tiny else SLOW_S,
         imported=earlier.get("rows", []),
         facts={k: v for k, v in earlier.get("facts", {}).items() if k != "not reached"},
         broken=earlier.get("broken", []),

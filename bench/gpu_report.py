@@ -71,11 +71,10 @@ def over_rival(rival: str) -> Column:
 
 
 MORE: dict[str, Column] = {
-    "of the floor": lambda results, row: median(row["fraction"]),
     "time / best fla": over_rival("fla"),
     "time / best torch": over_rival("torch"),
 }
-COLUMNS = ("method", "dtype", TIME, *FLOORS, *MORE, "host time", "memory", "error")
+COLUMNS = ("method", "dtype", TIME, *FLOORS, "of the floor", *MORE, "host time", "memory", "error")
 
 
 def method_table(results: Results, section: str, title: str) -> Iterator[str]:
@@ -130,7 +129,7 @@ def regret_table(results: Results) -> Iterator[str]:
     body = []
     for x, a, b in found[:10]:
         times = [a["note"], duration(seconds(a)), b["method"], duration(seconds(b))]
-        floors = [duration(floor) or "-" for floor in of.floors(results, a)]
+        floors = [duration(floor) for floor in of.floors(results, a)]
         body.append([text(a), a["dtype"], *times, *floors, f"{x:.0%}"])
     yield markdown_table(head, body) + "\n"
 

@@ -111,7 +111,7 @@ def speed() -> str:
             torch = goals.best(r for r in same if r["kind"] == "rival" and r["method"].startswith("torch"))
             theirs = [f"{duration(torch['seconds']['median'])} ({torch['method']})"] if torch else ["-"]
             ratio = number(goals.ratio_to(results, row, "torch"))
-            floors = [duration(x) or "-" for x in of.floors(results, row)]
+            floors = [duration(x) for x in of.floors(results, row)]
             head = [section, goals.text(row), row["dtype"], duration(row["seconds"]["median"])]
             body.append([*head, *floors, *theirs, ratio, number(goals.fraction(row), 2)])
     head = ["pass", "B,H,N,K,V", "dtype", "leetcore", *FLOORS, "fastest torch", "ratio", "of matmul"]
@@ -140,7 +140,7 @@ def growth() -> str:
         lengths, last = [t.shape.N for t in points], max(points, key=lambda t: t.shape.N)
         powers = [fitted_power(lengths, x) for x in ([t.flop or 0 for t in points], [t.seconds for t in points])]
         longest = f"{duration(last.seconds)} at N = {last.shape.N}"
-        floors = [duration(x) or "-" for x in (last.memory, last.compute)]
+        floors = [duration(x) for x in (last.memory, last.compute)]
         cells = [ORDER.get(method, "N"), *(f"{p:.2f}" if p else "-" for p in powers), longest, *floors]
         rows.append([f"`{method}`", *cells])
     shape = ", ".join(f"{name} = {n}" for name, n in PICTURED.items())

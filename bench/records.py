@@ -65,8 +65,7 @@ def checked(seconds: float) -> dict[str, Any]:
     for part in rich.progress.track([order[i : i + 8] for i in range(0, len(order), 8)], "check"):
         if time.monotonic() > end:
             break
-        more = check.run(methods, [cases[i] for i in part])
-        found.merge(more)
+        check.run(methods, [cases[i] for i in part], found=found)
         if found.interrupted:
             break
     return check.to_json(found, methods, "default", HERE)

@@ -120,7 +120,7 @@ def table(results: dict[str, Any], least: float = -1.0) -> str:
         problem = (of.shape(c), c["dtype"], c["decay"])
         chosen, best = (rows[(*problem, c[name])] for name in ("chosen", "best"))
         times = [tables.duration(row["seconds"]["median"]) for row in (chosen, best)]
-        floors = [tables.duration(x) or "-" for x in of.floors(results, chosen)]
+        floors = [tables.duration(x) for x in of.floors(results, chosen)]
         regret = f"**{c['regret']:.1%}**" if c["regret"] > 0.1 else f"{c['regret']:.1%}"
         if c["regret"] > least:
             names = [f"`{c['chosen']}`", times[0], f"`{c['best']}`", times[1]]

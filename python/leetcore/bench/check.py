@@ -89,17 +89,6 @@ class Findings:
                 found = "values that are not finite" if math.isinf(error) else f"error {error:.2e}"
                 self.misses.append(Miss(method, case, f"{what}: {found}, allowed {tolerance:.0e}"))
 
-    def merge(self, other: Findings) -> None:
-        """Adds the findings on other cases."""
-        for key, errors in other.worst.items():
-            old = self.worst.setdefault(key, [None, None])
-            pairs = zip(old, errors, strict=True)
-            self.worst[key] = [max((x for x in pair if x is not None), default=None) for pair in pairs]
-        self.counts += other.counts
-        self.refused += other.refused
-        self.misses += other.misses
-        self.interrupted |= other.interrupted
-
     @property
     def exact(self) -> bool:
         """Whether some results are not rounded to 16 bits."""
@@ -167,9 +156,14 @@ def examine(method: str, case: Case, given: dict[str, Any], want: tuple[Any, Any
     found.add(method, case, errors)
 
 
-def run(methods: list[str], cases: list[Case], tick: Callable[[], Any] = lambda: None) -> Findings:
-    """Examines every method on every case; an interrupt ends it with the findings so far."""
-    found = Findings()
+def run(
+    methods: list[str], cases: list[Case], tick: Callable[[], Any] = lambda: None, found: Findings | None = None
+) -> Findings:
+    """Examines every method on every case; an interrupt ends it with the findings so far.
+
+    found: earlier findings, to which the new ones are added.
+    """
+    found = found or Findings()
     try:
         with unwritten_is_nan(), np.errstate(all="ignore"):
             for case in cases:

@@ -22,6 +22,7 @@ COLUMNS = (
     *("Gflop/s", "of matmul", "memory", "error"),
 )
 _TIME, _LAST = COLUMNS.index("time"), len(COLUMNS)
+Column = Callable[[Results, Row], str]
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -33,7 +34,7 @@ def number(x: float | None, digits: int = 3) -> str:
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
-        return ""
+        return "-"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -42,8 +43,17 @@ def duration(seconds: float | None) -> str:
 
 def size(n: int | None) -> str:
     if n is None:
-        return ""
+        return "-"
     return f"{n / 2**20:.3g} MiB" if n >= 2**20 else f"{n / 2**10:.3g} KiB"
+
+
+def median(s: dict[str, float] | None, scale: float = 1.0) -> str:
+    return number(s["median"] * scale) if s else "-"
+
+
+def spread(s: dict[str, float] | None) -> str:
+    """A duration as "median (p10 - p90)"."""
+    return f"{duration(s['median'])} ({duration(s['p10'])} - {duration(s['p90'])})" if s else "-"
 
 
 def failure(row: Row) -> str:
@@ -65,24 +75,49 @@ def fastest(rows: list[Row]) -> set[int]:
     return {id(row) for row in best.values()}
 
 
+def _time(text: Callable[[dict[str, float]], str]) -> Column:
+    """A column of times. A status that is not ok takes the place of the time."""
+
+    def cell(results: Results, row: Row) -> str:
+        if row["seconds"]:
+            return text(row["seconds"])
+        took = f" (a call took {duration(row['wrong_seconds'])})" if row["wrong_seconds"] else ""
+        return failure(row) + took
+
+    return cell
+
+
+def _statistic(key: str, scale: float = 1.0, unit: str = "") -> Column:
+    """A column of medians; with a unit, only of rows whose work is in this unit."""
+    return lambda results, row: "-" if unit and row["unit"] != unit else median(row[key], scale)
+
+
+CELLS: dict[str, Column] = {
+    "B,H,N,K,V": lambda results, row: ",".join(map(str, of.shape(row))),
+    "dtype": lambda results, row: str(row["dtype"]),
+    "decay": lambda results, row: str(row["decay"]),
+    "method": lambda results, row: name(row),
+    "time": _time(lambda t: duration(t["median"])),
+    "time: median (p10 - p90)": _time(spread),
+    "p10": lambda results, row: duration((row["seconds"] or {}).get("p10")),
+    "p90": lambda results, row: duration((row["seconds"] or {}).get("p90")),
+    "memory floor": lambda results, row: duration(of.floors(results, row)[0]),
+    "compute floor": lambda results, row: duration(of.floors(results, row)[1]),
+    "Gflop/s": _statistic("rate", 1e-9, "flop"),
+    "GB/s": _statistic("rate", 1e-9, "bytes"),
+    "of matmul": _statistic("fraction", unit="flop"),
+    "of copy": _statistic("fraction", unit="bytes"),
+    "of the floor": _statistic("fraction"),
+    "dense": _statistic("dense_fraction"),
+    "host time": lambda results, row: duration((row["host_seconds"] or {}).get("median")),
+    "memory": lambda results, row: size(row["peak_bytes"]),
+    "error": lambda results, row: "-" if row["error"] is None else f"{row['error']:.1e}",
+}
+
+
 def cells(results: Results, row: Row) -> list[str]:
-    """The cells of COLUMNS for one row. A status that is not ok takes the place of the time."""
-    head = [",".join(map(str, of.shape(row))), row["dtype"], row["decay"], name(row)]
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    floors = [duration(x) for x in of.floors(results, row)]
-    t = row["seconds"]
-    if not t:
-        return [*head, failure(row), "", "", *floors, "", "", "", error]
-    rate, fraction = (row["rate"], row["fraction"]) if row["unit"] == "flop" else (None, None)
-    return [
-        *head,
-        *(duration(t[name]) for name in ("median", "p10", "p90")),
-        *floors,
-        f"{rate['median'] / 1e9:.3g}" if rate else "",
-        f"{fraction['median']:.2f}" if fraction else "",
-        size(row["peak_bytes"]),
-        error,
-    ]
+    """The cells of COLUMNS for one row."""
+    return [CELLS[column](results, row) for column in COLUMNS]
 
 
 def show(results: Results, out: rich.console.Console) -> None:
@@ -144,50 +179,9 @@ def csv_text(results: Results) -> str:
     return file.getvalue()
 
 
-# ---- reports -------------------------------------------------------------------------------------
-
-Column = Callable[[Results, Row], str]
-
-
-def spread(s: dict[str, float] | None) -> str:
-    """A duration as "median (p10-p90)"."""
-    return f"{duration(s['median'])} ({duration(s['p10'])} - {duration(s['p90'])})" if s else "-"
-
-
-def median(s: dict[str, float] | None, scale: float = 1.0) -> str:
-    return number(s["median"] * scale) if s else "-"
-
-
-def time_cell(results: Results, row: Row) -> str:
-    """The time of a call, or why there is none."""
-    if row["seconds"]:
-        return spread(row["seconds"])
-    took = f" (a call took {duration(row['wrong_seconds'])})" if row["wrong_seconds"] else ""
-    return failure(row) + took
-
-
-REPORT: dict[str, Column] = {
-    "B,H,N,K,V": lambda results, row: ",".join(map(str, of.shape(row))),
-    "method": lambda results, row: name(row),
-    "decay": lambda results, row: row["decay"],
-    "dtype": lambda results, row: row["dtype"],
-    "time: median (p10 - p90)": time_cell,
-    "memory floor": lambda results, row: duration(of.floors(results, row)[0]) or "-",
-    "compute floor": lambda results, row: duration(of.floors(results, row)[1]) or "-",
-    "Gflop/s": lambda results, row: median(row["rate"], 1e-9) if row["unit"] == "flop" else "-",
-    "GB/s": lambda results, row: median(row["rate"], 1e-9) if row["unit"] == "bytes" else "-",
-    "of matmul": lambda results, row: median(row["fraction"]) if row["unit"] == "flop" else "-",
-    "of copy": lambda results, row: median(row["fraction"]) if row["unit"] == "bytes" else "-",
-    "dense": lambda results, row: median(row["dense_fraction"]),
-    "host time": lambda results, row: duration((row["host_seconds"] or {}).get("median")) or "-",
-    "memory": lambda results, row: size(row["peak_bytes"]) or "-",
-    "error": lambda results, row: "-" if row["error"] is None else f"{row['error']:.1e}",
-}
-
-
 def report(results: Results, rows: list[Row], columns: Iterable[str], more: dict[str, Column] | None = None) -> str:
-    """A table of Markdown with columns of REPORT and of `more`, under the file's warning."""
-    known = REPORT | (more or {})
+    """A table of Markdown with columns of CELLS and of `more`, under the file's warning."""
+    known = CELLS | (more or {})
     chosen = list(columns)
     table = markdown_table(chosen, ([known[column](results, row) for column in chosen] for row in rows))
     warned = of.warning(results)
