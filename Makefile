@@ -22,8 +22,8 @@ system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
-# All builds compile the CPU methods by the same compiler name and flags, so that ccache compiles each
-# source once. Builds work without ccache too.
+# All builds compile the CPU methods by the same compiler name and flags, so that ccache compiles
+# each source once. Builds work without ccache too.
 ifeq ($(origin CXX),default)
 CC := gcc
 CXX := g++
