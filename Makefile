@@ -1,16 +1,16 @@
-# make run [TEXT=file]   installs leetcore into .venv and runs examples/text.py; needs g++ and Python >= 3.10
-# make test              runs all checks; each stage is a target: install lint pytest cuda versions ctest sanitize
-# make quick             runs the checks most likely to fail after a change, in two minutes; it lists the others
-# make train [ARGS=...]  trains a language model of bytes in minutes: examples/train_lm.py
-# make generate          lets the trained model write: examples/generate.py
-# make bench [ARGS=...]  measures how fast leetcore is on this machine; ARGS=--help
-# make gpu               builds, tests and measures the CUDA methods on this machine's NVIDIA GPU, without network, in
-#                        at most nine minutes; stages: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer
-#                        gpu-bench
-# make cbench [ARGS=...] runs every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
-# make docs              writes docs/api/ from the docstrings
-# make format            formats all code
-# make clean             removes .venv and build
+#   make run [TEXT=file]   installs leetcore into .venv and runs examples/text.py; needs g++ and Python >= 3.10
+#   make test              runs all checks; each stage is a target: install lint pytest cuda versions ctest sanitize
+#   make quick             runs the checks most likely to fail after a change, in two minutes; it lists the others
+#   make train [ARGS=...]  trains a language model of bytes in minutes: examples/train_lm.py
+#   make generate          lets the trained model write: examples/generate.py
+#   make bench [ARGS=...]  measures how fast leetcore is on this machine; ARGS=--help
+#   make gpu               builds, tests and measures the CUDA methods on this machine's NVIDIA GPU, without network, in
+#                          at most nine minutes; stages: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer
+#                          gpu-bench
+#   make cbench [ARGS=...] runs every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
+#   make docs              writes docs/api/ from the docstrings
+#   make format            formats all code
+#   make clean             removes .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 STAGES := install lint pytest cuda versions ctest sanitize

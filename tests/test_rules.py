@@ -114,7 +114,7 @@ def test_a_kernel_opens_with_its_idea(path):
 def prose(path):
     """The numbers and lines of a file's full-line comments or Markdown paragraphs.
 
-    Tables, code, headings, links and pictures are not prose.
+    Tables, code, formulas (indented), headings, links and pictures are not prose.
     """
     mark = {".md": "", ".py": "#", ".cmake": "#", ".txt": "#", ".toml": "#", "": "#"}.get(path.suffix, "//")
     fenced = False
@@ -124,7 +124,7 @@ def prose(path):
             verbatim = fenced or line.startswith(("|", "#", "<", "[!", "![", "    "))
         else:
             comment = re.match(rf"\s*{mark}(?: (.*))?$", line)
-            verbatim = not comment or (comment[1] or "").startswith(("    ", "----", "|", "!", "clang-format", "noqa"))
+            verbatim = not comment or (comment[1] or "").startswith(("  ", "----", "|", "!", "clang-format", "noqa"))
         if not verbatim:
             yield number, line
 
@@ -134,7 +134,7 @@ FOLDERS = ("cpp", "python/leetcore", "tests", "bench", "examples", "docs", "cmak
 TEXTS = [
     p
     for p in (*ROOT.iterdir(), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*")))
-    if p.is_file() and "results" not in p.parts and (p.suffix in SUFFIXES or p.name in {"CMakeLists.txt", "Makefile"})
+    if p.is_file() and not {"results", "lib"} & {*p.parts} and (p.suffix in SUFFIXES or p.name in {"CMakeLists.txt", "Makefile"})
 ]
 
 

@@ -1,4 +1,4 @@
-// chunk_backward.cuh - GPU: the kernels of gradients besides walks: sums over heads, and d log_decay.
+// chunk_backward.cuh - GPU: kernels of gradients besides walks: sums over heads, and d log_decay.
 // The gradient of token t's decay is the part of the loss that crosses from before t to t or later:
 //
 //   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i     M = total <S, dS>, of S before and dS after the chunk

@@ -1,4 +1,4 @@
-// fft.cuh - GPU: kernels around transforms: filter, spread, [forward], multiply, [back], collect; state.
+// fft.cuh - GPU: kernels around transforms: filter, spread, multiply, collect, state.
 //
 //   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0)    h_n = 2^(L n), n < M/2, else 0
 //   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0                   L: log2 decay

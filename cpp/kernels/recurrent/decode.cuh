@@ -1,4 +1,4 @@
-// decode.cuh - GPU: a few tokens per sequence, whose state in a pool is updated in place, read once.
+// decode.cuh - GPU: a few tokens per sequence; its state in a pool is read once and updated in place.
 //
 //   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S         for every token t and q head of the state
 //

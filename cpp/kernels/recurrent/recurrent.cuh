@@ -1,4 +1,4 @@
-// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan each number of the state.
+// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan each number of S.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T by a scan: 3 steps in a lane with four tokens, 3 across lanes
 //   o_t = scale q_t^T S_t                                                          L: log2 decays
