@@ -4,8 +4,8 @@
 //   S_t  = e^g_t S_t-1 + k_t v_t^T              dq_t = scale S_t dO_t
 //   dS_t = e^g_t+1 dS_t+1 + scale q_t dO_t^T    dk_t = dS_t v_t     dv_t = dS_t^T k_t
 //
-// and dS_N = d_final_state. Each function returns a problem with other tensors in the places of q, k
-// and v. Every q head has a dS of its own.
+// and dS_N = d_final_state. Each function returns a problem with other tensors in the places of q,
+// k and v. Every q head has a dS of its own.
 #pragma once
 #include "problem.h"
 
