@@ -3,8 +3,8 @@
 //
 //   S_i+1 <- 2^(sum L over segment i) S_i + S_i+1      S_0: the initial state
 //
-//   A walk backward in time starts from the last segment. states [slot, Hs, K, V]: on entry the state
-//   of each segment from zero, on return the state before it; log2 [slot, Hs]
+//   A walk backward in time starts from the last segment. states [slot, Hs, K, V]: on entry the
+//   state of each segment from zero, on return the state before it; log2 [slot, Hs]
 //   grid: (256 numbers, sequence and state); 2 K V flop per segment
 //   parallel scans of linear recurrences, Martin and Cundy 2018, arXiv:1709.04057
 #pragma once

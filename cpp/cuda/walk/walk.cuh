@@ -2,9 +2,9 @@
 // columns of V per warp, in chunks of C = 64 tokens. Everything is transposed such that the state
 // stays in float32 registers as a Strip:
 //
-//   A    = [j <= i] mask_ij q_i.k_j                   [C, C]     strips of 16 tokens, to shared memory
-//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)         [V, C]
-//   S^T  = total S^T + (rest S^T + V^T diag(out) K)   [V, K]     weights: decay.cuh
+//   A    = [j <= i] mask_ij q_i.k_j                   [C, C]   in shared memory
+//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)         [V, C]   in registers
+//   S^T  = total S^T + (rest S^T + V^T diag(out) K)   [V, K]   in registers; weights: decay.cuh
 //
 // The sum of a chunk starts from zero and is added to S outside of the matrix unit, which
 // truncates. Computed operands (A, S) are rounded to X: bf16 for bf16; tf32 for f16, as they may
@@ -14,6 +14,7 @@
 
 namespace lc::cuda {
 
+// The parameters are explained in shape.cuh.
 template <class E, class X, int K, int kColumns, Aim kAim>
 struct ChunkWalk {
   using Shape = WalkShape<E, X, K, kColumns, kAim>;
@@ -151,7 +152,8 @@ struct ChunkWalk {
     }
   }
 
-  // Half of 16 rows of A: from (i0, j0) on.
+  // Computes half of 16 rows of A, from (i0, j0) on. The tiles are derived from the stage again, since
+  // keeping their addresses from strip to strip takes registers.
   static SIMT_DEV void score(const Block& b, sptr<E> stage, const ChunkDecay& decay, int i0, int j0, sptr<float> sums) {
     using Own = typename Shape::Own;
     const Tiles chunk = Block::tiles(stage);

@@ -1,13 +1,13 @@
 // block.cu - GPU: one launch for every 256 tokens of all heads, with the states in memory between.
 //
-//   O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j         for each chunk of a block
+//   O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j      for each chunk of a block
 //   S = total S + (diag(out) K)^T V                weights in, mask, out, total: cuda/decay.cuh
 //
-//   kernel: cuda/walk/walk.cuh. Two sets of states [B, Hs, K, V] in the workspace are read and written
-//   in turn, since the q heads of a state are different blocks. Packed sequences take as many launches
-//   as the longest sequence may need
+//   kernel: cuda/walk/walk.cuh. Two sets of states [B, Hs, K, V] in the workspace are read and
+//   written in turn, since the q heads of a state are different blocks. Packed sequences take as
+//   many launches as the longest sequence may need
 //   B H N ((C+1)(K+V) + 4KV) flop, as chunk; reads and writes every state once per launch
-//   LeetDecoding (block-based), arXiv:2501.02573; TransNormerLLM's inference, arXiv:2307.14995
+//   LeetDecoding (block-based), arXiv:2501.02573; TransNormerLLM, arXiv:2307.14995
 #include <utility>
 
 #include "../../cuda/cost.h"

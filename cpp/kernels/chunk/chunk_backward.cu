@@ -2,9 +2,10 @@
 // recurrence itself over other operands (gradient.h), computed by cuda/walk/walk.cuh.
 //
 //   dq: forward in time, with states S^T    dk, dv: backward in time, with states dS^T and dS
-//   States are in memory between segments, where heads are few (as in scan), and at every 1024 tokens
-//   for d log_decay (chunk_backward.cuh). Gradients that heads share are written per head, then summed
 //
+//   States are in memory between segments, where heads are few (as in scan), and at every 1024
+//   tokens for d log_decay (chunk_backward.cuh). Gradients that heads share are written per head,
+//   then summed
 //   3 B H N ((C+1)(K+V) + 4KV) flop: 2KV more than with dk and dv from one dS, but no sums between
 //   blocks, and one kernel; K C flop more for d log_decay; 4KV more where there are segments
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635

@@ -1,11 +1,11 @@
 // chunk_backward.cuh - GPU: kernels of gradients besides walks: sums over heads, and d log_decay.
 // The gradient of token t's decay is the part of the loss that crosses from before t to t or later:
 //
-//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i     M = total <S, dS>, of S before and dS after the chunk
+//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i    M = total <S, dS>: S before, dS after the chunk
 //
-//   x, y: products of the walks for dq and dk (cuda/walk/products.cuh). M = (crossing into the chunk)
-//   - sum x, and M + sum y crosses into the next chunk. As rounding errors would add up, this restarts
-//   at every kCheckpoint tokens from <S, dS> of two stored states
+//   x, y: products of the walks for dq and dk (cuda/walk/products.cuh). M = (crossing into the
+//   chunk) - sum x, and M + sum y crosses into the next chunk. As rounding errors would add up,
+//   this restarts at every kCheckpoint tokens from <S, dS> of two stored states
 //   grid: (kCheckpoint tokens, state); 2 K V flop and a few per token; Mamba-2, arXiv:2405.21060
 #pragma once
 #include "../../cuda/segments.cuh"

@@ -1,11 +1,11 @@
-// fft.cuh - GPU: kernels around transforms: filter, spread, multiply, collect, state.
+// fft.cuh - GPU: the kernels filter, spread, multiply and collect around transforms; final states.
 //
 //   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0)    h_n = 2^(L n), n < M/2, else 0
 //   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0                   L: log2 decay
 //
-//   x [units, columns, pairs, M], complex: ranks 2i and 2i + 1 are real and imaginary part, which a real
-//   filter keeps apart; a unit is up to 8 columns of a state. spectrum [decays, M]: of h, in closed form
-//   sums [units, G, columns, N]: outputs between passes, if a pass does not have all pairs
+//   x [units, columns, pairs, M], complex: ranks 2i, 2i + 1 are real and imaginary part, which a
+//   real filter keeps apart; a unit is up to 8 columns of a state. spectrum [decays, M], in closed
+//   form. sums [units, G, columns, N]: outputs between passes, if a pass does not have all pairs
 //   blocks of 256 threads: 64 tokens of a unit, or 1024 frequencies; 32 ranks in shared memory
 //   flop besides the transforms: 6 M + N (2 + 4 G) per transform
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749

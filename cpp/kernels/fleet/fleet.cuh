@@ -2,9 +2,10 @@
 //
 //   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr    L: log2 decays; y_0: S_0
 //
-//   block: a warp for every 16 ranks, 32 C columns of one q head. A lane keeps y [16, C] in registers
-//   shared memory, per tile of T tokens: Q, K [T, 16 warps], V [T, 32 C] and the warps' shares of O,
-//   [warps, T, 32 C], in the accumulator's type. The shares are added in the order of the warps
+//   block: a warp for every 16 ranks, 32 C columns of one q head. A lane keeps y [16, C] in
+//   registers. Shared memory, per tile of T tokens: Q, K [T, 16 warps], V [T, 32 C] and the warps'
+//   shares of O, [warps, T, 32 C], in the accumulator's type. The shares are added in the order of
+//   the warps
 //   B N H 5 K V flop. No step waits for another rank: 4 C FMA per rank and token, for half a load
 //   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
 #pragma once

@@ -1,7 +1,7 @@
 // parallel.cu - GPU: launches the kernels of parallel.cuh.
 //
-//   outputs: one block for each (tile of 64 tokens, head, 128 columns). Then final states, which may
-//   overwrite the initial states: one block for each (sequence, state, 64 ranks, 128 columns)
+//   outputs: one block for each (tile of 64 tokens, head, 128 columns). Then final states, which
+//   may overwrite the initial states: one block for each (sequence, state, 64 ranks, 128 columns)
 //   B H N (N+1)(K+V) flop; Katharopoulos et al. 2020, arXiv:2006.16236
 #include "parallel.cuh"
 

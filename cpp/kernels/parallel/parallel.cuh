@@ -3,12 +3,13 @@
 //   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)   G: sums of log2 decays
 //   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
 //
-//   A block goes from its own tile of tokens back to the first, or until all weights are 0. An exponent
-//   is the sum of the query's in its tile, the key's to the end of its tile, and a running double
+//   A block goes from its own tile of tokens back to the first, or until all weights are 0. An
+//   exponent is the sum of the query's in its tile, the key's to the end of its tile, and a running
+//   double
 //   block: 256 threads with 4 x 4 numbers of every product, for [64, 128] outputs; a second launch
 //   computes [64 ranks, 128] of S_N. (2 * 64 * 68 + 64) T bytes
-//   B H N (N+1)(K+V) flop, all FMA in the accumulator's type T
-//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention, arXiv:2307.08621
+//   B H N (N+1)(K+V) flop, FMA in the accumulator's type T; Katharopoulos et al. 2020,
+//   arXiv:2006.16236
 #pragma once
 #include "../../cuda/problem.cuh"
 #include "../../cuda/staging.cuh"

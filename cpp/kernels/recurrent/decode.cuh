@@ -1,12 +1,13 @@
-// decode.cuh - GPU: a few tokens per sequence; its state in a pool is read once and updated in place.
+// decode.cuh - GPU: a few tokens per sequence. The state is in a pool and is updated in place.
 //
-//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S         for every token t and q head of the state
+//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S     for every token t and q head of the state
 //
-//   pool [slots, Hs, K, V] of type P. Shared memory holds some pairs of a token and a q head, in the
+//   pool [slots, Hs, K, V] of type P. Shared memory has some pairs of a token and a q head, in the
 //   accumulator's type T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
-//   block: a slice of V, `columns` vectors of 16 bytes wide. A thread keeps one vector of kRows rows in
-//   registers for all tokens. grid: (sequence, state, slice); small batches have more slices
-//   B (H 2KV + Hs 3KV) flop per token. Memory bound: a thread loads all rows before it uses the first
+//   block: a slice of V, `columns` vectors of 16 bytes wide. A thread keeps one vector of kRows
+//   rows in registers for all tokens. grid: (sequence, state, slice); small batches have more
+//   slices
+//   B (H 2KV + Hs 3KV) flop per token. Memory bound: a thread loads all rows before it uses one
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #pragma once
 #include "../../cuda/problem.cuh"

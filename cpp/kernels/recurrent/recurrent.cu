@@ -1,7 +1,8 @@
 // recurrent.cu - GPU: launches the kernels of recurrent.cuh and decode.cuh.
 //
-//   forward: one block for each (sequence, state, part of its q heads, slice of V); B N H 8.5 K V flop
-//   decode: one block for each (sequence, state, slice of V); B N (2 H + 3 Hs) K V flop
+//   forward: a block for each (sequence, state, part of its q heads, slice of V); B N H 8.5 K V
+//   flop
+//   decode: a block for each (sequence, state, slice of V); B N (2 H + 3 Hs) K V flop
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include "recurrent.cuh"
 

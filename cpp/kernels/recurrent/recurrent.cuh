@@ -1,9 +1,9 @@
-// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan each number of S.
+// recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan a number of the state.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T by a scan: 3 steps in a lane with four tokens, 3 across lanes
-//   o_t = scale q_t^T S_t                                                          L: log2 decays
+//   o_t = scale q_t^T S_t                                                        L: log2 decays
 //
-//   Shared memory holds Q^T, K^T [32 ranks, 32 tokens] and V^T [32 columns, 32 tokens] of a tile, and
+//   Shared memory has Q^T, K^T [32 ranks, 32 tokens] and V^T [32 columns, 32 tokens] of a tile, and
 //   S [K, 32], in the accumulator's type T: (3 * 32 * 36 + 32 K) T bytes
 //   block: 4 warps of 8 columns for one q head. A lane has two columns and two ranks in flight
 //   B N H 8.5 K V flop, K V / 8 shuffles per token: for short sequences, small head dims, float64

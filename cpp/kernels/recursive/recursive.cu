@@ -1,8 +1,8 @@
 // recursive.cu - GPU: divide and conquer, down to leaves of 64 to 256 tokens. The right half of a
 // sequence reads the state of its left half.
 //
-//   launches: the state of every leaf; log2 sums of decays; the tree, three levels per launch; the state
-//   before every leaf; the outputs of every leaf, from the state before it
+//   launches: the state of every leaf; log2 sums of decays; the tree, three levels per launch; the
+//   state before every leaf; the outputs of every leaf, from the state before it
 //   leaves: cuda/walk/walk.cuh; the tree: recursive.cuh; workspace: two states per leaf
 //   about B N (H ((C+1)(K+V) + 4KV) + Hs KV (2 + (2 + log2(N/leaf)) / leaf)) flop
 //   LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761

@@ -2,10 +2,10 @@
 //
 //   S(node) = 2^(sum L over right half) S(left) + S(right)
 //
-//   states [slots, Hs, K, V]: first of leaves, then of the tree, a Fenwick tree: slot i - 1 has the node
-//   of leaves (i - 2^l, i], where 2^l is the lowest bit of i. Leaf i reads left halves, which are the
-//   bits of i, highest bit first; right halves are not stored. sums [slots, Hs]: log2 of the decay from
-//   the sequence's start to the leaf, float64; no factor exceeds 1
+//   states [slots, Hs, K, V]: first of leaves, then of the tree, a Fenwick tree: slot i - 1 has the
+//   node of leaves (i - 2^l, i], where 2^l is the lowest bit of i. Leaf i reads left halves, which
+//   are the bits of i, highest bit first; right halves are not stored. sums [slots, Hs]: log2 of
+//   the decay from the sequence's start to the leaf, float64
 //   blocks of 256 threads: a sequence and state; 1024 numbers of 8 nodes; 1024 numbers of a leaf
 //   about B Hs N/leaf K V (2 + log2(N/leaf)) flop besides those of the leaves
 //   LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761

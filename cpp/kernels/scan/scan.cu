@@ -5,9 +5,9 @@
 //   3. each segment from the state before it:  O = scale (diag(in) Q S + A V), S as in 1
 //
 //   1, 3: cuda/walk/walk.cuh; 2: cuda/scan_states.cuh. A head whose constant decay leaves less than
-//   2^-30 of a state after W tokens, within a segment, skips 1 and 2; in 3 its segments start from zero,
-//   W tokens earlier. B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment and state
-//   state passing of Mamba-2, arXiv:2405.21060; scans: Martin and Cundy 2018, arXiv:1709.04057
+//   2^-30 of a state after W tokens, within a segment, skips 1 and 2; in 3 its segments start from
+//   zero, W tokens earlier. B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment
+//   Mamba-2 (state passing), arXiv:2405.21060; scans: Martin and Cundy 2018, arXiv:1709.04057
 #include "../../cuda/cost.h"
 #include "../../cuda/scan_states.cuh"
 #include "../../cuda/walk/walk.h"
