@@ -50,8 +50,6 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 class Problem(TensorProblem):
     """A forward call on random inputs of unit variance."""
 
-    sections = "forward"
-
     def __init__(self, shape: Shape, dtype: torch.dtype, decay: str = "alibi", device: str = "cpu") -> None:
         s, self.decay, tokens = shape, decay, () if self.one_token else (shape.N,)
         sizes = [(s.B, s.H, *tokens, d) for d in (s.K, s.K, s.V)]
@@ -139,8 +137,7 @@ class TrainingProblem(Problem):
         return rival.training(self, quick)
 
     def call(self, method: str, out: Tensor | None = None) -> Call:
-        """ "training": a step by torch's autograd; "backward": the backward pass alone, without
-        autograd."""
+        """A step by torch's autograd ("training"), or the backward pass alone ("backward")."""
         if method == "backward":
             return self._backward
         leaves = self.leaves()

@@ -58,12 +58,6 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def span(values: list[float]) -> str:
-    """ "0.33" or "0.33 to 0.55"."""
-    low, high = (number(x, 2) for x in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
 def percent(values: list[float]) -> str:
     low, high = (f"{100 * x:.0f}" for x in (min(values), max(values)))
     return f"{low} %" if low == high else f"{low} to {high} %"
