@@ -137,7 +137,9 @@ ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
 	$(call ctest,ctest) -LE 'slow|cuda'
 
-# The C and C++ tests with the address and undefined-behaviour sanitizers.
+# The C and C++ tests with the address and undefined-behaviour sanitizers. The library has the generic
+# instruction set and the best one of this machine.
+without_isa := $(if $(shell grep -m 1 -o avx512vl /proc/cpuinfo 2>/dev/null),avx2,avx512)
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)
 	$(call ctest,sanitize) -LE slow
@@ -148,7 +150,8 @@ build/ctest/build.ninja: .venv/nvcc | system .venv/test
 	  -D CMAKE_CUDA_ARCHITECTURES='80;90a-real' -D Python_EXECUTABLE=$(CURDIR)/.venv/bin/python $$(cat .venv/nvcc)
 
 build/sanitize/build.ninja: | system
-	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON -D LEETCORE_CUDA=OFF
+	cmake -S . -B build/sanitize -G Ninja -D LEETCORE_TESTS=ON -D LEETCORE_SANITIZE=ON -D LEETCORE_CUDA=OFF \
+	  -D LEETCORE_WITHOUT_ISA=$(without_isa)
 
 # nvcc comes from an installed toolkit or else from PyPI. The file holds the CMake options for it.
 .venv/nvcc: .venv/bin/python
