@@ -608,13 +608,10 @@ inline std::string difference(const Case& c, const Words& got) {
   const size_t size = c.compare == Compare::doubles ? 2 : 1;
   for (size_t i = 0; i < c.want.size() / size; ++i) {
     bool good = got[i] == c.want[i];
-    if (c.compare == Compare::floats) {
-      good = close < float;
-      int32_t > (get<float>(got, i), get<float>(c.want, i), c.units);
-    } else if (c.compare == Compare::doubles) {
-      good = close < double;
-      int64_t > (get<double>(got, i), get<double>(c.want, i), c.units);
-    }
+    if (c.compare == Compare::floats)
+      good = close<float, int32_t>(get<float>(got, i), get<float>(c.want, i), c.units);
+    else if (c.compare == Compare::doubles)
+      good = close<double, int64_t>(get<double>(got, i), get<double>(c.want, i), c.units);
     if (good) continue;
     const auto shown = [&](const Words& w) {
       return c.compare == Compare::bits     ? std::to_string(w[i])

@@ -463,10 +463,13 @@ TEST_F(Emulated, Decode) {
             if ((pool == kF64) != (dtype == kF64)) continue;
             if (N == 64 && strided == indices.empty()) continue;
             Spec spec;
-            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 5, {
-              spec.indices = indices;
-              spec.index_dtype = N == 3 ? kI64 : kI32;
-            }
+            spec.op = LC_DECODE;
+            spec.dtype = dtype;
+            spec.pool = pool;
+            spec.B = 3;
+            spec.slots = 5;
+            spec.indices = indices;
+            spec.index_dtype = N == 3 ? kI64 : kI32;
             spec.Hq = N == 3 ? 4 : 2;
             spec.N = N;
             spec.K = 22;

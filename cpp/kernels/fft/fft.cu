@@ -52,9 +52,9 @@ Transforms transforms(const Problem& p, const Cut& cut) { return {p.type == Type
 
 // Offsets in the workspace, all multiples of 256, like the addresses of memory that cuFFT
 // allocates.
-struct Memory {
+struct Workspace {
   size_t spectrum, x, sums, work, bytes;
-  Memory(const Problem& p, const Cut& cut) {
+  Workspace(const Problem& p, const Cut& cut) {
     const size_t number = p.type == Type::f64 ? 8 : 4;
     const auto take = [&](int64_t numbers) {
       const size_t at = bytes;
@@ -73,18 +73,18 @@ struct Memory {
 
 bool transforms_nothing(const Problem& p) { return p.N == 0 || p.B == 0; }
 
-size_t workspace(const Problem& p) { return transforms_nothing(p) ? 0 : Memory(p, Cut(p)).bytes; }
+size_t workspace(const Problem& p) { return transforms_nothing(p) ? 0 : Workspace(p, Cut(p)).bytes; }
 
 template <class E>
 void outputs(const Problem& p) {
   using T = Accumulator<E>;
   const Cut cut(p);
-  const Memory memory(p, cut);
+  const Workspace space(p, cut);
   const Transforms t = transforms(p, cut);
   auto* base = static_cast<unsigned char*>(p.workspace);
   const auto at = [&](size_t offset) { return reinterpret_cast<T*>(base + offset); };
-  FftPass<T> pass = {p, cut.points,       cut.slices,          cut.units,    cut.pairs,      0,
-                     0, int(cut.columns), at(memory.spectrum), at(memory.x), at(memory.sums)};
+  FftPass<T> pass = {p, cut.points,       cut.slices,         cut.units,   cut.pairs,     0,
+                     0, int(cut.columns), at(space.spectrum), at(space.x), at(space.sums)};
   const auto grid = [](int64_t blocks) { return dim3(unsigned(blocks)); };
   constexpr int kBlock = 256;
   const int64_t parts = divide_up(cut.points, FftMultiply<T>::kFrequencies);
@@ -93,9 +93,9 @@ void outputs(const Problem& p) {
   for (pass.unit = 0; pass.unit < cut.all_units; pass.unit += cut.units)
     for (pass.pair = 0; pass.pair < all_pairs(p); pass.pair += cut.pairs) {
       start<FftSpread<E>>(p, grid(cut.units * (cut.points / kTile)), kBlock, FftSpread<E>::kSmem, pass);
-      transform(p, t, Direction::forward, pass.x, base + memory.work);
+      transform(p, t, Direction::forward, pass.x, base + space.work);
       start<FftMultiply<T>>(p, grid(cut.transforms() * parts), kBlock, 0, pass);
-      transform(p, t, Direction::back, pass.x, base + memory.work);
+      transform(p, t, Direction::back, pass.x, base + space.work);
       start<FftCollect<E>>(p, grid(cut.units * group(p) * divide_up(p.N, kTile)), kBlock, FftCollect<E>::kSmem, pass);
     }
 }
