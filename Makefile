@@ -1,17 +1,16 @@
-# make run [TEXT=file]   install leetcore into .venv, run examples/text.py; needs g++ and Python >=
-# 3.10 make test              all checks; each stage is a target: install lint pytest cuda versions
-# ctest
-#                        sanitize
-# make quick             two minutes after a change: the checks most likely to fail; it lists the
-# others make train [ARGS=...]  train a language model of bytes in minutes: examples/train_lm.py
-# make generate          let the trained model write: examples/generate.py make bench [ARGS=...]
-# measure how fast leetcore is on this machine; ARGS=--help make gpu               build, test and
-# measure the CUDA methods on this machine's NVIDIA GPU, without
-#                        network, in at most nine minutes; single stages: make gpu-build gpu-contract
-#                        gpu-methods gpu-test gpu-sanitizer gpu-bench
-# make cbench [ARGS=...] run every method under Google Benchmark;
-# ARGS=--benchmark_filter=forward/chunk make format            format all code make clean
-# remove .venv and build
+#   make run [TEXT=file]   installs leetcore into .venv and runs examples/text.py; needs g++ and Python >= 3.10
+#   make test              runs all checks; each stage is a target: install lint pytest cuda versions ctest sanitize
+#   make quick             runs the checks most likely to fail after a change, in two minutes; it lists the others
+#   make train [ARGS=...]  trains a language model of bytes in minutes: examples/train_lm.py
+#   make generate          lets the trained model write: examples/generate.py
+#   make bench [ARGS=...]  measures how fast leetcore is on this machine; ARGS=--help
+#   make gpu               builds, tests and measures the CUDA methods on this machine's NVIDIA GPU, without network, in
+#                          at most nine minutes; stages: make gpu-build gpu-contract gpu-methods gpu-test gpu-sanitizer
+#                          gpu-bench
+#   make cbench [ARGS=...] runs every method under Google Benchmark; ARGS=--benchmark_filter=forward/chunk
+#   make docs              writes docs/api/ from the docstrings
+#   make format            formats all code
+#   make clean             removes .venv and build
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 STAGES := install lint pytest cuda versions ctest sanitize
@@ -23,8 +22,13 @@ system_path := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_ARGS := -DLEETCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
-# All builds compile the CPU methods with the same flags, so ccache compiles each source once.
-# Builds work without ccache too.
+# All builds compile the CPU methods by the same compiler name and flags, so that ccache compiles
+# each source once. Builds work without ccache too.
+ifeq ($(origin CXX),default)
+CC := gcc
+CXX := g++
+endif
+export CC CXX
 export CCACHE_DIR ?= $(CURDIR)/build/ccache
 launcher = $(shell command -v ccache)
 export CMAKE_C_COMPILER_LAUNCHER ?= $(launcher)
@@ -35,7 +39,7 @@ export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(launcher)
 pip := python -m pip install --quiet --no-compile
 # The build tools are in .venv, because pip would otherwise put them into a new folder for every
 # build and compile nanobind again.
-build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4'
+build_tools := 'scikit-build-core>=0.11' 'nanobind>=2.4' $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))
 install = $(pip) $(if $(LEETCORE_CUDA_FROM_PYPI),,--no-build-isolation)
 sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -not -path '*/__pycache__/*' -not -name '*.md')
 c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')

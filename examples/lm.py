@@ -1,4 +1,7 @@
-"""A language model of bytes on decayed linear attention; examples/train_lm.py and examples/generate.py share it."""
+"""A language model of bytes on decayed linear attention.
+
+examples/train_lm.py and examples/generate.py use it.
+"""
 
 import argparse
 import pickle
@@ -14,7 +17,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Attention, then two linear maps with a nonlinearity between, each added to its normalised input."""
+    """Attention and two linear maps with a nonlinearity, each added to its normalised input."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -28,7 +31,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Logits of the next byte. What came before is in the states: one a layer, of a fixed size."""
+    """Logits of the next byte. One state of fixed size per layer holds the earlier bytes."""
 
     def __init__(self, dim=192, heads=4, layers=4):
         super().__init__()
@@ -41,14 +44,17 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens, states=None):
-        """[B, N, 256] of tokens [B, N], after those that the states have seen, which then have seen these too."""
+        """The model's output [B, N, 256] for tokens [B, N] after those of the states.
+
+        The call updates the states.
+        """
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, lambda attention, x, i=i: attention(x, states and states[i]))
         return self.head(self.norm(x))
 
     def step(self, token, states):
-        """[B, 256] of one token more, [B]."""
+        """The output [B, 256] for one more token [B]. It updates the states."""
         x = self.embedding(token)
         for block, state in zip(self.blocks, states, strict=True):
             x = block(x, lambda attention, x, state=state: attention.step(x, state))
@@ -64,7 +70,7 @@ def bits(logits, targets):
 
 
 def read(path=None):
-    """The bytes of a file, or of the language reference that comes with Python, as a tensor."""
+    """The bytes of a file, or of Python's language reference, as a tensor."""
     if path is None:
         data = "\n\n".join(pydoc_data.topics.topics.values()).encode()
     else:
@@ -83,7 +89,7 @@ def build(dim, heads, layers):
 
 
 def load(checkpoint):
-    """What train_lm.py saved, and the model of it."""
+    """The checkpoint of train_lm.py, and its model."""
     try:
         saved = torch.load(checkpoint, weights_only=True)
         model = LanguageModel(**saved["config"])
@@ -96,7 +102,7 @@ def load(checkpoint):
 
 
 def chart(path, console, axis, lines, levels=None):
-    """A picture of lines, {name: (x, y, style)}, over an axis each way, and of horizontal levels {name: y}."""
+    """Draws lines {name: (x, y, style)} and horizontal levels {name: y}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -121,12 +127,12 @@ def parser(description):
 
 
 def positive(kind):
-    """A type of argparse: numbers of a kind, > 0."""
+    """A type for argparse: numbers > 0 of a kind."""
 
     def number(text):
         if not (value := kind(text)) > 0:
             raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it where kind itself refuses
+    number.__name__ = kind.__name__  # argparse uses the name in its error message
     return number

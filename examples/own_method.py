@@ -1,8 +1,9 @@
 """A method of your own in a few lines: the quadratic form, compared with leetcore's methods.
 
-python examples/own_method.py                                         error and time beside leetcore's methods
-leetcore check mine --import examples/own_method.py                   against the float64 definition, adversarially
-leetcore bench mine chunk --import examples/own_method.py             timed, with a correctness gate
+python examples/own_method.py                                         error and time next to
+leetcore's methods leetcore check mine --import examples/own_method.py                   against the
+float64 definition, adversarially leetcore bench mine chunk --import examples/own_method.py
+timed, with a correctness gate
 """
 
 import time

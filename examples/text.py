@@ -1,9 +1,12 @@
-"""Attention over the bytes of a text: every method of leetcore, held against the definition and against the clock.
+"""Attention over the bytes of a text, by every method of leetcore.
+
+Each method is compared with the definition and timed.
 
 python examples/text.py [FILE]
 
-The bytes become q, k and v of one attention layer: a random embedding (byte for byte, without positions) and random
-projections, so that every number has unit variance. Each of 8 heads forgets at its own rate, ALiBi's slopes.
+The bytes become q, k and v of one attention layer by a random embedding (byte for byte, without
+positions) and random projections, so that every number has unit variance. Each of the 8 heads
+decays at its own rate, ALiBi's slopes.
 """
 
 import statistics
@@ -17,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 HEADS, DIM, WIDTH = 8, 64, 256
-MOST_BYTES = 16384  # the float64 recurrence takes seconds for these
+MOST_BYTES = 16384  # for these the float64 recurrence takes seconds
 DECODED = 16  # tokens at the end that are also generated step by step
 ALLOWED = 5e-6  # relative error, for float32
 
 
 def read(path):
-    """The first bytes of the file, and how many it has."""
+    """The first bytes of the file, and its size."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -38,11 +41,11 @@ def layer(text):
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((256, WIDTH), np.float32)
     projections = rng.standard_normal((3, HEADS, WIDTH, DIM), np.float32) / np.float32(WIDTH**0.5)
-    return (embedding @ projections)[:, None, :, text]  # of all 256 bytes, then one row for each token
+    return (embedding @ projections)[:, None, :, text]  # project all 256 bytes, then take one row per token
 
 
 def definition(q, k, v, log_decay, scale):
-    """The recurrence as it is written, in float64."""
+    """The recurrence by its definition, in float64."""
     q, k, v = (x[0].astype(np.float64) for x in (q, k, v))
     gamma, state, o = np.exp(log_decay.astype(np.float64))[:, None, None], 0.0, np.empty_like(v)
     for t in range(q.shape[1]):
@@ -56,7 +59,7 @@ def error(got, want):
 
 
 def timed(call, runs=5, most_seconds=2.0):
-    """The result and the median of some runs, at least three, after one that is not counted."""
+    """The result, and the median time of at least three runs after one that is not counted."""
     result, seconds = call(), []
     while len(seconds) < 3 or (len(seconds) < runs and sum(seconds) < most_seconds):
         start = time.perf_counter()
@@ -66,7 +69,10 @@ def timed(call, runs=5, most_seconds=2.0):
 
 
 def decode(q, k, v, log_decay, scale):
-    """The last tokens one by one, from the state that the others left; the outputs, the state, seconds a step."""
+    """The last tokens one by one, from the state after the others.
+
+    Returns the outputs, the state and the seconds per step.
+    """
     before = max(0, q.shape[2] - DECODED)
     first = (x[:, :, :before] for x in (q, k, v))
     _, state = leetcore.linear_attention(*first, log_decay, scale=scale, return_state=True)

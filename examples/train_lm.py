@@ -2,8 +2,9 @@
 
 python examples/train_lm.py [FILE] [--run FOLDER] [--steps N] [--minutes M] [--resume]
 
-FILE is any text; without it, the language reference that ships with Python. The loss is in bits per byte, held against
-what counting bytes and pairs of bytes gives. Ctrl-C leaves a checkpoint to go on from; examples/generate.py uses it.
+FILE is any text; without it, the language reference that ships with Python. The loss is in bits per
+byte, held against what counting bytes and pairs of bytes gives. Ctrl-C leaves a checkpoint to go on
+from; examples/generate.py uses it.
 """
 
 import math
@@ -17,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-PIECE = 2048  # bytes of validation text at once
+PIECE = 2048  # bytes of validation text per call
 
 
 def count_models(train, validation):
-    """Bits per byte of the validation text by the frequencies of bytes, and by those of pairs of bytes."""
+    """Bits per byte of the validation text, by frequencies of bytes and of pairs of bytes."""
     single = torch.bincount(train, minlength=256) + 1.0
     pairs = torch.bincount(train[:-1] * 256 + train[1:], minlength=65536).view(256, 256).double()
     unigram = single / single.sum()
@@ -34,7 +35,7 @@ def count_models(train, validation):
 
 @torch.no_grad()
 def validate(model, text):
-    """Bits per byte of a text read in pieces, the states carried from one to the next."""
+    """Bits per byte of a text read in pieces; each piece starts from the previous states."""
     states, total = model.new_states(1), 0.0
     for start in range(0, len(text) - 1, PIECE):
         piece = text[start : start + PIECE + 1][None]
@@ -43,13 +44,13 @@ def validate(model, text):
 
 
 def learning_rate(step, options):
-    """Up in the first twentieth, then down along a cosine to a tenth."""
+    """The learning rate: a linear rise in the first twentieth, then a cosine to a tenth."""
     progress = step / options.steps
     return options.rate * (min(1.0, 20 * progress + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress)))
 
 
 def batch(train, step, options):
-    """Random pieces of the text; which ones depends on the step alone, so that a resumed run sees the same."""
+    """Random pieces of the text. They depend on the step alone, so a resumed run sees the same."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(train) - options.length, (options.batch, 1), generator=generator)
     pieces = train[starts + torch.arange(options.length + 1)]
@@ -153,7 +154,7 @@ def options_of(arguments):
     made.add_argument("--heads", type=positive(int), default=4)
     made.add_argument("--layers", type=positive(int), default=4)
     made.add_argument("--every", type=positive(int), default=100, help="steps between validations and checkpoints")
-    made.add_argument("--check", type=positive(int), default=50_000, help="bytes of a validation, at the most")
+    made.add_argument("--check", type=positive(int), default=50_000, help="most bytes of a validation")
     return made.parse_args(arguments)
 
 

@@ -45,8 +45,9 @@ def poisoned_outputs(monkeypatch):
 
 
 def serves(method, arguments):
-    """Whether a method declares the decay of these arguments. A refusal gives the reason and a method
-    that serves them."""
+    """Whether a method declares the decay of these arguments. A refusal gives the reason and a
+    method that serves them.
+    """
     if np.ndim(arguments["log_decay"]) < 3 or method not in WITHOUT_TOKEN_DECAYS:
         return True
     why = rf"'{method}' does not serve this problem(.|\n)*chunk: serves it(.|\n)*{method}: .*per token"

@@ -1,7 +1,8 @@
-"""Array libraries with a GPU that is none: memory of numpy, exported through DLPack as a CUDA device's.
+"""Fake array libraries on a GPU: numpy memory, exported through DLPack as a CUDA device's.
 
-Each library has what leetcore uses of the real one, and notes which stream a producer was given, what was made on which
-stream and device. Reading values on the host is an error unless `readable` is set.
+Each library has what leetcore uses of the real one, and notes which stream a producer was given,
+what was made on which stream and device. Reading values on the host is an error unless `readable`
+is set.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ import torch
 
 CUDA = 2
 readable = False
-exports = []  # of every array: the stream that __dlpack__ was given; of torch's, the current one
-made = []  # of every array that a library was asked for: (shape, stream, device)
+exports = []  # the stream passed to each __dlpack__; for torch, the current stream
+made = []  # (shape, stream, device) of each array that a library allocated
 _alive = {}
 
 
@@ -62,7 +63,7 @@ _CODES = {"i": 0, "u": 1, "f": 2}
 
 
 def capsule(host, device=0, owner=None, read_only=False):
-    """numpy's memory as a DLPack capsule of a CUDA device; kernels may touch it from now on."""
+    """numpy's memory as a DLPack capsule of a CUDA device. From now on kernels may access it."""
     emulator.allow(host)
     sizes = (ctypes.c_int64 * host.ndim)(*host.shape)
     steps = (ctypes.c_int64 * host.ndim)(*(s // host.itemsize for s in host.strides))
@@ -84,7 +85,7 @@ def capsule(host, device=0, owner=None, read_only=False):
 
 
 def memory_of(capsule):
-    """The memory of such a capsule as numpy's; whoever calls keeps the capsule."""
+    """The memory of a capsule as a numpy array. The caller keeps the capsule alive."""
     t = _Managed.from_address(_pointer(capsule, _NAME)).tensor
     shape = [t.shape[i] for i in range(t.ndim)]
     dtype = np.dtype(f"{'iuf'[t.code]}{t.bits // 8}")
@@ -93,7 +94,7 @@ def memory_of(capsule):
 
 
 class Emulator:
-    """The emulated devices behind an extension module that was built on them."""
+    """The emulated devices of an extension module that was built on the emulator."""
 
     def __init__(self):
         self._library = None
@@ -141,7 +142,7 @@ def read(host):
 
 
 class Array:
-    """What all libraries but torch have in common."""
+    """The base of the fake arrays of all libraries except torch."""
 
     def __init__(self, host, device=0):
         self.host, self.number = host, device
@@ -165,7 +166,7 @@ class Array:
 
 
 def _nan(shape, dtype):
-    """At an address that is a multiple of 256, as cudaMalloc's are."""
+    """Memory at an address that is a multiple of 256, like cudaMalloc's."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 256, np.uint8)
@@ -180,7 +181,7 @@ def _empty(kind, shape, dtype, stream, device):
     return kind(_nan(shape, dtype), device)
 
 
-# ---- a library of the array API standard ----------------------------------------------------------------------------
+# ---- a library of the array API standard ---------------------------------------------------------
 
 
 class OtherArray(Array):
@@ -201,7 +202,7 @@ class OtherArray(Array):
 
 
 class OldArray(OtherArray):
-    """Of a library that knows no versions of DLPack."""
+    """An array of a library that knows no versions of DLPack."""
 
     __module__ = "fakelib"
 
@@ -210,7 +211,7 @@ class OldArray(OtherArray):
 
 
 class ReadOnlyArray(OtherArray):
-    """DLPack can say so since version 1."""
+    """A read-only array, which DLPack can express since version 1."""
 
     __module__ = "fakelib"
 
@@ -221,7 +222,7 @@ class ReadOnlyArray(OtherArray):
         return capsule(self.host, self.number, self, read_only=True)
 
 
-# ---- cupy -----------------------------------------------------------------------------------------------------------
+# ---- cupy ----------------------------------------------------------------------------------------
 
 
 class CuPyArray(Array):
@@ -279,7 +280,7 @@ def cupy():
     return module
 
 
-# ---- jax ------------------------------------------------------------------------------------------------------------
+# ---- jax -----------------------------------------------------------------------------------------
 
 
 class JaxArray(Array):
@@ -326,7 +327,7 @@ def jax():
     return module
 
 
-# ---- torch ----------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
 class TorchStream:
@@ -370,7 +371,7 @@ def torch_array(host, device=0):
 
 
 def _bits(tensor):
-    """numpy's view of a fake's memory, bfloat16 too."""
+    """A fake's memory as a numpy array, for bfloat16 too."""
     import ml_dtypes
 
     plain = tensor.detach().as_subclass(torch.Tensor)
@@ -417,7 +418,7 @@ def patch_torch(monkeypatch):
 
 
 def install(monkeypatch):
-    """The fakes in place of the libraries, until the test ends."""
+    """Replaces the libraries with the fakes until the test ends."""
     reset()
     patch_torch(monkeypatch)
     fake_jax = jax()

@@ -1,4 +1,4 @@
-"""Problems of both passes, and the gradients that they have by definition: what all tests of gradients stand on."""
+"""Problems of both passes and their gradients by definition, for all tests of gradients."""
 
 import leetcore
 import numpy as np
@@ -22,7 +22,7 @@ def problem(
     state=True,
     seed=0,
 ):
-    """Arguments of both passes, with an initial state, and the gradients of both results; or without any state."""
+    """Arguments of both passes and the gradients of both results, with or without states."""
     rng = np.random.default_rng(seed)
     exact = np.float64 if dtype == np.float64 else np.float32
     Hq, Hk, Hv = heads
@@ -56,5 +56,8 @@ def definition(arguments, options, d_results):
 
 
 def tolerance(name, dtype):
-    """Of a gradient on a GPU: what log_decay gets is the difference of two sums that 16 bits have rounded."""
+    """The tolerance of a gradient on a GPU.
+
+    That of log_decay is the difference of two sums that were rounded to 16 bits.
+    """
     return (2 if name == "d_log_decay" and dtype in ("f16", "bf16") else 1) * TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-"""Every kind of array in, the same kind out, without copies, conversions or surprises."""
+"""Arrays of every library: the result is of the same library, without copies or conversions."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 DECAY = -0.1
-attend = partial(leetcore.linear_attention, method="chunk")  # bitwise comparisons want one method
+attend = partial(leetcore.linear_attention, method="chunk")  # bitwise comparisons need one method
 
 
 def arrays(dtype=np.float32, shape=(1, 2, 9, 8), seed=0):
@@ -32,7 +32,7 @@ def expected(dtype=np.float32):
 
 
 class Producer:
-    """The least an array library has: DLPack export, of memory that numpy owns."""
+    """A minimal array library: DLPack export of memory that numpy owns."""
 
     def __init__(self, array):
         self.array = array
@@ -354,7 +354,7 @@ SEEMING = {
 @pytest.mark.parametrize("array, error, text", SEEMING.values(), ids=SEEMING)
 def test_arrays_that_are_not_what_they_seem_are_refused(array, error, text, place):
     given = {"q": Q_OF_NUMPY, "k": Q_OF_NUMPY, "v": Q_OF_NUMPY} | {place: array}
-    if array.dtype != np.float32 and error is ValueError:  # so that the dtype is not what is wrong
+    if array.dtype != np.float32 and error is ValueError:  # so that the dtype is not the error
         given |= {name: Q_OF_NUMPY.astype(array.dtype) for name in given if name != place}
     if text.startswith("expected dtype") and place != "q":
         text = text.replace("float64, float32, float16 or bfloat16", ".*")
@@ -362,7 +362,7 @@ def test_arrays_that_are_not_what_they_seem_are_refused(array, error, text, plac
         leetcore.linear_attention(**given)
 
 
-@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of np.matrix
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # np.matrix raises it
 def test_subclasses_of_numpy_are_arrays(tmp_path):
     q, k, v = arrays()
     mapped = np.memmap(tmp_path / "q", np.float32, "w+", shape=q.shape)
@@ -497,7 +497,7 @@ def test_jax_arrays_are_never_written():
 
 
 def test_inputs_are_not_copied():
-    """A broadcast array of 2^34 elements could not be copied; a mapped one is read where it lies."""
+    """A broadcast array of 2^34 elements could not be copied; a mapped one is read in place."""
     big = np.broadcast_to(np.ones((1, 1, 1, 1 << 10), np.float32), (1 << 10, 1 << 14, 1, 1 << 10))
     with pytest.raises(ValueError, match=r"^k: expected shape"):  # validated without touching memory
         attend(big, big[:1], big)

@@ -1,4 +1,4 @@
-"""leetcore.compat.leetdecoding: LeetDecoding's call, where gamma means one thing for every method, dtype and shape."""
+"""leetcore.compat.leetdecoding: gamma has one meaning for every method, dtype and shape."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from leetcore import reference
 from leetcore.compat.leetdecoding import METHODS, causal_linear_decoder
 
 H = 3
-GAMMA = {True: [0.0, 0.5, 9.0], False: [1.0, 0.5, 0.0]}  # by is_need_exp; one for each head
+GAMMA = {True: [0.0, 0.5, 9.0], False: [1.0, 0.5, 0.0]}  # by is_need_exp, one value per head
 LONG = 1025
 
 NAMES = pytest.mark.parametrize("name", [None, *METHODS])
@@ -64,7 +64,10 @@ def test_gamma_has_one_meaning(name, is_need_exp, dtype):
 
 @pytest.fixture(scope="module", params=["f32", "f16"])
 def long(request):
-    """Of LONG tokens: what a shorter call must answer is its beginning, of fewer sequences its first ones."""
+    """The answer for LONG tokens.
+
+    Shorter calls must return its beginning, and fewer sequences its first ones.
+    """
     q, k, v = problem(B=3, N=LONG, dtype=DTYPES[request.param])
     want = {meaning: expected(q, k, v, gamma, meaning) for meaning, gamma in GAMMA.items()}
     return (q, k, v), want, TOLERANCE[request.param][0]
@@ -85,7 +88,10 @@ def test_no_length_and_no_batch_changes_the_meaning(long, name, is_need_exp, B):
 @NAMES
 @pytest.mark.parametrize("heads", [1, 32, 64])
 def test_no_number_of_heads_changes_the_meaning(name, heads):
-    """LeetDecoding ignored gamma in float32 where sequences times heads were fewer than 42, and failed for one head."""
+    """LeetDecoding ignored gamma in float32 for fewer than 42 sequences times heads.
+
+    It failed for one head.
+    """
     rng = np.random.default_rng(0)
     q, k, v = (normal(rng, (1, heads, 40, 16)) for _ in range(3))
     gamma = rng.random(heads)

@@ -1,4 +1,4 @@
-"""The examples of training and generation, shortened: they learn, go on where they stopped, and generate."""
+"""Shortened examples of training and generation: they learn, resume and generate."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = ["--dim", "32", "--heads", "2", "--layers", "2", "--batch", "4", "--leng
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """A step of these models is too little work to share."""
+    """One thread: a step of these models is too short for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

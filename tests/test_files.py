@@ -1,4 +1,4 @@
-"""Files of the user: tables that are broken in any way, files that appear whole or not at all, where a package lies."""
+"""Files of the user: broken tables, complete writes, and the folders of a package."""
 
 import os
 import pickle
@@ -97,12 +97,12 @@ def test_a_table_of_another_version_or_machine_says_nothing(loaded):
     header = f"# leetcore {leetcore.__version__} on another processor\n"
     assert loaded(tuning.completed(header + "".join(elsewhere)).encode()) == (False, [])
     others = tuning.completed(f"{tuning.header()}\nisa another\naxis N 1 2\nfactor chunk 4 1\n")
-    assert loaded(others.encode()) == (True, [])  # whose lines for another instruction set say nothing of this one
+    assert loaded(others.encode()) == (True, [])  # the table has no lines for this instruction set
 
 
 @pytest.mark.parametrize("options", [(), ("-W", "error"), ("-X", "dev"), ("-I",), ("-O",)])
 def test_an_import_never_fails(tmp_path, options):
-    """Whatever is in the place of the table, or of the folders above it."""
+    """Any file or folder may be at the path of the table, or at its parents' paths."""
     folder = tmp_path / "leetcore"
     file = folder / f"tuning-{ISA}.txt"
 
@@ -236,7 +236,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_target_is_tried_before_the_work(tmp_path, command):
-    """Each is refused at once, by one sentence that names the file as it was given."""
+    """Each file is refused at once, with one sentence that names the file as it was given."""
     q = np.ones((1, 1, 4, 4), np.float32)
     files.save(tmp_path / "in.npz", {"q": q, "k": q, "v": q})
     (tmp_path / "folder.npz").mkdir()
@@ -253,11 +253,11 @@ def test_a_target_is_tried_before_the_work(tmp_path, command):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.npz", "in.npz"]
 
 
-# ---- where the package lies
+# ---- where the package is
 
 
 def test_folders_of_an_editable_install(tmp_path):
-    """Python files in one folder, what was built in another: scikit-build-core lays out `pip install -e` so."""
+    """Python files in one folder and built files in another, as after `pip install -e`."""
     package = Path(leetcore.__file__).parent
     built = ("lib", "lib64", "include")
     source = tmp_path / "sources of ünïcode"
@@ -291,7 +291,7 @@ def test_a_package_without_its_headers_says_so(monkeypatch, tmp_path):
 
 
 def test_a_package_without_its_extension_says_so(tmp_path):
-    """As in a zip file, or with another Python than the one that built it."""
+    """The module is missing, as in a zip file or with a Python other than the one that built it."""
     package = Path(leetcore.__file__).parent
     shutil.copytree(package, tmp_path / "leetcore", ignore=shutil.ignore_patterns("*.so", "lib", "include", "torch"))
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "leetcore")
@@ -326,7 +326,7 @@ except ImportError as error:
 """
     ran = python(code)
     assert ran.returncode == 0, ran.stderr
-    # nanobind refuses by itself from Python 3.12 on.
+    # From Python 3.12 on, nanobind itself refuses.
     assert "subinterpreter" in ran.stdout, ran.stdout
 
 

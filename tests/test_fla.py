@@ -1,4 +1,4 @@
-"""leetcore.compat.fla: the calls of flash-linear-attention, held against its own references in plain torch.
+"""leetcore.compat.fla, compared with flash-linear-attention's references in plain torch.
 
 fla-core is not imported, as that needs triton; its files of references are read by their paths.
 """
@@ -117,7 +117,7 @@ def test_gradients_of_retention(naive, tensors):
 
 @pytest.mark.parametrize("call", [fla.chunk_lightning_attn, fla.fused_recurrent_lightning_attn])
 def test_lightning_attn(naive, tensors, call):
-    """fla has no reference for it; its own code passes this g_gamma on to simple_gla."""
+    """fla has no reference for lightning attention; its code passes this g_gamma to simple_gla."""
     q, k, v, _, h0 = tensors
     g_gamma = -(8 / H * (1 - LAYER["layer_idx"] / LAYER["num_layers"])) * torch.arange(H, dtype=torch.float)
     want = naive["simple_gla"].naive_recurrent_simple_gla(q, k, v, g_gamma.expand(B, T, H), initial_state=h0)

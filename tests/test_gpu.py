@@ -1,4 +1,4 @@
-"""Every CUDA method on a real GPU, through torch: numbers, streams, graphs, generation. `make gpu` runs it.
+"""Every CUDA method on a real GPU, through torch. `make gpu` runs these tests.
 
 Results and scratch are NaN before each call (conftest.py), on the stream that the call is put on.
 """
@@ -20,7 +20,7 @@ from leetcore.bench.problems import TOLERANCE, Case
 from leetcore.torch import linear_attention
 from torch.utils.checkpoint import checkpoint
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax takes most of the memory otherwise
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise jax allocates most of the memory
 
 METHODS = [m.name for m in leetcore.methods() if m.device == "cuda" and torch.cuda.is_available()]
 usable = bool(METHODS)
@@ -141,11 +141,11 @@ def test_nothing_to_do(method, shape):
     assert o.shape == shape and torch.equal(state, before)
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def busy(milliseconds=200):
-    """Keeps the current stream from going on for about so long."""
+    """Blocks the current stream for about this time."""
     torch.cuda._sleep(int(milliseconds * 1.5e6))
 
 
@@ -201,7 +201,7 @@ def test_another_stream_waits_for_the_inputs_and_they_for_it(method):
         with torch.cuda.stream(stream):
             busy(50)
         o, state = serve(method, **late, stream=stream)
-        del late  # and their memory is written by somebody else, before that stream has read it
+        del late  # other work then writes to their memory, before that stream has read it
         for x in tensors.values():
             if isinstance(x, torch.Tensor):
                 torch.full_like(x, float("nan"))
@@ -222,11 +222,11 @@ def test_two_streams_at_once(method):
 
 
 def captured(call):
-    """call() in a graph, and what it returned."""
+    """A graph of call(), and the result of the call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()  # whatever is made once, such as a plan of cuFFT
+        call()  # creates objects that are made once, such as a plan of cuFFT
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -272,7 +272,7 @@ def test_the_device_of_the_tensors(method):
         leetcore.linear_attention(**given, method=method)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 GRADIENTS = (
     *({"N": N, "K": 64, "V": 64} for N in (1, 65, 3000)),
@@ -323,7 +323,7 @@ def test_the_same_bits_of_gradients_every_time(kind, dtype):
 
 
 def training(**fields):
-    """Leaves, the options of a call, d_o, and what the library itself returns as the leaves' gradients."""
+    """Leaves, the options of a call, d_o, and the gradients that the library itself returns."""
     fields = {"N": 500, "K": 64, "V": 64, "kind": "[B,Hs,N]", "dtype": np.float32} | fields
     arguments, options, (d_o, _) = on_gpu(gradients.problem(**fields))
     want = gradients.backward(arguments, options, (d_o, None))
@@ -331,7 +331,7 @@ def training(**fields):
 
 
 def gradients_of(leaves, options, d_o):
-    """By autograd, as a list; nothing is kept."""
+    """The gradients by autograd, as a list. The graph is freed."""
     return list(torch.autograd.grad(linear_attention(**leaves, **options), list(leaves.values()), d_o))
 
 
@@ -367,7 +367,7 @@ def test_a_scalar_that_requires_a_gradient():
 
 
 def test_a_loss_that_autograd_expands():
-    """The gradient of a sum is one number, at every place with strides of 0."""
+    """The gradient of a sum is one number with strides of 0."""
     leaves, options, d_o, _ = training()
     want = gradients_of(leaves, options, torch.ones_like(d_o))
     linear_attention(**leaves, **options).sum().backward()
@@ -409,7 +409,7 @@ def test_float64_has_no_gradients_here():
         o.backward(d_o)
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def decode_inputs(B=5, Hq=4, Hs=2, T=None, K=64, V=32, slots=9, dtype=torch.bfloat16, pool=torch.float32):
@@ -483,7 +483,7 @@ def test_generation_under_a_graph_equals_one_prefill():
     assert error(state, want_state) <= TOLERANCE["float32"][1]
 
 
-# ---- what goes wrong, and other libraries ---------------------------------------------------------------------------
+# ---- what goes wrong, and other libraries --------------------------------------------------------
 
 
 def test_places_are_refused_by_name():
@@ -562,7 +562,7 @@ def test_jax(method):
     want, want_state = case.expected(given)
     for _ in range(5):
         arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
-        arrays["q"] = arrays["q"] * 2 / 2  # still being computed when it is passed on
+        arrays["q"] = arrays["q"] * 2 / 2  # still being computed when the call receives it
         o, state = serve(method, **arrays)
         assert isinstance(o, jax.Array)
         del arrays

@@ -1,6 +1,7 @@
-"""Arrays on a GPU, without one: fakes of the libraries (fake_gpu.py) around the emulated devices.
+"""Arrays on a GPU, tested without one: fake libraries (fake_gpu.py) on the emulated devices.
 
-ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is its path.
+ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is
+its path.
 """
 
 import gc
@@ -21,6 +22,7 @@ from conftest import TOLERANCE
 from fake_gpu import CuPyArray, CuPyStream, JaxArray, JaxDevice, OldArray, OtherArray, TorchArray, TorchStream, emulator
 from leetcore import reference
 from leetcore.compat.leetdecoding import causal_linear_decoder
+from leetcore.torch.inputs import BackwardInputs
 
 CORE = os.environ.get("LEETCORE_EMULATED_CORE")
 pytestmark = pytest.mark.skipif(not CORE, reason="needs the emulated extension module: ctest runs this")
@@ -165,7 +167,7 @@ def test_decode_updates_the_pool_in_place():
         leetcore.decode_step(q, k, v, state, -0.1)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def moved(make, p):
@@ -239,7 +241,7 @@ def test_gradients_of_two_places_are_refused(place):
     assert emulator.launches == 0
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def call(make, **options):
@@ -256,7 +258,7 @@ def test_torch_current_stream(current):
     TorchStream.current.cuda_stream = current
     call(fake_gpu.torch_array)
     assert emulator.stream == current
-    assert TorchStream.events == []  # nobody waits, nothing is recorded
+    assert TorchStream.events == []  # no stream waits, nothing is recorded
     assert {stream for _, stream, _ in fake_gpu.made} == {current}
     call(fake_gpu.torch_array, stream=current)
     assert TorchStream.events == []
@@ -376,7 +378,7 @@ def test_scratch_is_an_array_of_the_caller():
         assert [shape for shape, *_ in fake_gpu.made] == [(1, 2, 300, 8), ((bytes + 3) // 4,)]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["k", "v", "log_decay", "initial_state", "cu_seqlens", "out"])
@@ -448,7 +450,7 @@ def test_a_library_that_cannot_make_arrays_is_refused():
         leetcore.linear_attention(q, k, v)
 
 
-# ---- around it ------------------------------------------------------------------------------------------------------
+# ---- around it -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["torch", "cupy", "jax"])
@@ -458,7 +460,7 @@ def test_registered_methods_and_the_migration_call(kind, monkeypatch):
     given = [make(x) for x in (q, k, v)]
     want = reference.linear_attention(q, k, v, DECAY)[0]
     o = causal_linear_decoder(*given, True, 0.25)
-    assert type(o) is result and emulator.launches == 1  # a number: nothing on the GPU is read
+    assert type(o) is result and emulator.launches == 1  # gamma is a number: the host reads nothing from the GPU
     fake_gpu.readable = True
     leetcore.register_method("mine", lambda *x: reference.linear_attention(*x[:4], scale=x[4])[0].astype("f4"))
     try:

@@ -1,4 +1,6 @@
-"""leetcore among other users of processes and threads: forks, limits, settings that change, Ctrl-C, the end.
+"""leetcore with other users of processes and threads.
+
+Forks, limits, settings that change, Ctrl-C, and the end of a process.
 
 Every test runs a program of its own, as a library meets these things once in the life of a process.
 """
@@ -17,7 +19,7 @@ ones = np.ones((2, 8, 512, 64), np.float32)
 
 def right():
     import leetcore
-    o = leetcore.linear_attention(ones, ones, ones, -0.1, method="chunk")  # some ms of work
+    o = leetcore.linear_attention(ones, ones, ones, -0.1, method="chunk")  # takes some ms
     return abs(o[0, 0, -1, 0] / 672.5332 - 1) < 1e-5
 """
 
@@ -49,7 +51,7 @@ EARLIER = {
 
 @pytest.mark.parametrize("earlier", EARLIER)
 def test_forked_children_answer(earlier):
-    """Three forks deep, whoever used threads before: leetcore may have been loaded before or after the fork."""
+    """Three nested forks after threads were used; leetcore is loaded before or after the fork."""
     code = """
 def descend(depth):
     good = right() if depth % 2 else True  # every second generation has not called leetcore
@@ -78,7 +80,7 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, i): return right(), leetcore.num_threads()
 
 loader = DataLoader(Data(), num_workers=2, batch_size=None, multiprocessing_context="fork", timeout=30)
-assert all(good and threads == 1 for good, threads in loader)  # DataLoader gives a worker one thread
+assert all(good and threads == 1 for good, threads in loader)  # a worker of DataLoader has one thread
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert all(pool.apply_async(right).get(30) for _ in range(4))
 print("ok")
@@ -89,7 +91,7 @@ print("ok")
 # ---- how many threads
 
 COUNT = "import leetcore; print(leetcore.num_threads(), leetcore.build_info()['threads_source'], sep=': ')"
-ALL = "all"  # what a program answers whose caller limits nothing: the affinity's cores, or a quota of this machine
+ALL = "all"  # the answer without limits: the cores of the affinity, or the quota of this machine
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
@@ -111,7 +113,7 @@ ALL = "all"  # what a program answers whose caller limits nothing: the affinity'
         ("import torch; torch.set_num_threads(1);", {}, "1: the caller's framework"),
         (f"import torch; torch.set_num_threads({CORES});", {"OMP_NUM_THREADS": "1"}, ALL),
         ("import torch, leetcore; torch.set_num_threads(1); leetcore.set_num_threads(2);", {}, "2: set_num_threads"),
-        # An OpenMP runtime that pins the calling thread to one core does not mean leetcore.
+        # An OpenMP runtime may pin the calling thread to one core. leetcore still uses all cores.
         ("import torch; torch.sin(torch.randn(4_000_000));", {"OMP_PROC_BIND": "true"}, ALL),
     ],
 )
@@ -158,9 +160,9 @@ leetcore.linear_attention(small, small, small, -0.1)
 leetcore.set_num_threads(8)
 if "LIMIT" == "RLIMIT_AS":
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20),) * 2)  # room for the result, not for all stacks
+    resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20),) * 2)  # enough memory for the result, not for all stacks
 else:
-    if os.getuid() == 0:  # who is above this limit
+    if os.getuid() == 0:  # root is exempt from this limit
         os.setgid(23456), os.setuid(23456)
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 print("ok" if right() else "wrong")
@@ -217,7 +219,7 @@ print(errors[:1] or "ok")
 
 
 def test_a_daemon_thread_in_a_call_does_not_outlive_the_process():
-    """With arrays of numpy: torch and jax themselves abort a process that ends during a call of a daemon thread."""
+    """Uses numpy, because torch and jax abort a process that ends during a daemon thread's call."""
     code = """
 import leetcore
 def work(n, method):
@@ -238,7 +240,7 @@ def test_ctrl_c_ends_a_call():
     code = """
 import leetcore
 q = np.ones((1, 32, 20_000, 64), np.float32)
-f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # seconds
+f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # takes seconds
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 began = time.time()
 try:

@@ -1,4 +1,4 @@
-"""What the definition implies, for every method: algebra to rounding, independence to the last bit."""
+"""Properties that the definition implies for every method, exact or up to rounding."""
 
 import itertools
 import mmap
@@ -7,11 +7,11 @@ import leetcore
 import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE, log_decays, normal, serves
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from leetcore import reference
 
-# Outputs are checked in the body, so the function-scoped fixtures need no new run for each example.
+# The fixtures need no new run for each example, because the tests check outputs in their body.
 few = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -33,12 +33,18 @@ def states(rng, p, B=None):
     return normal(rng, (B or len(p["q"]), Hs, p["k"].shape[-1], p["v"].shape[-1]), accumulator)
 
 
+def require(served):
+    """Skips a test whose method does not serve the problem. Tests of hypothesis use assume."""
+    if not served:
+        pytest.skip("the method does not serve this decay")
+
+
 def attend(p, method, **options):
     return leetcore.linear_attention(**p, method=method, return_state=True, **options)
 
 
 def tokens(p, start, end):
-    """The problem of some of the tokens."""
+    """The problem with the tokens start to end only."""
     part = {name: p[name][:, :, start:end] for name in "qkv"}
     per_token = p["log_decay"] is not None and p["log_decay"].ndim == 3
     return p | part | {"log_decay": p["log_decay"][:, :, start:end] if per_token else p["log_decay"]}
@@ -60,8 +66,7 @@ def close(pair, other, tolerance=1e-12):
 @example(N=192, cut=64, heads=(1, 1, 1), kind="[]", dtype="f64")
 def test_a_split_with_the_state_carried_changes_nothing(method, N, cut, heads, kind, dtype):
     p = problem(N=N, heads=heads, kind=kind, dtype=DTYPES[dtype], K=16, V=20)
-    if not serves(method, p):
-        return
+    assume(serves(method, p))
     state = states(np.random.default_rng(1), p)
     cut = min(cut, N)
     want, want_state = reference.linear_attention(**p, initial_state=state)
@@ -75,8 +80,7 @@ def test_a_split_with_the_state_carried_changes_nothing(method, N, cut, heads, k
 @given(N=st.integers(1, 150), prefill=st.integers(0, 150), heads=heads_of, kind=kinds, T=st.integers(1, 8))
 def test_decoding_finishes_what_a_prefill_began(method, N, prefill, heads, kind, T):
     p = problem(N=N, heads=heads, kind=kind, K=16, V=20)
-    if not serves(method, p):
-        return
+    assume(serves(method, p))
     prefill = min(prefill, N)
     want, want_state = reference.linear_attention(**p)
     o, state = attend(tokens(p, 0, prefill), method)
@@ -98,8 +102,7 @@ def test_decoding_finishes_what_a_prefill_began(method, N, prefill, heads, kind,
 @example(lengths=[0], heads=(1, 1, 1), kind=None, initial=True)
 def test_packed_sequences_are_separate_calls(method, lengths, heads, kind, initial):
     p = problem(B=1, N=sum(lengths), heads=heads, kind=kind, K=16, V=20, dtype=np.float32)
-    if not serves(method, p):
-        return
+    assume(serves(method, p))
     ends = np.cumsum([0, *lengths])
     state = states(np.random.default_rng(1), p, len(lengths)) if initial else None
     o, final = attend(p, method, initial_state=state, cu_seqlens=ends.astype(np.int32))
@@ -112,8 +115,7 @@ def test_packed_sequences_are_separate_calls(method, lengths, heads, kind, initi
 @pytest.mark.parametrize("kind", [None, "[Hs]", "[B,Hs,N]"])
 def test_no_token_gives_no_output_and_the_initial_state(method, kind):
     p = problem(N=0, kind=kind, dtype=np.float32)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     state = states(np.random.default_rng(1), p)
     o, final = attend(p, method, initial_state=state)
     assert o.shape == (2, 2, 0, 40) and np.array_equal(final, state) and final is not state
@@ -133,8 +135,7 @@ def test_no_sequence(method):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_sequences_of_a_batch_do_not_touch(method, kind, dtype):
     p = problem(B=3, kind=kind, dtype=DTYPES[dtype])
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     o, state = attend(p, method)
     for b in range(3):
         alone = {name: x[b : b + 1] if isinstance(x, np.ndarray) else x for name, x in p.items()}
@@ -169,8 +170,7 @@ def test_what_is_not_finite_stays_in_its_packed_sequence(method, name):
 @given(t=st.integers(0, 149), kind=kinds, dtype=st.sampled_from(["f64", "f32", "f16"]))
 def test_no_output_depends_on_later_tokens(method, t, kind, dtype):
     p = problem(kind=kind, dtype=DTYPES[dtype])
-    if not serves(method, p):
-        return
+    assume(serves(method, p))
     before = attend(p, method)[0]
     for name in "qkv":
         p[name][:, :, t:] = normal(np.random.default_rng(2), p[name][:, :, t:].shape, DTYPES[dtype])
@@ -205,8 +205,7 @@ def test_answers_do_not_depend_on_the_run_or_the_threads(method, dtype, B, H):
 @given(a=st.floats(-4, 4), b=st.floats(-4, 4), heads=heads_of, kind=kinds)
 def test_linear_in_v_and_the_initial_state(method, a, b, heads, kind):
     p = problem(heads=heads, kind=kind)
-    if not serves(method, p):
-        return
+    assume(serves(method, p))
     rng = np.random.default_rng(1)
     other, s1, s2 = normal(rng, p["v"].shape, np.float64), states(rng, p), states(rng, p)
     o1, f1 = attend(p, method, initial_state=s1)
@@ -241,8 +240,7 @@ def test_a_decay_per_token_may_be_constant(method, dtype):
     p = problem(dtype=DTYPES[dtype], kind="[B,Hs]")
     constant = np.ascontiguousarray(np.broadcast_to(p["log_decay"][..., None], (2, 2, 150)))
     tolerance = 2 * max(TOLERANCE[dtype])
-    if not serves(method, p | {"log_decay": constant}):
-        return
+    require(serves(method, p | {"log_decay": constant}))
     assert close(attend(p | {"log_decay": constant}, method), attend(p, method), tolerance)
     assert same(
         attend(p | {"log_decay": np.broadcast_to(p["log_decay"][..., None], (2, 2, 150))}, method),
@@ -262,8 +260,7 @@ def test_scale_multiplies_the_output_alone(method):
 @pytest.mark.parametrize("kind", ["[Hs]", "[B,Hs,N]"])
 def test_grouped_heads_are_repeated_heads(method, heads, kind):
     p = problem(heads=heads, kind=kind)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     H, Hs = max(heads), max(heads[1:])
     repeated = p | {name: np.repeat(p[name], H // p[name].shape[1], axis=1) for name in "qkv"}
     repeated["log_decay"] = np.repeat(p["log_decay"], H // Hs, axis=0 if kind == "[Hs]" else 1)
@@ -279,7 +276,7 @@ def bnhd(x):
 
 
 def fused(p):
-    """q, k and v as slices of one buffer [B, N, H, 2 K + V], as a projection writes them."""
+    """q, k and v as slices of one buffer [B, N, H, 2 K + V], the output of one projection."""
     buffer = np.concatenate([p[name].swapaxes(1, 2) for name in "qkv"], axis=-1)
     K = p["q"].shape[-1]
     return {"q": buffer[..., :K], "k": buffer[..., K : 2 * K], "v": buffer[..., 2 * K :]}
@@ -300,16 +297,14 @@ STRIDES = {
 @pytest.mark.parametrize("kind", ["[B,Hs]", "[B,Hs,N]"])
 def test_strides_change_nothing(method, kind, strides, dtype):
     p = problem(dtype=DTYPES[dtype], kind=kind)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     assert same(attend(p | STRIDES[strides](p), method), attend(p, method))
 
 
 @pytest.mark.parametrize("kind", ["[B,Hs]", "[B,Hs,N]"])
 def test_strided_decays_states_and_offsets(method, kind):
     p = problem(dtype=np.float32, kind=kind)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     state, ends = states(np.random.default_rng(1), p), np.array([0, 40, 150], np.int64)
     one = {name: x[:1] if isinstance(x, np.ndarray) else x for name, x in p.items()}
     want, packed = attend(p, method, initial_state=state), attend(one, method, cu_seqlens=ends)
@@ -330,8 +325,7 @@ def test_broadcast_heads(method):
 @pytest.mark.parametrize("kind", ["[Hs]", "[B,Hs,N]"])
 def test_layouts_differ_in_strides_only(method, kind):
     p = problem(heads=(4, 2, 1), dtype=np.float32, kind=kind)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     o, state = attend(p, method)
     decay = {"log_decay": bnhd(p["log_decay"])} if kind == "[B,Hs,N]" else {}
     other = attend(p | {name: bnhd(p[name]) for name in "qkv"} | decay, method, layout="bnhd")
@@ -360,12 +354,12 @@ def test_dtypes_of_the_results(method, dtype):
 
 
 def test_offsets_have_64_bits(method):
-    """Sequences and tokens that lie more than 2^31 elements apart, in memory that is reserved and hardly touched."""
+    """Sequences and tokens more than 2^31 elements apart, in reserved, mostly untouched memory."""
     reserve = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     space = np.frombuffer(mmap.mmap(-1, 2 * ((1 << 33) + (1 << 12)), flags=reserve), np.float16)
     p = problem(B=2, heads=(1, 1, 1), N=3, K=8, V=8, dtype=np.float16)
 
-    def far(x, start, apart):  # apart: elements from one sequence, and from one token, to the next
+    def far(x, start, apart):  # apart: distances in elements between sequences and between tokens
         shape, size = x.shape, x.itemsize
         strides = (apart[0] * size, shape[2] * 8 * size, apart[1] * size, size)
         view = np.lib.stride_tricks.as_strided(space[start:], shape, strides)
@@ -384,8 +378,7 @@ def test_no_output_depends_on_later_decays(method):
     """Slow decays are computed another way than fast ones, token by token."""
     p = problem(dtype=np.float32, N=40, kind="[B,Hs,N]")
     p["log_decay"] = np.full((2, 2, 40), -0.001, np.float32)
-    if not serves(method, p):
-        return
+    require(serves(method, p))
     before = attend(p, method)[0]
     for t in range(1, 9):
         later = p["log_decay"].copy()

@@ -111,6 +111,39 @@ def test_a_kernel_opens_with_its_idea(path):
     assert "arXiv:" in header.group() and "flop" in header.group()
 
 
+def prose(path):
+    """The numbers and lines of a file's full-line comments or Markdown paragraphs.
+
+    Tables, code, formulas (indented), headings, links and pictures are not prose.
+    """
+    mark = {".md": "", ".py": "#", ".cmake": "#", ".txt": "#", ".toml": "#", "": "#"}.get(path.suffix, "//")
+    fenced = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not mark:
+            fenced ^= line.lstrip().startswith("```")
+            verbatim = fenced or line.startswith(("|", "#", "<", "[!", "![", "    "))
+        else:
+            comment = re.match(rf"\s*{mark}(?: (.*))?$", line)
+            verbatim = not comment or (comment[1] or "").startswith(("  ", "----", "|", "!", "clang-format", "noqa"))
+        if not verbatim:
+            yield number, line
+
+
+SUFFIXES = {".h", ".hpp", ".c", ".cpp", ".cu", ".cuh", ".def", ".py", ".md", ".cmake", ".toml"}
+FOLDERS = ("cpp", "python/leetcore", "tests", "bench", "examples", "docs", "cmake", ".ci")
+TEXTS = [
+    p
+    for p in (*ROOT.iterdir(), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*")))
+    if p.is_file() and not {"results", "lib"} & {*p.parts} and (p.suffix in SUFFIXES or p.name in {"CMakeLists.txt", "Makefile"})
+]
+
+
+def test_prose_is_wrapped_at_100_columns():
+    """The linter checks docstrings (W505). A long link has no space, so it cannot be wrapped."""
+    long = [f"{relative(p)}:{i}" for p in TEXTS for i, line in prose(p) if len(line) > 100 and " " in line.strip("/# ")]
+    assert not long, f"{len(long)} lines, of {len({x.split(':')[0] for x in long})} files: {long[:20]}"
+
+
 def test_array_frameworks_are_imported_where_they_are_served():
     frameworks = r"^\s*(?:import|from)\s+(torch|jax|cupy|ml_dtypes)\b"
     bad = [

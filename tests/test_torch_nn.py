@@ -1,4 +1,4 @@
-"""leetcore.torch.nn: a layer says the same of a sequence, of its pieces and of its tokens one by one."""
+"""leetcore.torch.nn: a layer gives the same results for a sequence, its pieces and its tokens."""
 
 import copy
 import io
@@ -66,7 +66,9 @@ def test_gradients_reach_every_parameter_and_flow_through_states(layer, x):
 
 def test_packed_sequences_do_not_see_each_other(layer, x):
     packed = layer(x.flatten(0, 1)[None], cu_seqlens=torch.tensor([0, N, 2 * N]))
-    if isinstance(layer, nn.Retention):  # its rotations run on: the same up to rounding, as only distances count
+    if isinstance(
+        layer, nn.Retention
+    ):  # its angles continue; only their differences count, so results agree up to rounding
         torch.testing.assert_close(packed[0].unflatten(0, (B, N)), layer(x), rtol=1e-10, atol=1e-10)
     else:
         torch.testing.assert_close(packed[0].unflatten(0, (B, N)), layer(x), rtol=1e-12, atol=1e-12)
@@ -210,7 +212,7 @@ def test_steps_need_no_grad(layer, x):
         layer.step(x[:, 0], layer.new_state(B))
 
 
-MASKS = {  # of two sequences
+MASKS = {  # for two sequences
     "left": [range(13, N), range(N)],
     "right": [range(N - 7), range(20)],
     "middle": [[*range(5), *range(9, 30), *range(31, N)], range(0, N, 2)],
@@ -221,7 +223,7 @@ MASKS = {  # of two sequences
 @pytest.mark.parametrize("shown", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("first", [False, True], ids=["continued", "first"])
 def test_padding_leaves_no_trace(layer, x, shown, first):
-    """Outputs, states and gradients are those of the packed sequences, even where padding is NaN or infinite."""
+    """Outputs, states and gradients are those of packed sequences, even with NaN at padding."""
     mask = torch.zeros(B, N, dtype=torch.bool if first else torch.int64)
     for b, places in enumerate(shown):
         mask[b, list(places)] = 1
@@ -237,7 +239,7 @@ def test_padding_leaves_no_trace(layer, x, shown, first):
     assert not y[~kept].any()
     got = [y[kept], padded.memory]
     alone = x[kept][None].requires_grad_()
-    if isinstance(layer, nn.Retention):  # a packed call rotates on from sequence to sequence; this one starts each at 0
+    if isinstance(layer, nn.Retention):  # angles continue over packed sequences, and start at 0 here
         parts, memories = [], []
         for b, part in enumerate(alone[0].split(kept.sum(1).tolist())):
             state = nn.State(packed.memory[b : b + 1], packed.position)
@@ -304,8 +306,11 @@ def test_a_saved_state_loads_with_weights_only(layer, x):
 
 @pytest.mark.parametrize("rotation", ["torchscale", "rope"])
 def test_retention_is_that_of_torchscale_but_for_the_angles(x, rotation):
-    """The quadratic form of arXiv:2307.08621, with the angles and names of parameters of torchscale's RetNet
-    (github.com/microsoft/torchscale, torchscale/architecture/retnet.py and component/multiscale_retention.py)."""
+    """The quadratic form of arXiv:2307.08621, with torchscale's angles and names of parameters.
+
+    They are in torchscale/architecture/retnet.py and component/multiscale_retention.py of
+    github.com/microsoft/torchscale.
+    """
     torch.manual_seed(0)
     H, K, V = 4, C // 4, C // 2
     names = {"q_proj": H * K, "k_proj": H * K, "v_proj": H * V, "g_proj": H * V}

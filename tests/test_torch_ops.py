@@ -1,4 +1,4 @@
-"""leetcore.torch: the operators under everything that torch does to operators."""
+"""leetcore.torch: the operators with gradients, transforms, compilation, tracing and autocast."""
 
 import functools
 import importlib
@@ -46,7 +46,7 @@ def problem(B=2, H=3, N=7, K=4, V=5, dtype=torch.float64, decay="head", state=Tr
 
 
 def gradients(call, given, seed=0):
-    """Of a random linear function of all results, by the tensors of `given`."""
+    """The gradients of a random linear function of all results, by the tensors of `given`."""
     results = call(**given)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def gradients(call, given, seed=0):
 
 
 def definition(q, k, v, log_decay, initial_state, scale=1.0):
-    """The recurrence as it is written, for torch's own autograd; a decay [H], as many heads everywhere."""
+    """The recurrence for torch's own autograd; decay [H], equal numbers of heads."""
     state, outputs = initial_state, []
     for t in range(q.shape[2]):
         state = torch.exp(log_decay)[:, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
@@ -253,7 +253,7 @@ def test_vmap_is_a_loop():
 
 
 def test_gradients_pass_through_vmap():
-    """Of torch.func and of plain autograd. torch 2.5 loses them."""
+    """The gradients are those of torch.func and of plain autograd. torch 2.5 loses them."""
     q, k, v, g = (torch.stack([x.detach(), -x.detach()]) for x in list(problem(state=False).values()))
     g = -g.abs()
     each = [torch.func.grad(loss)(*x) for x in zip(q, k, v, g, strict=True)]
@@ -345,7 +345,7 @@ def test_a_torch_without_the_names_of_transforms(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"^torch\.func: expected a torch whose transforms .*, got "):
         torch.func.grad(loss)(q, k, v, None)
     monkeypatch.setattr(autograd, "_transforms_are_active", lambda: False)
-    with pytest.raises(RuntimeError, match="setup_context"):  # by torch: nothing is computed in silence
+    with pytest.raises(RuntimeError, match="setup_context"):  # torch raises it; no wrong result is computed
         torch.func.grad(loss)(q, k, v, None)
 
 
@@ -365,7 +365,7 @@ try:
     leetcore.tourch
 except AttributeError as error:
     assert str(error) == "module 'leetcore' has no attribute 'tourch'"
-first = leetcore.torch.linear_attention  # loads where it is first used
+first = leetcore.torch.linear_attention  # the first use loads the module
 import torch
 q = torch.randn(1, 2, 9, 8, requires_grad=True)
 gradient = lambda call: torch.autograd.grad(call(q, q, q, -0.1).sum(), q)[0]
@@ -431,7 +431,7 @@ def test_fx_traces_calls():
             for got, want in zip(traced(q, log_decay, state), call(q, log_decay, state), strict=True):
                 assert torch.equal(got, want)
     q = torch.randn(1, 2, 9, 8)
-    given = torch.fx.symbolic_trace(lambda g: linear_attention(q, q, q, g))  # where only a decay is unknown
+    given = torch.fx.symbolic_trace(lambda g: linear_attention(q, q, q, g))  # only the decay is a proxy
     assert torch.equal(given(torch.tensor(-0.1)), linear_attention(q, q, q, -0.1))
 
 
@@ -588,6 +588,13 @@ def test_autocast_while_decoding():
     with torch.autocast("cpu", torch.bfloat16):
         o = decode_step(x, x, x, state, torch.full((3,), -0.5, dtype=torch.bfloat16))
     assert o.dtype == torch.bfloat16 and state.dtype == torch.float32 and state.any()
+
+
+def test_autocast_while_decoding_updates_a_state_of_16_bits():
+    x, state = torch.randn(2, 3, 8), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        decode_step(x, x, x, state, -0.5)
+    assert state.any()
 
 
 def test_flop_of_forward_backward_and_decoding():

@@ -1,4 +1,4 @@
-"""leetcore.torch.integrations.transformers: a patched MiniMax says what the unpatched one says."""
+"""leetcore.torch.integrations.transformers: a patched MiniMax gives the results of the original."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ VOCABULARY, B, N, PADDED = 97, 2, 90, 37
 
 @pytest.fixture(scope="module")
 def models():
-    """One of four layers, two of them linear, in float32: as transformers has it, and patched."""
+    """A MiniMax of four layers, two of them linear, in float32: original and patched."""
     torch.manual_seed(0)
     config = MiniMaxConfig(
         vocab_size=VOCABULARY,
@@ -100,7 +100,7 @@ def test_generate_gives_the_same_tokens(models, tokens, options):
         torch.manual_seed(0)
         results.append(model.generate(ids[:, :60], **given))
     assert torch.equal(*results)
-    assert len(set(results[0][0, 60:].tolist())) > 4  # not one token for ever
+    assert len(set(results[0][0, 60:].tolist())) > 4  # the model does not repeat one token
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -151,7 +151,7 @@ def test_unpatch(models):
 
 
 def hooked(layer):
-    """What accelerate does to a layer that it moves between devices; how often the hook was called."""
+    """Wraps a layer as accelerate does to move it; returns the calls of the hook."""
     calls = []
 
     def forward(layer, *arguments, **options):
@@ -172,7 +172,7 @@ def test_hooks_around_a_layer_stay_around_it(models, monkeypatch, removed):
         layer.forward = layer.__dict__.pop("_old_forward")
     ours, linear_attention = [], integration.linear_attention
     monkeypatch.setattr(integration, "linear_attention", lambda *a, **o: ours.append(a) or linear_attention(*a, **o))
-    for change, by_us in ((patch, 1), (unpatch, 1)):  # calls of ours so far
+    for change, by_us in ((patch, 1), (unpatch, 1)):  # calls of the patched forward so far
         assert change(layer) == 1
         layer(x, None, None)
         assert len(ours) == by_us
@@ -230,7 +230,7 @@ def test_patching_twice_is_patching_once(models):
 
 @torch.no_grad()
 def test_compiled_whole(models, tokens):
-    """Prefill with a mask and without, and decoding, have one graph, with the results of eager code."""
+    """Prefill with and without a mask, and decoding, have one graph and the eager results."""
     ids, mask = tokens
     model = models[1]
     for given in ({}, {"attention_mask": mask}):
@@ -297,7 +297,7 @@ def small(layer_types, layers=4):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("back", [False, True])
 def test_rounded_slopes_are_recognised_and_decays_exact(dtype, back):
-    """The slopes of a last layer are subnormal in float16; a patched model that is cast keeps its decays, too."""
+    """The last layer's slopes are subnormal in float16; a cast patched model keeps its decays."""
     model = MiniMaxForCausalLM(small(["full_attention"] * 3 + ["linear_attention"]))
     layer = model.model.layers[3].self_attn
     want = decay.minimax(8, 3, 4)
@@ -314,7 +314,7 @@ def test_rounded_slopes_are_recognised_and_decays_exact(dtype, back):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_layer_with_one_less_in_its_factor(dtype):
-    """A later transformers divides by layers - 1; what its slopes are decides, not its version."""
+    """A later transformers divides by layers - 1. Its slopes decide the decay, not its version."""
     model = MiniMaxForCausalLM(small(["linear_attention"] * 3, 3))
     for layer in (x.self_attn for x in model.model.layers):
         slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64) * (1 - layer.layer_idx / 2 + 1e-5)

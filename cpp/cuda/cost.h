@@ -1,4 +1,4 @@
-// cost.h - what a call costs on a GPU: a model good enough to choose a method by, until one is measured.
+// cost.h - predicts the cost of a call on a GPU, to choose a method if there is no measurement.
 #pragma once
 #include <cmath>
 
@@ -8,13 +8,14 @@
 
 namespace lc::cuda {
 
-// What a method does, see methods.h, and how: blocks of which each takes so many steps, one after the other.
+// The work of a method (see methods.h), and its launches: each block takes `steps` steps, one after
+// another.
 struct Work {
   double flop, extra_bytes, depth;
   double launches, blocks, steps, step_us;
 };
 
-// Blocks of one processor run beside one another; `resident` of them at the most.
+// `resident` is the largest number of blocks that run on one processor at once.
 inline Cost predict(const Problem& p, const Work& work, double resident = 2) {
   const Limits& l = limits(p.device.id);
   constexpr double kLaunchUs = 3;

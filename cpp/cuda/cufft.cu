@@ -1,5 +1,5 @@
-// cufft.cu - cufft.h. The few entry points are declared here, as cuFFT's documentation has them ("cuFFT API
-// Reference"); they are the same in cuFFT 11 (CUDA 12) and 12 (CUDA 13).
+// cufft.cu - implements cufft.h. The entry points are declared here, as in the "cuFFT API
+// Reference". They are the same in cuFFT 11 (CUDA 12) and cuFFT 12 (CUDA 13).
 #include "cufft.h"
 
 #include <dlfcn.h>
@@ -33,13 +33,17 @@ struct Cufft {
 
 bool readable(const std::string& path) { return access(path.c_str(), R_OK) == 0; }
 
-// What dlopen takes, or nothing. In this order: the user's own choice, what the process has loaded already, wheels
-// beside this library (it lies in site-packages/leetcore), the toolkit, the loader's own search, which has to load it.
+// A name for dlopen, or an empty string. Searches in this order: the user's choice, libraries that
+// the process has loaded, wheels next to this library (which is in site-packages/leetcore), the
+// toolkit, the loader's own search. Only the last search has to load the library.
 std::string find() {
   if (const std::string& wish = environment().cufft; !wish.empty())
     return wish.find('/') == std::string::npos || readable(wish) ? wish : "";
   for (const char* soname : kSonames)
-    if (void* library = dlopen(soname, RTLD_LAZY | RTLD_NOLOAD)) return dlclose(library), soname;
+    if (void* library = dlopen(soname, RTLD_LAZY | RTLD_NOLOAD)) {
+      dlclose(library);
+      return soname;
+    }
 
   Dl_info self;
   if (dladdr(reinterpret_cast<void*>(&cufft_missing), &self)) {
@@ -57,7 +61,7 @@ std::string find() {
   return "";
 }
 
-const std::string& place() {
+const std::string& library_path() {
   static const std::string found = find();
   return found;
 }
@@ -70,7 +74,7 @@ void resolve(void* library, F*& f, const char* name) {
 
 const Cufft& cufft() {
   static const Cufft loaded = [] {
-    void* library = dlopen(place().c_str(), RTLD_LAZY);
+    void* library = dlopen(library_path().c_str(), RTLD_LAZY);
     if (!library) fail(LC_DEVICE, "cuFFT: %s", dlerror());
     Cufft c;
     resolve(library, c.create, "cufftCreate");
@@ -97,7 +101,7 @@ struct Plan {
   size_t work_bytes;
 };
 
-// One call at a time: a plan holds its stream and its work area from when they are set to when they are used.
+// Serializes calls: a plan keeps its stream and its work area from one call of cuFFT to the next.
 std::mutex mutex;
 
 Plan make(const Transforms& t) {
@@ -114,7 +118,7 @@ Plan make(const Transforms& t) {
   return plan;
 }
 
-// Never destroyed: that would synchronise, and take from a CUDA graph what it uses.
+// Plans are never destroyed: this would synchronize, and free memory that a CUDA graph uses.
 const Plan& plan_of(int device, const Transforms& t) {
   static std::map<std::tuple<int, bool, int64_t, int64_t>, Plan> plans;
   const auto key = std::make_tuple(device, t.f64, t.points, t.batch);
@@ -129,9 +133,9 @@ const Plan& plan_of(int device, const Transforms& t) {
 }  // namespace
 
 const char* cufft_missing() {
-  return place().empty() ? "needs cuFFT, which was not found: pip install nvidia-cufft, or name its file in the "
-                           "environment variable LEETCORE_CUFFT"
-                         : nullptr;
+  return library_path().empty() ? "needs cuFFT, which was not found: pip install nvidia-cufft, or name its file in the "
+                                  "environment variable LEETCORE_CUFFT"
+                                : nullptr;
 }
 
 size_t transform_bytes(int device, const Transforms& t) {

@@ -1,4 +1,5 @@
-// device.cu - device.h on the CUDA runtime. Linked statically: no driver is needed until the first call for a device.
+// device.cu - implements device.h on the CUDA runtime, which is linked statically. No driver is
+// needed until the first call for a device.
 #include "device.h"
 
 #include <cuda_runtime.h>
@@ -13,7 +14,7 @@ constexpr int kMostDevices = 64, kLeastCapability = 80;
 
 void check(cudaError_t error, int device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not for the caller's next call
+  cudaGetLastError();  // clears the error, so that the caller's next call does not report it
   fail(LC_DEVICE, "CUDA device %d: %s", device, cudaGetErrorString(error));
 }
 
@@ -55,7 +56,7 @@ Limits read(int device) {
   l.shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   l.shared_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   l.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  // kHz; two transfers a clock, 128 (or 64) fused multiply-adds a processor and clock.
+  // Clocks are in kHz. Memory has two transfers per clock, a processor 128 (or 64) FMA per clock.
   const double memory_mhz = attribute(cudaDevAttrMemoryClockRate, device) / 1e3;
   const double core_mhz = attribute(cudaDevAttrClockRate, device) / 1e3;
   l.bytes_per_us = 2 * memory_mhz * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8;
@@ -82,7 +83,7 @@ const Limits& limits(int device) {
 }
 
 void launch_failed(const Problem& p, const char* kernel, const char* why) {
-  // An error that every call meets is of earlier work, ours or not, and reported only now.
+  // An error that every call reports was caused by earlier work, of this library or of others.
   size_t free, total;
   const cudaError_t lasting = cudaMemGetInfo(&free, &total);
   cudaGetLastError();

@@ -1,4 +1,5 @@
-// launch.h - what launchers (kernels/*/*.cu) share: a run-time type as a template argument, a checked launch.
+// launch.h - shared by launchers (kernels/*/*.cu): a run-time type as a template argument, and a
+// checked launch.
 #pragma once
 #include "../methods.h"
 #include "../simt/simt.h"
@@ -8,7 +9,7 @@ namespace lc::cuda {
 
 using namespace simt;
 
-// f(E()) with the type of p's inputs.
+// Calls f(E()) with the C++ type of a Type.
 template <class F>
 void with_type(Type type, F&& f) {
   switch (type) {
@@ -23,14 +24,14 @@ void with_type(Type type, F&& f) {
   }
 }
 
-// q heads that one block works through: one, or all that share a state where that is updated in place: a block may not
-// write it while another has to read it.
+// q heads of one block: one, or all q heads of a state that is updated in place, since no block may
+// write the state while another block reads it.
 inline int heads_per_block(const Problem& p) {
   const bool in_place = p.initial_state && p.initial_state.data == p.final_state.data;
   return in_place ? int(group(p)) : 1;
 }
 
-// Puts kernel K on the problem's stream. An empty grid is no launch.
+// Launches kernel K on the problem's stream. Does nothing for an empty grid.
 template <class K>
 void start(const Problem& p, dim3 grid, int block, int smem, const typename K::Params& params) {
   if (!grid.x || !grid.y || !grid.z) return;

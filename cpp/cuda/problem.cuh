@@ -1,4 +1,4 @@
-// problem.cuh - a Problem as a kernel reads it: problem.h's helpers, through checked views.
+// problem.cuh - the helpers of problem.h for kernels, which read a Problem through checked views.
 #pragma once
 #include "../problem.h"
 #include "../simt/simt.h"
@@ -13,7 +13,8 @@ SIMT_DEV gptr<T> row(const View& w, int64_t b, int64_t h, int64_t n) {
   return {w.at<T>(b, h, n)};
 }
 
-// sequence() of problem.h. The host cannot check bounds that are on the device: here they are brought into [0, N].
+// sequence() of problem.h. The host cannot check cu_seqlens on the device, so the bounds are
+// clamped to [0, N] here.
 SIMT_DEV Sequence sequence_between(const Problem& p, int64_t begin, int64_t end) {
   begin = begin < 0 ? 0 : begin > p.N ? p.N : begin;
   end = end < begin ? begin : end > p.N ? p.N : end;
@@ -43,11 +44,11 @@ SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n
                                                  : double(row<const float>(p.log_decay, b, hs, n).ld(0)));
 }
 
-// 2^x - 1, exact where x is close to 0.
+// 2^x - 1, accurate for x close to 0.
 SIMT_DEV double ex2m1(double x) { return ::expm1(x * 0.6931471805599453); }
 SIMT_DEV float ex2m1(float x) { return ::expm1f(x * 0.693147181f); }
 
-// Sum over the lanes of a warp, for all of them.
+// Sum over the lanes of a warp, returned to all lanes.
 template <class T>
 SIMT_DEV T warp_sum(T x) {
   SIMT_UNROLL

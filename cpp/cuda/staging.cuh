@@ -1,4 +1,5 @@
-// staging.cuh - rows of global memory, widened, into shared memory: with any stride, any alignment and any length.
+// staging.cuh - copies rows of global memory, widened, to shared memory, for any stride, alignment
+// and length.
 #pragma once
 #include "../simt/simt.h"
 
@@ -6,13 +7,14 @@ namespace lc::cuda {
 
 using namespace simt;
 
-// n numbers that are loaded or stored at once.
+// n numbers that one instruction loads or stores.
 template <class T, int n>
 struct alignas(n * sizeof(T)) Packed {
   T x[n];
 };
 
-// Rows of n numbers in shared memory lie so far apart: the same four of eight neighbouring rows are in different banks.
+// Distance of rows of n numbers in shared memory, such that the same four numbers of eight adjacent
+// rows are in different banks.
 constexpr int padded(int n) { return n + 4; }
 
 // to[i][j] = f(i, from[i][j]) for i < n and j < columns, zeros in the rest of [kRows, kColumns].

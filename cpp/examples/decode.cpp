@@ -1,5 +1,6 @@
-// decode.cpp - serving with the C++ face: a prompt in one call, then token by token from the state it left behind.
-// Prints one line; exits 1 when the answers differ from a plain loop.
+// decode.cpp - serving with the C++ interface: the prompt in one call, then token by token from the
+// state after the prompt. Prints one line, and exits with 1 if the answers differ from a plain
+// loop.
 #include <cmath>
 #include <cstdio>
 #include <leetcore/leetcore.hpp>
@@ -9,7 +10,7 @@
 int main() try {
   constexpr int64_t B = 2, H = 3, K = 16, V = 32, prompt = 90, generated = 10, N = prompt + generated;
   constexpr double scale = 0.25;
-  const std::vector<float> log_decay = {-0.01f, -0.2f, -3.f};  // one for each head
+  const std::vector<float> log_decay = {-0.01f, -0.2f, -3.f};  // one per head
 
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -17,7 +18,7 @@ int main() try {
   for (auto* x : {&q, &k, &v})
     for (float& y : *x) y = normal(random);
 
-  // `tokens` tokens from token `first` on, out of arrays that hold all N of them.
+  // `count` tokens from token `first` on, in arrays that hold all N tokens.
   const auto tokens = [](std::vector<float>& x, int64_t first, int64_t count, int64_t width) {
     return leetcore::Tensor(x.data() + first * width, {B, H, count, width}, {H * N * width, N * width, width, 1});
   };

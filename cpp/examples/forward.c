@@ -1,5 +1,5 @@
-/* forward.c - the C ABI in one call: two sequences, four query heads that share two key and value heads, constant
- * decay. Prints one line; exits 1 when the answer differs from a plain loop. */
+/* forward.c - the C ABI: two sequences, four query heads that share two key and value heads, and a
+ * constant decay. Prints one line, and exits with 1 if the answer differs from a plain loop. */
 #include <leetcore/leetcore.h>
 #include <math.h>
 #include <stdio.h>
@@ -16,7 +16,7 @@ static void fill(float* x, size_t n) {
   for (i = 0; i < n; ++i) x[i] = 2.0f * (float)rand() / (float)RAND_MAX - 1.0f;
 }
 
-/* The definition, token by token, in double: returns the largest difference from o and state. */
+/* Computes the definition token by token. Returns the largest difference from o and state. */
 static double largest_error(void) {
   double worst = 0;
   int b, h, t, i, j;
@@ -41,18 +41,27 @@ static double largest_error(void) {
   return worst;
 }
 
-/* count tokens, from token first on, of an array [B, heads, N, width]; shape and strides stay with the caller. */
+/* `count` tokens from token `first` on, of an array [B, heads, N, width]. The caller owns shape and
+ * strides. */
 static lc_tensor tokens(void* data, int64_t shape[4], int64_t strides[4], int64_t heads, int64_t width, int64_t first,
                         int64_t count) {
   lc_tensor t = {NULL, {LC_CPU, 0}, 4, {LC_FLOAT, 32, 1}, NULL, NULL, 0};
-  shape[0] = B, shape[1] = heads, shape[2] = count, shape[3] = width;
-  strides[0] = heads * N * width, strides[1] = N * width, strides[2] = width, strides[3] = 1;
-  t.data = data, t.shape = shape, t.strides = strides;
+  shape[0] = B;
+  shape[1] = heads;
+  shape[2] = count;
+  shape[3] = width;
+  strides[0] = heads * N * width;
+  strides[1] = N * width;
+  strides[2] = width;
+  strides[3] = 1;
+  t.data = data;
+  t.shape = shape;
+  t.strides = strides;
   t.byte_offset = sizeof(float) * (uint64_t)(first * width);
   return t;
 }
 
-/* Both ops write the state; LC_DECODE reads it first. */
+/* Runs one op. Both ops write the state, and LC_DECODE reads it first. */
 static lc_status run(lc_op op, int64_t first, int64_t count) {
   int64_t shape[4][4], strides[4][4], decay_shape[] = {Hkv}, state_shape[] = {B, Hkv, K, V};
   const lc_tensor tq = tokens(q, shape[0], strides[0], Hq, K, first, count);
@@ -76,7 +85,7 @@ static lc_status run(lc_op op, int64_t first, int64_t count) {
   args.final_state = &ts;
   status = lc_workspace(&args, &args.workspace_bytes);
   if (status != LC_OK) return status;
-  memory = malloc(args.workspace_bytes + 64); /* the library wants it on a multiple of 64 bytes */
+  memory = malloc(args.workspace_bytes + 64); /* its address must be a multiple of 64 bytes */
   if (!memory) return LC_MEMORY;
   args.workspace = memory + (64 - (uintptr_t)memory % 64);
   status = lc_run(&args);

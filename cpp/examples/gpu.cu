@@ -1,5 +1,6 @@
-// gpu.cu - serving on a GPU with the C++ face: a prompt, then token after token from one CUDA graph. All memory and the
-// stream are the caller's. Prints one line; exits 1 when the answers differ from a plain loop, 77 without a GPU.
+// gpu.cu - serving on a GPU with the C++ interface: the prompt in one call, then token by token
+// with one CUDA graph. The caller owns all memory and the stream. Prints one line, and exits with 1
+// if the answers differ from a plain loop, or with 77 without a GPU.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,7 +15,7 @@ static void require(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// `count` floats on the device, from the host if given.
+// Allocates `count` floats on the device, and copies them from the host if `from` is given.
 static float* on_device(std::size_t count, const float* from = nullptr) {
   void* memory = nullptr;
   require(cudaMalloc(&memory, count * sizeof(float)));
@@ -24,7 +25,7 @@ static float* on_device(std::size_t count, const float* from = nullptr) {
 
 static int run() {
   constexpr int64_t B = 2, H = 3, K = 64, V = 32, prompt = 190, N = 200;
-  const std::vector<float> log_decay = {-0.01f, -0.2f, -3.f};  // one for each head
+  const std::vector<float> log_decay = {-0.01f, -0.2f, -3.f};  // one per head
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::vector<float> q(B * H * N * K), k(q.size()), v(B * H * N * V), o(v.size()), state(B * H * K * V);
@@ -67,7 +68,9 @@ static int run() {
                               B * H, cudaMemcpyDeviceToDevice, stream));
   };
   for (int64_t t = prompt; t < N; ++t) {
-    copy(q1, K, dq + t * K, N * K, K), copy(k1, K, dk + t * K, N * K, K), copy(v1, V, dv + t * V, N * V, V);
+    copy(q1, K, dq + t * K, N * K, K);
+    copy(k1, K, dk + t * K, N * K, K);
+    copy(v1, V, dv + t * V, N * V, V);
     require(cudaGraphLaunch(step, stream));
     copy(d_o + t * V, N * V, o1, V, V);
   }

@@ -1,10 +1,12 @@
-// simt.h - the GPU as a kernel sees it: the only header below the tile verbs. One kernel source, two worlds: nvcc turns
-// the primitives into PTX (simt_device.cuh), g++ into a SIMT emulator that watches every access (tests/simt). The two
-// never meet in one binary.
+// simt.h - the GPU as a kernel sees it. Kernels are written in these primitives and in the tile
+// verbs. A kernel has one source for two compilers: nvcc turns the primitives into PTX
+// (simt_device.cuh), g++ into a SIMT emulator that checks every access (tests/simt). No binary
+// contains both.
 //
-// A kernel is a struct with kName, kMaxThreads, kMinBlocks, a plain struct Params and static SIMT_DEV void run(const
-// Params&). Collectives (shuffles, votes, ldmatrix, mma, barriers) are for whole warps at one call site; a block is a
-// multiple of 32 threads; no thread returns before the last sync_cta; every cp.async is waited for.
+// A kernel is a struct with kName, kMaxThreads, kMinBlocks, a plain struct Params and a static
+// function SIMT_DEV void run(const Params&). All lanes of a warp call a collective (shuffle, vote,
+// ldmatrix, mma, barrier) at the same call site. A block is a multiple of 32 threads. No thread
+// returns before the last sync_cta. Every cp.async is waited for.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,7 +14,7 @@
 
 namespace simt {
 
-// The 16-bit formats are storage, and operands of the matrix unit.
+// The 16-bit formats, for storage and for operands of the matrix unit.
 struct bf16 {
   uint16_t bits;
 };
@@ -20,7 +22,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// What numbers of type E are summed in.
+// The type of sums of numbers of type E.
 template <class E>
 using Accumulator = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
@@ -38,7 +40,7 @@ SIMT_DEV int lane() { return tid() & 31; }
 SIMT_DEV int warp() { return tid() >> 5; }
 SIMT_DEV int nwarps() { return nthreads() >> 5; }
 
-// Storage to accumulator and back, to nearest even.
+// Converts storage to accumulator and back, rounding to nearest even.
 template <class E>
 SIMT_DEV Accumulator<E> widen(E x) {
   if constexpr (std::is_same_v<E, bf16> || std::is_same_v<E, f16>)

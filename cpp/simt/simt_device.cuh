@@ -1,6 +1,6 @@
-// simt_device.cuh - the primitives of simt.h as PTX: one function an instruction, named after it. Nothing else of
-// leetcore contains PTX. References: PTX ISA, sections "Data Movement", "Warp-level Matrix", "Parallel
-// Synchronization".
+// simt_device.cuh - the primitives of simt.h as PTX: one function per instruction, named after it.
+// No other file contains PTX. References: PTX ISA, sections "Data Movement", "Warp-level Matrix",
+// "Parallel Synchronization".
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,8 @@ using Stream = cudaStream_t;
 SIMT_DEV int tid() { return int(threadIdx.x); }
 SIMT_DEV int nthreads() { return int(blockDim.x); }
 SIMT_DEV dim3 bid() { return dim3(blockIdx.x, blockIdx.y, blockIdx.z); }
-// x, but the compiler does not know: what follows from it is computed again instead of kept in registers.
+// Returns x in a way that the compiler cannot see through. Values derived from it are computed
+// again instead of kept in registers.
 SIMT_DEV int fresh(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -27,7 +28,7 @@ SIMT_DEV int64_t fresh(int64_t x) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
-// Global memory. V is a vector of several T: its address must be a multiple of its size.
+// A view of global memory. V is a vector of several T; its address must be a multiple of its size.
 template <class T>
 struct gptr {
   T* p;
@@ -44,14 +45,14 @@ struct gptr {
   SIMT_DEV gptr sub(int64_t offset) const { return {p + offset}; }
 
  private:
-  // The compiler learns that this is global memory, wherever the pointer came from.
+  // Tells the compiler that the pointer is to global memory.
   SIMT_DEV T* at(int64_t i) const {
     __builtin_assume(__isGlobal(p));
     return p + i;
   }
 };
 
-// Shared memory: n numbers, which the emulator checks.
+// A view of n numbers in shared memory. The emulator checks n.
 template <class T>
 struct sptr {
   T* p;
@@ -69,7 +70,7 @@ struct sptr {
   SIMT_DEV uint32_t address(int i) const { return uint32_t(__cvta_generic_to_shared(p + i)); }
 };
 
-// Cuts the launch's dynamic shared memory, front to back.
+// Allocates the launch's dynamic shared memory, front to back.
 struct Smem {
   int used = 0;
   template <class T>
@@ -86,7 +87,7 @@ struct Smem {
 
 SIMT_DEV void sync_cta() { __syncthreads(); }
 SIMT_DEV void sync_warp() { __syncwarp(); }
-// Barrier id (1 to 15) for n threads of the block, a multiple of 32.
+// Barrier `id` (1 to 15) for n threads of the block, a multiple of 32.
 SIMT_DEV void sync_named(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 
 // ---- warp collectives ---------------------------------------------------------------------------
@@ -113,14 +114,14 @@ SIMT_DEV bool vote_all(bool x) { return __all_sync(~0u, x); }
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-// 2^x; the float one is within 2 units of the last place, and flushes results below 2^-126.
+// 2^x. The float version is within 2 units of the last place and flushes results below 2^-126 to 0.
 SIMT_DEV float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 SIMT_DEV double ex2(double x) { return exp2(x); }
-// Of pi x, exact to the last places at both ends of 0 <= x <= 1 and in the middle.
+// Sine and cosine of pi x, accurate at both ends of 0 <= x <= 1 and in the middle.
 SIMT_DEV double sin_pi(double x) { return sinpi(x); }
 SIMT_DEV double cos_pi(double x) { return cospi(x); }
 SIMT_DEV float mul_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -165,7 +166,8 @@ template <class E>
 SIMT_DEV float2 unpack2(uint32_t u) {
   return {to_float(E{uint16_t(u)}), to_float(E{uint16_t(u >> 16)})};
 }
-// To tf32 (10 bits of mantissa), nearest with ties away from zero; the result is a float whose other bits are zero.
+// Rounds to tf32 (10 bits of mantissa), to nearest with ties away from zero. The other bits of the
+// result are zero.
 SIMT_DEV float to_tf32(float x) {
   uint32_t u;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
@@ -174,14 +176,15 @@ SIMT_DEV float to_tf32(float x) {
 
 // ---- cp.async -----------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory: the first `valid` from the source, zeros behind them.
+// Copies 16 bytes from global to shared memory: the first `valid` bytes from the source, then
+// zeros.
 template <class T, class U>
 SIMT_DEV void cp_async16(sptr<T> to, int at, gptr<U> from, int64_t i, int valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(at)), "l"(from.p + i), "r"(valid)
                : "memory");
 }
 SIMT_DEV void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's groups are under way.
+// Waits until at most N of this thread's groups are pending.
 template <int N>
 SIMT_DEV void cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -189,7 +192,7 @@ SIMT_DEV void cp_wait() {
 
 // ---- matrix unit --------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices of 16-bit numbers. Lane l names row l % 8 of matrix l / 8.
 template <class T>
 SIMT_DEV void ldmatrix_x4(uint32_t (&r)[4], sptr<T> s, int i) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -204,14 +207,14 @@ SIMT_DEV void ldmatrix_x4_trans(uint32_t (&r)[4], sptr<T> s, int i) {
                : "r"(s.address(i))
                : "memory");
 }
-// The transposed 8x8 matrix of which lane l holds the pair (l / 4, 2 (l % 4)).
+// Transposes an 8x8 matrix, of which lane l holds the pair from (l / 4, 2 (l % 4)) on.
 SIMT_DEV uint32_t movmatrix_trans(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
-// c += a b for a warp, float sums. E: bf16, f16 (m16n8k16), or float read as tf32 (m16n8k8).
+// c += a b by a warp, with float sums. E: bf16, f16 (m16n8k16), or float read as tf32 (m16n8k8).
 template <class E>
 struct Mma;
 template <>
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, K::kMinBlocks) entry(const __g
   K::run(p);
 }
 
-// Puts the kernel on the stream; nullptr, or what the runtime says went wrong.
+// Launches the kernel on the stream. Returns nullptr, or the error of the runtime.
 template <class K>
 const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
   cudaError_t error = cudaSuccess;
@@ -263,7 +266,7 @@ const char* launch(dim3 grid, int block, int smem, Stream stream, const typename
     error = cudaLaunchKernel(entry<K>, grid, dim3(unsigned(block)), arguments, size_t(smem), stream);
   }
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // not for the next call
+  cudaGetLastError();  // clears the error
   return cudaGetErrorString(error);
 }
 

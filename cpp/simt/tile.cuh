@@ -1,28 +1,32 @@
-// tile.cuh - the tile verbs of the GPU, on the primitives of simt.h: lanes, swizzles and fragment layouts, here and
-// nowhere else.
+// tile.cuh - the tile verbs of the GPU, on the primitives of simt.h. Only this file knows lanes,
+// swizzles and the layout of fragments.
 //
-// A Shared tile lies in shared memory. A Strip is some rows of a matrix that one warp holds as float32 sums. The left
-// side of a product comes in pieces of 16 x 16: rows of a Shared tile (operand), its columns (operand_t), or a Strip.
-// The matrix unit reads bf16, f16, tf32 (10 bits of mantissa), or float: three tf32 products that make a float32 one.
+// A Shared tile is in shared memory. A Strip is some rows of a matrix, held by one warp as float32
+// sums. The left side of a product consists of pieces of 16 x 16: rows of a Shared tile (operand),
+// its columns (operand_t), or a Strip. The matrix unit reads bf16, f16 or tf32 (10 bits of
+// mantissa). A float product is made of three tf32 products.
 //
-// Layouts: PTX ISA, "Matrix fragments for mma". Lane (g, t) = (lane / 4, lane % 4) holds the pair of columns 2t, 2t + 1
-// of row g in sums and in 16-bit operands alike. For tf32 the two numbers of a pair sit at k = t and t + 4 of an
-// m16n8k8: any order of k will do that both sides share. So sums become operands, and 16-bit fragments become tf32
-// ones, in registers of the same lane.
+// Layouts: PTX ISA, "Matrix fragments for mma". Lane (g, t) = (lane / 4, lane % 4) holds the pair
+// of columns 2t, 2t + 1 of row g, in sums and in 16-bit operands. For tf32 the two numbers of a
+// pair are at k = t and t + 4 of an m16n8k8: any order of k is right if both sides share it. So
+// sums become operands, and 16-bit fragments become tf32 fragments, without leaving the registers
+// of a lane.
 #pragma once
 #include "simt.h"
 
 namespace simt {
 
-// Of operands only: in memory they are floats. The unit ignores the low 13 bits of a number: cuts it.
+// A kind of operand, stored as float. The matrix unit ignores the low 13 bits of a number.
 struct tf32 {};
-// A number rounded to X and what is left of it, as X: two products, with twice as many digits.
+// A kind of operand: a number rounded to X, and the remainder as X. It takes two products and has
+// twice the digits.
 template <class X>
 struct Twice {};
-// Cut, this is x to nearest: up to a quarter of the last place, on average. A multiplication, where cvt.rna takes four
-// instructions; exact numbers stay exact, and what is not finite stays so.
+// x such that the matrix unit reads it rounded to nearest, to a quarter of the last place on
+// average. This is one multiplication; cvt.rna takes four instructions. tf32 numbers stay exact,
+// and infinities and NaN stay as they are.
 SIMT_DEV float near_tf32(float x) { return x * (1 + 0.7f / 2048); }
-// x without the bits that the unit ignores.
+// x without the bits that the matrix unit ignores.
 SIMT_DEV float cut_tf32(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
@@ -33,13 +37,14 @@ SIMT_DEV float cut_tf32(float x) {
 template <class X>
 inline constexpr bool is_16_bit = sizeof(X) == 2;
 
-// Where a lane stands in a fragment, found anew by every verb: there are too many such numbers to keep them.
+// The position of a lane in a fragment. Every verb computes it again, since these numbers would
+// take many registers.
 struct Lane {
   int l = fresh(lane());
   SIMT_DEV int row() const { return l >> 2; }        // g
   SIMT_DEV int pair() const { return 2 * (l & 3); }  // 2t
-  // The row and the column that this lane names for an ldmatrix of 16 x 16: of the matrices 0 1 / 2 3 one below the
-  // other first, or side by side first.
+  // The row and the column that this lane names for an ldmatrix of 16 x 16. `down`: matrices 0 and
+  // 1 are one below the other; `across`: they are side by side.
   SIMT_DEV int down_row() const { return l & 15; }
   SIMT_DEV int down_column() const { return (l >> 4) * 8; }
   SIMT_DEV int across_row() const { return (l & 7) + (l >> 4) * 8; }
@@ -48,14 +53,16 @@ struct Lane {
 
 // ---- tiles in shared memory ---------------------------------------------------------------------
 
-// [R, C]: each row in units of 16 bytes, permuted so that what a warp reads or writes at once is in different banks.
+// [R, C]: each row in units of 16 bytes, which are permuted such that one access of a warp meets
+// different banks.
 template <class E, int R, int C>
 struct Shared {
   static constexpr int kUnit = 16 / int(sizeof(E)), kSize = R * C;
   static_assert(C % (8 * kUnit) == 0, "8 units of 16 bytes are permuted");
   sptr<E> s;
 
-  // Element (i0 + i, j0 + j): i0 a multiple of 8; j0 of 16 and j < 16, or j0 of a unit and j = 0.
+  // Index of element (i0 + i, j0 + j). i0 is a multiple of 8. j0 is a multiple of 16 and j < 16, or
+  // j0 is a multiple of a unit and j = 0.
   static SIMT_DEV int at(int i0, int j0, int i, int j) {
     const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
     return (i0 + i) * C + unit * kUnit + j % kUnit;
@@ -67,13 +74,14 @@ struct Shared {
   }
 
  private:
-  // 16 bits: for ldmatrix, 8 rows of one unit. 32 bits: for pairs in rows 0 to 3 or 4 to 7, and for numbers in rows
-  // 0, 2, 4, 6 or 1, 3, 5, 7, in two units each.
+  // 16 bits: ldmatrix reads 8 rows of one unit. 32 bits: a warp reads pairs in rows 0 to 3 or 4 to
+  // 7, and numbers in rows 0, 2, 4, 6 or 1, 3, 5, 7, in two units each.
   static SIMT_DEV int turn(int i) { return is_16_bit<E> ? i & 7 : (i & 6) ^ (i & 1) << 2; }
 };
 
-// Copies n rows of `columns` numbers, `stride` apart, to the tile, zeros behind them up to column `wide`, a multiple of
-// 16: by cp.async where all are `aligned` to 16 bytes; cp_commit and cp_wait are the caller's.
+// Copies n rows of `columns` numbers, `stride` apart, to the tile, and zeros after them up to
+// column `wide`, a multiple of 16. Uses cp.async if all rows are `aligned` to 16 bytes. The caller
+// does cp_commit and cp_wait.
 template <class E, int R, int C>
 SIMT_DEV void load_async(const Shared<E, R, C>& t, gptr<const E> from, int64_t stride, int n, int columns, bool aligned,
                          int wide = C) {
@@ -171,9 +179,15 @@ SIMT_DEV void add_columns(sptr<float> to, int j0, const Strip<R, C>& a, float we
   for (int n = 0; n < C / 8; ++n) {
     float2 sum{0, 0};
     SIMT_UNROLL
-    for (int m = 0; m < R / 16; ++m) sum.x += a.x[m][n][0] + a.x[m][n][2], sum.y += a.x[m][n][1] + a.x[m][n][3];
+    for (int m = 0; m < R / 16; ++m) {
+      sum.x += a.x[m][n][0] + a.x[m][n][2];
+      sum.y += a.x[m][n][1] + a.x[m][n][3];
+    }
     SIMT_UNROLL
-    for (int d = 4; d < 32; d *= 2) sum.x += shfl_xor(sum.x, d), sum.y += shfl_xor(sum.y, d);
+    for (int d = 4; d < 32; d *= 2) {
+      sum.x += shfl_xor(sum.x, d);
+      sum.y += shfl_xor(sum.y, d);
+    }
     const int j = j0 + 8 * n + lane.pair();
     if (!lane.row()) {
       const auto x = to.ldv<float2>(j);
@@ -183,7 +197,7 @@ SIMT_DEV void add_columns(sptr<float> to, int j0, const Strip<R, C>& a, float we
   sync_warp();
 }
 
-// t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32; i0 a multiple of 8, j0 of 16.
+// t_(i0 + i)(j0 + j) = a_ij as E, or rounded to tf32. i0 is a multiple of 8, j0 of 16.
 template <class X, class E, int R, int C, int R2, int C2>
 SIMT_DEV void store(const Shared<E, R2, C2>& t, int i0, int j0, const Strip<R, C>& a) {
   const Lane lane;
@@ -219,7 +233,8 @@ SIMT_DEV void store_t(const Shared<E, C, C2>& t, int j0, const Strip<R, C>& a) {
     }
   }
 }
-// One warp writes columns [j0, j0 + kWide) of n rows, those below `columns` of them, to rows that are `stride` apart.
+// Writes columns [j0, j0 + kWide) of n rows to rows that are `stride` apart, by one warp. Writes
+// only the first `columns` of the columns.
 template <int kWide, class E, int R, int C>
 SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, int j0, int n, int columns,
                          bool aligned) {
@@ -237,7 +252,7 @@ SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, i
 
 // ---- operands -----------------------------------------------------------------------------------
 
-// 16 x 16 on the left side of a product: for m16n8k16, or twice m16n8k8.
+// A piece of 16 x 16 on the left side of a product: for one m16n8k16, or two m16n8k8.
 template <class X>
 struct Left {
   uint32_t x[4];
@@ -256,7 +271,8 @@ struct Left<Twice<X>> {
   Left<X> big, small;
 };
 
-// 16 (k) x 16 (n) on the right side, as stored: [2 * (n / 8) + k / 8], each a pair along k.
+// 16 (k) x 16 (n) on the right side of a product, as stored: [2 * (n / 8) + k / 8], each a pair
+// along k.
 template <class E>
 struct Right {
   uint32_t x[4];
@@ -280,9 +296,11 @@ SIMT_DEV Left<X> left(const Left<E>& a) {
         b.x[2 * s + i] = pack2<X>(a.x[s][i], a.x[s][i + 2]);
       } else if constexpr (is_16_bit<E>) {
         const float2 pair = unpack2<E>(a.x[2 * s + i]);
-        b.x[s][i] = pair.x, b.x[s][i + 2] = pair.y;
+        b.x[s][i] = pair.x;
+        b.x[s][i + 2] = pair.y;
       } else {
-        b.x[s][i] = near_tf32(a.x[s][i]), b.x[s][i + 2] = near_tf32(a.x[s][i + 2]);
+        b.x[s][i] = near_tf32(a.x[s][i]);
+        b.x[s][i + 2] = near_tf32(a.x[s][i + 2]);
       }
     }
     return b;
@@ -329,7 +347,7 @@ SIMT_DEV void product(float (&c0)[4], float (&c1)[4], const Left<X>& a, const Ri
         const bool exact = is_16_bit<E>;
         Mma<float>::m16n8k8(c0, a.x[s], exact ? b0.x : near_tf32(b0.x), exact ? b0.y : near_tf32(b0.y));
         Mma<float>::m16n8k8(c1, a.x[s], exact ? b1.x : near_tf32(b1.x), exact ? b1.y : near_tf32(b1.y));
-      } else {  // big big + big small + small big, the small ones first; the unit cuts a number to its big part
+      } else {  // small b + a small + a b: the matrix unit cuts each number to its big part, and small products come first
         float small[4];
         SIMT_UNROLL
         for (int e = 0; e < 4; ++e) small[e] = a.x[s][e] - cut_tf32(a.x[s][e]);
@@ -344,9 +362,9 @@ SIMT_DEV void product(float (&c0)[4], float (&c1)[4], const Left<X>& a, const Ri
   }
 }
 
-// What mma takes on its left side: piece(m, l) is its 16 x 16 numbers at (16 m, 16 l).
+// The left operands of mma: piece(m, l) is the 16 x 16 numbers at (16 m, 16 l).
 
-// Rows from i on of a tile, a multiple of 8.
+// Rows of a tile from i on, a multiple of 8.
 template <class X, class E, int R, int C>
 struct Rows {
   using Kind = X;
@@ -362,7 +380,8 @@ struct Rows {
       for (int r = 0; r < 2; ++r) SIMT_UNROLL
       for (int s = 0; s < 2; ++s) {
         const auto x = t.s.template ldv<float2>(t.at(i + 16 * m + 8 * r, 16 * l, lane.row(), 8 * s + lane.pair()));
-        a.x[s][r] = x.x, a.x[s][r + 2] = x.y;
+        a.x[s][r] = x.x;
+        a.x[s][r + 2] = x.y;
       }
     }
     return left<X>(a);
@@ -373,7 +392,7 @@ SIMT_DEV Rows<X, E, R, C> operand(const Shared<E, R, C>& t, int i) {
   return {t, i, {}};
 }
 
-// Columns from j on of a tile, a multiple of 16, as rows: the transposed tile.
+// Columns of a tile from j on, a multiple of 16, as rows: the transposed tile.
 template <class X, class E, int R, int C>
 struct Columns {
   using Kind = X;
@@ -409,12 +428,18 @@ struct Rounded {
     for (int s = 0; s < 2; ++s) {
       const float (&c)[4] = a.x[m][2 * l + s];
       if constexpr (is_16_bit<X>) {
-        b.x[2 * s] = pack2<X>(c[0], c[1]), b.x[2 * s + 1] = pack2<X>(c[2], c[3]);
+        b.x[2 * s] = pack2<X>(c[0], c[1]);
+        b.x[2 * s + 1] = pack2<X>(c[2], c[3]);
       } else if constexpr (std::is_same_v<X, tf32>) {
-        b.x[s][0] = near_tf32(c[0]), b.x[s][1] = near_tf32(c[2]);
-        b.x[s][2] = near_tf32(c[1]), b.x[s][3] = near_tf32(c[3]);
+        b.x[s][0] = near_tf32(c[0]);
+        b.x[s][1] = near_tf32(c[2]);
+        b.x[s][2] = near_tf32(c[1]);
+        b.x[s][3] = near_tf32(c[3]);
       } else {
-        b.x[s][0] = c[0], b.x[s][1] = c[2], b.x[s][2] = c[1], b.x[s][3] = c[3];
+        b.x[s][0] = c[0];
+        b.x[s][1] = c[2];
+        b.x[s][2] = c[1];
+        b.x[s][3] = c[3];
       }
     }
     return b;
@@ -425,7 +450,7 @@ SIMT_DEV Rounded<X, R, C> operand(const Strip<R, C>& a) {
   return {a};
 }
 
-// An operand of floats, as X twice.
+// An operand of floats, as Twice<X>.
 template <class X, class A>
 struct InTwo {
   using Kind = Twice<X>;
@@ -449,7 +474,8 @@ SIMT_DEV InTwo<X, A> in_two(const A& a) {
   return {a};
 }
 
-// a diag(w), w in shared memory or what is read like it: the numbers as A has them, or as floats, weighted, as X.
+// a diag(w), where w is in shared memory or is read like it. The numbers are weighted in the type
+// of A, or as floats, and converted to X.
 template <class X, class A, class W>
 struct Weighted {
   using Kind = X;
@@ -468,7 +494,8 @@ struct Weighted {
           const float2 x = unpack2<E>(piece.x[2 * s + i]);
           piece.x[2 * s + i] = pack2<E>(x.x * f.x, x.y * f.y);
         } else {
-          piece.x[s][i] *= f.x, piece.x[s][i + 2] *= f.y;
+          piece.x[s][i] *= f.x;
+          piece.x[s][i + 2] *= f.y;
         }
       }
     }
@@ -480,7 +507,7 @@ SIMT_DEV Weighted<X, A, W> weighted(const A& a, const W& w) {
   return {a, w, {}};
 }
 
-// An operand [R, L] kept in registers.
+// An operand [R, L] that is kept in registers.
 template <class X, int R, int L>
 struct Held {
   using Kind = X;
@@ -554,7 +581,10 @@ SIMT_DEV void add_product(float (&c0)[4], float (&c1)[4], const A& a, const B& b
     float d0[4] = {}, d1[4] = {};
     product(d0, d1, a, b);
     SIMT_UNROLL
-    for (int e = 0; e < 4; ++e) c0[e] += d0[e], c1[e] += d1[e];
+    for (int e = 0; e < 4; ++e) {
+      c0[e] += d0[e];
+      c1[e] += d1[e];
+    }
   } else {
     product(c0, c1, a, b);
   }
@@ -562,8 +592,9 @@ SIMT_DEV void add_product(float (&c0)[4], float (&c1)[4], const A& a, const B& b
 
 }  // namespace tile
 
-// c += a b^T: a [R, L], b [C, L]. kLower: of a b whose piece (n, l) is zero, and may not even be written, where l > n.
-// kRounded: sums of more than 16 products are rounded to nearest, which the unit does not.
+// c += a b^T: a [R, L], b [C, L]. kLower: b is lower triangular; pieces (n, l) with l > n are not
+// read. kRounded: sums of more than 16 products are rounded to nearest, while the matrix unit
+// truncates.
 template <bool kLower = false, bool kRounded = false, int R, int C, class A, class E, int L>
 SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
   const Lane lane;
@@ -580,7 +611,7 @@ SIMT_DEV void mma_nt(Strip<R, C>& c, const A& a, const Shared<E, C, L>& b) {
     }
   }
 }
-// c += a b: a [R, L], b the columns [j, j + C) of a tile [L, C2].
+// c += a b: a [R, L]; b is columns [j, j + C) of a tile [L, C2].
 template <bool kRounded = false, int R, int C, class A, class E, int L, int C2>
 SIMT_DEV void mma(Strip<R, C>& c, const A& a, const Shared<E, L, C2>& b, int j) {
   const Lane lane;

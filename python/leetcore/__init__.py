@@ -1,4 +1,4 @@
-"""leetcore: causal linear attention with exponential decay, by every known method, on arrays of any DLPack library."""
+"""leetcore: causal linear attention with exponential decay, on arrays of any DLPack library."""
 
 import contextlib
 import importlib
@@ -82,7 +82,10 @@ def get_cmake_dir() -> str:
 
 
 def _built(pattern: str) -> Path:
-    """What the build put next to the extension module; an editable install keeps the sources in another folder."""
+    """The file or folder that the build put next to the extension module.
+
+    An editable install keeps the Python sources in another folder.
+    """
     for folder in (Path(_core.__file__).parent, *map(Path, __path__)):
         for found in folder.glob(pattern):
             return found

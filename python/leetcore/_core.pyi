@@ -1,4 +1,4 @@
-"""The extension module: one call crosses into C++ once. `lib` is a library of arrays.py; see there and api.py."""
+"""The extension module. `lib` is a library of arrays.py, `options` are those of options.py."""
 
 from typing import Any
 

@@ -1,8 +1,10 @@
-"""The only module that knows which array libraries exist: how each exports, allocates and takes back arrays.
+"""The array libraries: how each exports, allocates and takes back arrays.
 
-A library (`Library`) finds its arrays of one call where they are (`Place`): on the host, or on a GPU and its stream. On
-a GPU the host waits for nothing. The stream is the caller's, else the library's current one; the library makes it wait
-for what it is still writing to the inputs (DLPack's ``__dlpack__(stream=...)``).
+No other module knows them.
+
+A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the
+host waits for nothing. The stream is the caller's, else the library's current one. The library
+makes the stream wait for pending writes to the inputs (DLPack's ``__dlpack__(stream=...)``).
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import numpy as np
 from . import _core
 
 Array = Any
-Stream = Any  # a number, or an object that has one
+Stream = Any  # a cudaStream_t as a number, or an object that has such a number
 
-_CUDA = 2  # DLPack's name of the device, ...
-_LEGACY = 1  # ... and of the stream that CUDA calls 0
+_CUDA = 2  # DLPack's number of the device type
+_LEGACY = 1  # DLPack's number of the legacy default stream, which CUDA calls 0
 
 
 class Library(Protocol):
-    """A kind of arrays."""
+    """An array library."""
 
     name: str
 
@@ -32,46 +34,51 @@ class Library(Protocol):
         """Whether the array is of this library."""
 
     def at(self, array: Array, stream: Stream) -> tuple[Place, int]:
-        """Where the arrays of a call lie, by one of them, and the call's stream as a number."""
+        """The place of a call's arrays, found from one array, and the call's stream as a number."""
 
     def numpy(self, array: Array) -> Array:
-        """As numpy's array, sharing memory where both can."""
+        """The array as a numpy array, which shares its memory where possible."""
 
 
 class Place(Protocol):
-    """The arrays of a library in one place; on a GPU, an object for one call."""
+    """The arrays of a library in one place. On a GPU, each call has an object of its own."""
 
-    plain: bool  # whether export and result return what they are given, so that they need not be called
+    plain: bool  # whether export and result return their argument, so that the caller may skip them
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
-        """What the extension module imports through DLPack or the buffer protocol, usually the array itself.
+        """The object that the extension module imports through DLPack or the buffer protocol.
 
-        Raises for an array that must not be used as it is.
+        It is usually the array itself. Raises an error for an array that must not be used.
         """
 
     def repair(self, name: str, array: Array, writable: bool) -> Any:
-        """A second try where that import failed, or an error that says why."""
+        """Another object for an array whose import failed, or an error that says why."""
 
     def contiguous(self, array: Array) -> Array:
         """A copy whose last dimension is contiguous."""
 
     def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
-        """A new array beside `like`, of its dtype (0) or of float32 / float64."""
+        """A new array on the device of `like`.
+
+        float_bits: 32 or 64 for float32 or float64; 0 for the dtype of `like`.
+        """
 
     def result(self, array: Array) -> Array:
-        """A finished array of `empty` as the caller's kind of array."""
+        """An array from `empty`, after it was written, as an array of the caller's library."""
 
     def numpy(self, array: Array) -> Array:
-        """As numpy's array, sharing memory where both can."""
+        """The array as a numpy array, which shares its memory where possible."""
 
     def from_numpy(self, array: Array) -> Array:
-        """numpy's array as one of the caller's kind, in this place."""
+        """A numpy array as an array of the caller's library, in this place."""
 
     def assign(self, array: Array, values: Array) -> None:
         """Writes numpy's values into an array."""
 
 
 class NumPy:
+    """numpy's arrays."""
+
     name = "numpy"
     plain = True
 
@@ -91,7 +98,7 @@ class NumPy:
             raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; astype converts it")
         if not array.flags.aligned:
             raise ValueError(f"{name}: expected an aligned array, got a field of a packed struct; copy() aligns it")
-        if array.dtype.name == "bfloat16":  # of ml_dtypes; numpy cannot export it, so it goes as its bits
+        if array.dtype.name == "bfloat16":  # of ml_dtypes; numpy cannot export it, so its bits are exported
             return _core.as_bfloat16(array.view(np.uint16))
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {array.dtype}")
 
@@ -115,6 +122,8 @@ class NumPy:
 
 
 class Torch:
+    """torch's tensors, and those of them on the host."""
+
     name = "torch"
     plain = False
 
@@ -140,14 +149,14 @@ class Torch:
                     raise ValueError(f"{name}: expected plain memory to write to, got a view with a pending negation")
                 array = array.resolve_neg().resolve_conj()
             capsule = torch.utils.dlpack.to_dlpack(array)
-        except (RuntimeError, BufferError):  # by torch, whose text names no argument
+        except (RuntimeError, BufferError):  # torch's text names no argument
             raise self._refusal(name, array) from None
         if writable:  # autograd then knows that a saved tensor has changed
             torch.autograd.graph.increment_version(array)
         return capsule
 
     def _refusal(self, name: str, array: Array) -> TypeError:
-        """Says why a tensor cannot be exported, and what to do."""
+        """The error that says why a tensor cannot be exported, and what to do instead."""
         import torch
 
         if array.is_nested:
@@ -215,24 +224,27 @@ class Torch:
 
 
 def _has_memory(tensor: Array) -> bool:
-    """Whether a tensor's values lie in memory of the host or of a CUDA device."""
+    """Whether a tensor's values are in the memory of the host or of a CUDA device."""
     if not (tensor.is_cpu or tensor.is_cuda):
         return False
     if type(tensor) is sys.modules["torch"].Tensor:
         return bool(tensor.data_ptr() or not tensor.numel())
-    with warnings.catch_warnings():  # of some subclasses, which have no address
+    with warnings.catch_warnings():  # some subclasses have no address, and warn
         warnings.simplefilter("ignore")
         return bool(tensor.data_ptr() or not tensor.numel())
 
 
 def _has_tangent(tensor: Array) -> bool:
     forward_ad = sys.modules["torch.autograd.forward_ad"]
-    # The level is a private name. In a torch without it the tangent is looked for in any case.
+    # The level is a private name. In a torch without it, every call looks for the tangent.
     return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class TorchOnGpu(Torch):
-    """What torch does under ``with torch.cuda.stream(stream)``, with inputs that other streams may still be writing."""
+    """Tensors on a GPU, used as under ``with torch.cuda.stream(stream)``.
+
+    Other streams may still be writing to the inputs.
+    """
 
     def __init__(self, array: Array, stream: Stream) -> None:
         import torch
@@ -258,7 +270,7 @@ class TorchOnGpu(Torch):
         with self._on_stream():  # where a pending negation is carried out
             exported = super().export(name, array, writable)
         if self._other is not None and array.is_cuda:
-            array.record_stream(self._other)  # its memory is not used anew before that stream is done with it
+            array.record_stream(self._other)  # torch reuses its memory only after that stream is done
         return exported
 
     def contiguous(self, array: Array) -> Array:
@@ -274,9 +286,10 @@ class TorchOnGpu(Torch):
 
 
 class OnGpu:
-    """Arrays of any library with the functions of the array API standard, on a GPU, during one call.
+    """Arrays on a GPU of any library with the array API standard, during one call.
 
-    Without a stream of the caller's the work goes to the legacy default stream: nothing more is known of the library.
+    Without a stream from the caller, the work goes to the legacy default stream, because the
+    standard has no current stream.
     """
 
     plain = False
@@ -295,7 +308,7 @@ class OnGpu:
         try:
             with contextlib.suppress(BufferError):
                 return array.__dlpack__(stream=stream)
-            return array.__dlpack__(stream=stream, max_version=(1, 0))  # read-only memory may be exported by no other
+            return array.__dlpack__(stream=stream, max_version=(1, 0))  # older versions cannot export read-only memory
         except (BufferError, TypeError) as error:
             raise BufferError(f"{name}: {error}") from None
 
@@ -325,6 +338,8 @@ class OnGpu:
 
 
 class CuPy:
+    """cupy's arrays."""
+
     name = "cupy"
     plain = False
 
@@ -341,9 +356,12 @@ class CuPy:
 
 
 class CuPyOnGpu(OnGpu):
-    """Memory is of the pool of the call's stream, which gives it out anew in that stream's order.
+    """cupy's arrays on a GPU.
 
-    The inputs are of the pools of other streams: with a stream of their own callers keep them until it is done.
+    New memory comes from the pool of the call's stream, which reuses it in stream order.
+
+    The inputs may come from pools of other streams. A caller that passes a stream must keep the
+    inputs until the stream is done.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
@@ -356,7 +374,7 @@ class CuPyOnGpu(OnGpu):
         self.stream = self._queue.ptr
 
     def export(self, name: str, array: Array, writable: bool) -> Any:
-        with self._device:  # on the stream that is current there: it is what the call's stream has to wait for
+        with self._device:  # the call's stream has to wait for the current stream of this device
             return super().export(name, array, writable)
 
     def contiguous(self, array: Array) -> Array:
@@ -376,7 +394,7 @@ class CuPyOnGpu(OnGpu):
 
 
 class Immutable(NumPy):
-    """Libraries whose arrays are never written: results are made by numpy and handed over."""
+    """Libraries with immutable arrays. numpy allocates the results; the library takes them over."""
 
     plain = False
     _on_gpu: type[OnGpu] = OnGpu
@@ -424,11 +442,12 @@ class Immutable(NumPy):
 
 
 class JaxOnGpu(OnGpu):
-    """New arrays share the memory of arrays that jax made (zeros: XLA knows no empty ones) and nobody else has seen.
+    """jax's arrays on a GPU. Results share the memory of arrays that jax has made for them.
 
-    The work goes to the stream on which jax waits for memory that comes from outside, so that jax.dlpack.from_dlpack
-    orders everything that jax does with a result behind it. jax does not learn when that stream has read an input: the
-    results keep the inputs, and the scratch, alive.
+    These arrays are zeros, because XLA has no empty ones. The work goes to the stream on which jax
+    waits for external memory, so that jax.dlpack.from_dlpack orders later uses of a result after
+    it. jax does not know when this stream has read an input; therefore the results keep the inputs
+    and the scratch alive.
     """
 
     def __init__(self, library: str, array: Array, stream: Stream) -> None:
@@ -474,7 +493,7 @@ class JaxOnGpu(OnGpu):
 
 
 def _require_whole(name: str, array: Array) -> None:
-    """Refuses an array of jax that is gone, or in several places."""
+    """Refuses an array of jax that is deleted or on several devices."""
     if array.is_deleted():
         raise ValueError(
             f"{name}: expected an array of jax that exists, got a deleted one; jax.jit deletes what is donated to it"
@@ -484,7 +503,7 @@ def _require_whole(name: str, array: Array) -> None:
 
 
 class _Producer:
-    """What jax.dlpack.from_dlpack wants around a capsule whose stream it waits on anyway."""
+    """The object that jax.dlpack.from_dlpack takes: a capsule whose stream jax waits for anyway."""
 
     def __init__(self, capsule: Any, device: tuple[int, int]) -> None:
         self._capsule, self._device = capsule, device
@@ -497,6 +516,8 @@ class _Producer:
 
 
 class Jax(Immutable):
+    """jax's arrays, and those of them on the host."""
+
     _on_gpu = JaxOnGpu
 
     def __init__(self) -> None:
@@ -530,7 +551,10 @@ class Jax(Immutable):
 
 
 def _number(stream: Stream) -> int:
-    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba. None: 0."""
+    """The cudaStream_t of a stream: a number, or an object of torch, cupy, cuda.core or numba.
+
+    None gives 0.
+    """
     if stream is None:
         return 0
     if hasattr(stream, "__cuda_stream__"):
@@ -544,7 +568,7 @@ def _number(stream: Stream) -> int:
 
 
 def _gpu_number(stream: Stream) -> int:
-    """The same, with one name for the legacy default stream: CUDA's."""
+    """As `_number`, with CUDA's number 0 for the legacy default stream."""
     number = _number(stream)
     return 0 if number == _LEGACY else number
 
@@ -552,7 +576,7 @@ def _gpu_number(stream: Stream) -> int:
 def _is_on_gpu(array: Array) -> bool:
     try:
         return bool(array.__dlpack_device__()[0] == _CUDA)
-    except (AttributeError, BufferError, RuntimeError, TypeError):  # export and repair say what is wrong with it
+    except (AttributeError, BufferError, RuntimeError, TypeError):  # export and repair explain the error
         return False
 
 
@@ -582,7 +606,7 @@ def _numpy_dtype(array: Array) -> np.dtype[Any]:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """64-byte aligned, so that a library which wants that can take the memory without a copy."""
+    """An empty array aligned to 64 bytes, as libraries need it to use the memory without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -590,7 +614,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _other_library(array: Array) -> Immutable:
-    """Any producer of DLPack: results go back through its own from_dlpack, or stay numpy's where it has none."""
+    """Any library with DLPack.
+
+    Results go through its from_dlpack, or stay numpy arrays if it has none.
+    """
     namespace = getattr(array, "__array_namespace__", lambda: None)() or sys.modules.get(_package(array))
     return Immutable(_package(array), getattr(namespace, "from_dlpack", lambda x: x))
 
@@ -622,14 +649,17 @@ def _find(name: str, array: Array) -> Library:
 
 
 def threads_of_framework() -> int:
-    """The number of threads that torch would use, in a process that has loaded it; else 0."""
+    """The number of threads that torch would use, or 0 in a process that has not loaded torch."""
     torch = sys.modules.get("torch")
     count = getattr(torch, "get_num_threads", None)  # torch may be half imported
     return int(count()) if count else 0
 
 
 def library_of(names: tuple[str, ...], *arrays: Array) -> Library:
-    """The library all arrays are of; None and Python numbers are of every one. Raises TypeError for a mixture."""
+    """The library of all arrays. None and Python numbers fit every library.
+
+    Raises TypeError if the arrays are of several libraries.
+    """
     kind = type(arrays[0])
     library = _of_type.get(kind) or _find(names[0], arrays[0])
     for name, array in zip(names, arrays, strict=False):

@@ -20,13 +20,20 @@ class Candidate(NamedTuple):
     """The answer of one method to one call. The figures are None with a refusal, and for registered
     functions.
 
-    method, device: as `leetcore.methods()` names them.
-    refusal: why the method does not serve the call, None if it does.
-    model_us: microseconds, as the cost model predicts.
-    correction: measured over predicted time, from the tuning table; 1 where nothing was measured.
-    microseconds: model_us * correction; "auto" takes the smallest.
-    bound: the largest part of the prediction: "compute", "memory" or "overhead".
-    flop, least_bytes, bytes, workspace, depth: as in `leetcore.Cost`.
+    Attributes:
+        method: its name in `leetcore.methods()`.
+        device: its device there.
+        refusal: why the method does not serve the call, None if it does.
+        model_us: microseconds, as the cost model predicts.
+        correction: measured over predicted time, from the tuning table; 1 where nothing was
+            measured.
+        microseconds: model_us * correction; "auto" takes the smallest.
+        bound: the largest part of the prediction: "compute", "memory" or "overhead".
+        flop: as in `leetcore.Cost`.
+        least_bytes: as in `leetcore.Cost`.
+        bytes: as in `leetcore.Cost`.
+        workspace: as in `leetcore.Cost`.
+        depth: as in `leetcore.Cost`.
     """
 
     method: str
@@ -46,13 +53,14 @@ class Candidate(NamedTuple):
 class Candidates(NamedTuple):
     """The choice among the methods for one call.
 
-    op: "forward", "backward" or "decode".
-    chosen: the candidate that the call runs.
-    decided_by: "method" (the argument names it), "LEETCORE_METHOD" (the variable does), "only" (no
-        other method serves the call) or "prediction" (its microseconds are the fewest).
-    table: the tuning table that corrects predictions: "shipped", or the path of the file that
-        `leetcore tune` wrote.
-    all: the candidates in the order of `leetcore.methods()`.
+    Attributes:
+        op: "forward", "backward" or "decode".
+        chosen: the candidate that the call runs.
+        decided_by: "method" (the argument names it), "LEETCORE_METHOD" (the variable does), "only"
+            (no other method serves the call) or "prediction" (its microseconds are the fewest).
+        table: the tuning table that corrects predictions: "shipped", or the path of the file that
+            `leetcore tune` wrote.
+        all: the candidates in the order of `leetcore.methods()`.
     """
 
     op: Op
@@ -135,9 +143,7 @@ def explain(
     """`candidates` as text: a line that says what decided, and a line per method; * marks the
     chosen one.
 
-    Args:
-        q, k, v, log_decay, op, scale, initial_state, return_state, cu_seqlens, layout, method,
-            precision: as in `candidates`.
+    The arguments are those of `candidates`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as the call itself.

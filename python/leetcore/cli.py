@@ -29,7 +29,7 @@ _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens")
 @click.version_option(leetcore.__version__, package_name="leetcore")
 def main() -> None:
     """Causal linear attention with exponential decay."""
-    if sys.stdout is None:  # it was closed before the command began
+    if sys.stdout is None:  # stdout was closed before the command began
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -41,7 +41,7 @@ main.add_command(tune)
 
 @main.command()
 def info() -> None:
-    """Print what was built and what it runs on: everything a bug report needs."""
+    """Print the build, the machine and the settings, as a bug report needs them."""
     try:
         build = leetcore.build_info()
     except RuntimeError as error:  # a wrong LEETCORE_ISA
@@ -72,22 +72,29 @@ def info() -> None:
 
 @main.command()
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Where to write.")
-@click.option("--method", default="auto", show_default=True, help="auto or a name that `leetcore info` lists.")
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Multiplies the output.")
 @click.option(
-    "--layout", type=click.Choice(["bhnd", "bnhd"]), default="bhnd", show_default=True, help="Axes of q, k, v."
+    "-o", "--output", metavar="OUT", type=click.Path(path_type=Path), required=True, help="The file to write."
 )
-@click.option("--state/--no-state", default=False, show_default=True, help="Also write final_state.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
+@click.option("--method", default="auto", show_default=True, help="auto, or a method that `leetcore info` lists.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="A factor of the output.")
+@click.option(
+    "--layout",
+    type=click.Choice(["bhnd", "bnhd"]),
+    default="bhnd",
+    show_default=True,
+    help="Order of the axes of q, k and v.",
+)
+@click.option("--state/--no-state", default=False, show_default=True, help="Whether to write final_state too.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: one per core.")
 def run(
     source: Path, output: Path, method: str, scale: float, layout: Layout, state: bool, threads: int | None
 ) -> None:
     """Apply the operator to the arrays of a file.
 
-    IN has q, k, v and, if wanted, log_decay, initial_state, cu_seqlens, with the shapes and dtypes of
-    leetcore.linear_attention; OUT receives o, and final_state with --state. Each is an .npz or a .safetensors file.
-    In an .npz, numpy stores bfloat16 as two raw bytes; .view(ml_dtypes.bfloat16) makes numbers of them.
+    IN contains q, k, v and optionally log_decay, initial_state and cu_seqlens, with the shapes and
+    dtypes of leetcore.linear_attention. OUT receives o, and final_state with --state. Each file is
+    an .npz or a .safetensors file. In an .npz, numpy stores bfloat16 as two raw bytes;
+    .view(ml_dtypes.bfloat16) turns them into numbers.
     """
     try:
         files.file_format(output)

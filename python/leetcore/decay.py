@@ -1,8 +1,9 @@
-"""Log-decays from what models store: computed in float64, returned as float32 numpy arrays for ``log_decay``.
+"""Log-decays from the numbers that models store, for the argument ``log_decay``.
 
-A decay is kept as its natural logarithm, because float32 cannot hold a factor close to 1: at gamma = 1 - 1e-6 the
-logarithm of the rounded factor is 1.3 % off. Constructors give all heads of the model; a process that holds some of
-them (tensor parallelism) slices the result.
+They are computed in float64 and returned as float32 numpy arrays. A decay is stored as its natural
+logarithm, because float32 cannot represent a factor close to 1: at gamma = 1 - 1e-6 the logarithm
+of the rounded factor is 1.3 % off. Each function returns all heads of the model. A process that
+computes some of the heads (tensor parallelism) slices the result.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ LogDecay = npt.NDArray[np.float32]
 
 
 def from_gamma(gamma: npt.ArrayLike) -> LogDecay:
-    """log(gamma), of factors per token in [0, 1]; 0 gives -inf, which forgets everything before a token.
+    """log(gamma) of factors per token. A factor of 0 gives -inf, which forgets all earlier tokens.
 
     Args:
-        gamma: a number or an array of any shape, best in float64.
+        gamma: factors in [0, 1], a number or an array of any shape, preferably float64.
 
     Returns:
         float32 of gamma's shape.
 
     Raises:
-        ValueError: gamma is not real numbers in [0, 1].
+        ValueError: gamma has values other than real numbers in [0, 1].
     """
     factor = _real("gamma", gamma)
     _require("gamma", factor, (factor >= 0) & (factor <= 1), "in [0, 1]")
@@ -34,16 +35,18 @@ def from_gamma(gamma: npt.ArrayLike) -> LogDecay:
 
 
 def from_slopes(slopes: npt.ArrayLike) -> LogDecay:
-    """-slopes: a token s steps back weighs exp(-slope * s), as in TransNormerLLM and Lightning Attention.
+    """-slopes, as in TransNormerLLM and Lightning Attention.
+
+    A token s steps back has the weight exp(-slope * s).
 
     Args:
-        slopes: >= 0, a number or an array of any shape; inf is allowed and forgets everything.
+        slopes: >= 0, a number or an array of any shape. inf forgets all earlier tokens.
 
     Returns:
         float32 of the shape of slopes.
 
     Raises:
-        ValueError: slopes is not real numbers >= 0.
+        ValueError: slopes has values other than real numbers >= 0.
     """
     slope = _real("slopes", slopes)
     _require("slopes", slope, slope >= 0, ">= 0")
@@ -53,11 +56,12 @@ def from_slopes(slopes: npt.ArrayLike) -> LogDecay:
 def alibi(num_heads: int) -> LogDecay:
     """ALiBi's geometric slopes as decays (Press et al. 2021, arXiv:2108.12409).
 
-    With num_heads a power of two, head h = 0, 1, ... has the slope 2^(-8 (h + 1) / num_heads). For another number,
-    the slopes of the power of two P below come first, then as many of those of 2 P as needed, at places 0, 2, ...
+    If num_heads is a power of two, head h = 0, 1, ... has the slope 2^(-8 (h + 1) / num_heads). For
+    another number, let P be the largest power of two below it. The slopes for P heads come first,
+    followed by elements 0, 2, ... of the slopes for 2 P heads.
 
     Args:
-        num_heads: heads of the whole model, >= 1.
+        num_heads: number of heads of the whole model, >= 1.
 
     Returns:
         float32 [num_heads].
@@ -69,10 +73,12 @@ def alibi(num_heads: int) -> LogDecay:
 
 
 def retnet(num_heads: int) -> LogDecay:
-    """log(1 - 2^(-5 - h)) for head h = 0, 1, ...: retention (Sun et al. 2023, arXiv:2307.08621).
+    """RetNet's decays: log(1 - 2^(-5 - h)) for head h = 0, 1, ...
+
+    The source is Sun et al. 2023, arXiv:2307.08621.
 
     Args:
-        num_heads: heads of the whole model, >= 1.
+        num_heads: number of heads of the whole model, >= 1.
 
     Returns:
         float32 [num_heads].
@@ -85,22 +91,26 @@ def retnet(num_heads: int) -> LogDecay:
 
 
 def minimax(num_heads: int, layer: int, num_layers: int, flavor: Literal["hf", "vllm"] = "hf") -> LogDecay:
-    """Slopes that shrink with the layer l of L: MiniMax-Text-01 (arXiv:2501.08313), after TransNormerLLM.
+    """Decays of MiniMax-Text-01 (arXiv:2501.08313), after TransNormerLLM.
 
-    - "hf", as in transformers: 2^(-8 (h + 1) / num_heads) for any num_heads, times 1 - l / (L - 1 + 1e-5) + 1e-5;
-    - "vllm", as in vLLM and SGLang: the slopes of `alibi`, times 1 - l / (L - 1) + 1e-5 (1 + 1e-5 where L is 1).
+    The slopes shrink with the layer l of L.
+
+    - "hf", as in transformers: the slope of head h is 2^(-8 (h + 1) / num_heads) for any num_heads,
+      times 1 - l / (L - 1 + 1e-5) + 1e-5.
+    - "vllm", as in vLLM and SGLang: the slopes are those of `alibi`, times 1 - l / (L - 1) + 1e-5
+      (1 + 1e-5 if L is 1).
 
     Args:
-        num_heads: heads of the whole model, >= 1.
-        layer: from 0, counted over all layers of the model, whatever attention the others have.
-        num_layers: layers of the whole model.
-        flavor: whose formula.
+        num_heads: number of heads of the whole model, >= 1.
+        layer: index of the layer from 0, counted over all layers of the model, with any attention.
+        num_layers: number of layers of the whole model.
+        flavor: "hf" or "vllm", the formula.
 
     Returns:
         float32 [num_heads].
 
     Raises:
-        ValueError: a count is not an integer in its range, or flavor is another.
+        ValueError: a count is not an integer in its range, or flavor is unknown.
     """
     num_layers = _integer("num_layers", num_layers, 1)
     layer = _integer("layer", layer, 0, num_layers - 1)
@@ -116,19 +126,21 @@ def minimax(num_heads: int, layer: int, num_layers: int, flavor: Literal["hf", "
 
 
 def mamba2(A: npt.ArrayLike, dt: npt.ArrayLike) -> LogDecay:
-    """A_h dt_bht, the data-dependent decay of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
+    """A[h] * dt[b, h, t], the data-dependent decay of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
 
-    The operator's v is then dt * x, its k and q are B and C, and its state is Mamba's transposed.
+    With it, the operator's v is dt * x, its k and q are B and C, and its state is Mamba's state
+    transposed.
 
     Args:
-        A: [H], < 0: what models compute as -exp(A_log).
-        dt: [B, H, N], >= 0: step sizes after bias and softplus. Transpose Mamba's own [B, N, H].
+        A: [H], < 0. Models compute it as -exp(A_log).
+        dt: [B, H, N], >= 0: step sizes after bias and softplus. Mamba's own are [B, N, H]:
+            transpose them.
 
     Returns:
         float32 [B, H, N].
 
     Raises:
-        ValueError: a shape or a sign is another.
+        ValueError: a shape or a sign is wrong.
     """
     a, step = _real("A", A), _real("dt", dt)
     if a.ndim != 1:
@@ -151,8 +163,8 @@ def _alibi_slopes(num_heads: int) -> npt.NDArray[np.float64]:
 
 
 def _log_decay(value: npt.NDArray[np.float64]) -> LogDecay:
-    with np.errstate(over="ignore", under="ignore"):  # beyond float32 is -inf
-        return np.asarray(value + 0.0, np.float32)  # + 0.0: no -0
+    with np.errstate(over="ignore", under="ignore"):  # values beyond float32 become -inf
+        return np.asarray(value + 0.0, np.float32)  # + 0.0 turns -0 into 0
 
 
 def _real(name: str, value: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -160,7 +172,7 @@ def _real(name: str, value: npt.ArrayLike) -> npt.NDArray[np.float64]:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError  # numpy would drop the mask
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # tensors of bfloat16, on a GPU, or that require gradients
+    except (TypeError, ValueError, RuntimeError):  # a tensor of bfloat16, on a GPU or with requires_grad
         hint = "; x.detach().cpu().double() has them, without a gradient" if hasattr(value, "detach") else ""
         raise ValueError(f"{name}: expected numbers that numpy can read, got {type(value).__name__}{hint}") from None
     if not np.can_cast(array.dtype, np.float64, "same_kind") or array.dtype == np.bool_:

@@ -1,4 +1,4 @@
-"""Arrays in .npz and .safetensors files, bfloat16 among them, with numpy alone."""
+"""Reads and writes arrays in .npz and .safetensors files, bfloat16 included, with numpy alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SAFETENSORS: dict[str, npt.DTypeLike] = {
 
 
 def file_format(path: str | os.PathLike[str]) -> str:
-    """ ".npz" or ".safetensors". Raises ValueError for another ending."""
+    """The format of a file: ".npz" or ".safetensors". Raises ValueError for another ending."""
     ending = Path(path).suffix
     if ending not in (".npz", ".safetensors"):
         raise ValueError(f"{path}: expected a name that ends in .npz or .safetensors")
@@ -39,16 +39,20 @@ def file_format(path: str | os.PathLike[str]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> Arrays:
-    """All arrays of a file. In an .npz, two-byte raw elements are bfloat16: numpy writes it so.
+    """All arrays of a file, by name.
 
-    Raises ValueError for a file of another kind or with a dtype that leetcore has no use for, OSError where it cannot
-    be read.
+    numpy stores bfloat16 as raw elements of two bytes; in an .npz such elements are read as
+    bfloat16.
+
+    Raises:
+        ValueError: the file has another format, or an array has a dtype that leetcore does not use.
+        OSError: the file cannot be read.
     """
     return _load_npz(path) if file_format(path) == ".npz" else _load_safetensors(path)
 
 
 def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Writes the arrays to a file that appears only when it is complete."""
+    """Writes arrays to a file. The file appears only when it is complete."""
     kind = file_format(path)
     with replacing(path) as file:
         if kind == ".npz":
@@ -59,10 +63,11 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` at the end of the block, or is removed if the block raises.
+    """A binary file that replaces `path` at the end of the block, or is removed if it raises.
 
-    Other processes see the old file or the new one, and never a part. What is no regular file (a device, a pipe) is
-    written directly. Raises OSError with the name `path`, never with that of the temporary file.
+    Other processes see the old file or the complete new file, never a part. A path that is not a
+    regular file (a device, a pipe) is written directly. An OSError names `path`, never the
+    temporary file.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -85,7 +90,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def require_writable(path: str | os.PathLike[str] | None) -> None:
-    """Raises OSError, with the name of the path, where `replacing` could not write: for a look before long work."""
+    """Raises OSError, with the name of the path, if `replacing` could not write.
+
+    Call it before long work.
+    """
     if path is None:
         return
     try:

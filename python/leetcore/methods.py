@@ -19,13 +19,15 @@ _DTYPES = {"float64": (2, 64), "float32": (2, 32), "float16": (2, 16), "bfloat16
 class Method(NamedTuple):
     """A row of the table of methods.
 
-    name: for ``method=``.
-    device: "cpu", "cuda", or "python" for a function of `register_method`.
-    idea, paper: a sentence, and its source.
-    serves: the features that the method declares, separated by blanks; it refuses calls that ask
-        for others. The features are operations (forward, backward, decode), dtypes, decays
-        (no_decay, decay_per_head, decay_per_token), and packed, grouped_heads, initial_state,
-        final_state, state_indices, short_states, decay_gradients.
+    Attributes:
+        name: for ``method=``.
+        device: "cpu", "cuda", or "python" for a function of `register_method`.
+        idea: a sentence.
+        paper: the source of the method.
+        serves: the features that the method declares, separated by blanks; it refuses calls that
+            ask for others. The features are operations (forward, backward, decode), dtypes, decays
+            (no_decay, decay_per_head, decay_per_token), and packed, grouped_heads, initial_state,
+            final_state, state_indices, short_states, decay_gradients.
     """
 
     name: str
@@ -38,15 +40,16 @@ class Method(NamedTuple):
 class Cost(NamedTuple):
     """The cost of one call by one method.
 
-    flop: multiplications and additions of its matrix products and of its updates of states. Weights
-        and masks, a few per cent more, are left out.
-    least_bytes: the bytes of every operand, read or written once.
-    bytes: the bytes of operands as often as the method reads or writes them, and of states in
-        memory.
-    workspace: scratch, in bytes.
-    depth: serial depth, the number of products and updates that must wait for one another, however
-        many workers there are.
-    microseconds: predicted time, on this machine with this number of threads.
+    Attributes:
+        flop: multiplications and additions of its matrix products and of its updates of states.
+            Weights and masks, a few per cent more, are left out.
+        least_bytes: the bytes of every operand, read or written once.
+        bytes: the bytes of operands as often as the method reads or writes them, and of states in
+            memory.
+        workspace: scratch, in bytes.
+        depth: serial depth, the number of products and updates that must wait for one another,
+            however many workers there are.
+        microseconds: predicted time, on this machine with this number of threads.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The operator as it is defined, in float64: the one truth that everything is compared with.
+"""The operator by its definition, in float64. Tests, checks and benchmarks compare results with it.
 
 S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 """
@@ -25,11 +25,16 @@ def linear_attention(
     layout: str = "bhnd",
     fast: bool = False,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.linear_attention has them, in any dtype; returns (o, final_state) in
-    float64.
+    """Causal linear attention with exponential decay, in float64.
 
-    fast: in chunks instead of token by token, still in float64: for sequences too long for the
-    definition.
+    The arguments are those of `leetcore.linear_attention`, of any dtype.
+
+    Args:
+        fast: whether to compute in chunks (`chunks`) instead of token by token (`recurrence`), for
+            long sequences.
+
+    Returns:
+        (o, final_state), float64.
     """
     one_pass = chunks if fast else recurrence
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
@@ -52,7 +57,10 @@ def linear_attention(
 
 
 def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """One pass over the tokens, [B, H?, N, *] in and out; groups of heads share what they read."""
+    """The recurrence, token by token. q, k, v and o are [B, heads, N, *].
+
+    Grouped heads share k, v and states.
+    """
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
     decay = np.exp(g)
     o = np.empty((*q.shape[:-1], v.shape[-1]))
@@ -63,8 +71,7 @@ def recurrence(q: Array, k: Array, v: Array, log_decay: Array, scale: float, sta
 
 
 def chunks(q: Array, k: Array, v: Array, log_decay: Array, scale: float, state: Array) -> tuple[Array, Array]:
-    """The same in chunks of 128 tokens: two products inside each chunk, one state between
-    chunks."""
+    """The recurrence in chunks of 128 tokens: two products per chunk, one state between chunks."""
     q, k, v, g, S = _ungrouped(q, k, v, log_decay, state)
     o = np.empty((*q.shape[:-1], v.shape[-1]))
     S = _chunks(q, k, v, g, S, o, np)
@@ -152,8 +159,11 @@ def decode_step(
     scale: float = 1.0,
     state_indices: Array = None,
 ) -> tuple[Array, Array]:
-    """Arguments as leetcore.decode_step has them; returns (o, the whole pool after it) in
-    float64."""
+    """One step of generation, in float64, with the arguments of `leetcore.decode_step`.
+
+    Returns:
+        (o, the whole pool of states after the step), float64. `state` itself is not changed.
+    """
     state = np.asarray(state).astype(np.float64)
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     if one_token := q.ndim == 3:
@@ -167,13 +177,13 @@ def decode_step(
 
 
 def error(got: Array, want: Array) -> float:
-    """The relative Frobenius norm of the difference; inf where anything is not finite or the shapes
-    differ."""
+    """The relative Frobenius norm of got - want; inf if a value is not finite or shapes differ."""
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.inf
-    # numpy's norm is a dot product by threads, which takes a thousand times the work of a small array.
+    # numpy's norm is a threaded dot product, which takes a thousand times as long for a small
+    # array.
     difference, size = np.square(got - want).sum(), np.square(want).sum()
-    if not difference:  # also of zeros, whose relative error would be 0 / 0
+    if not difference:  # zeros too: their relative error would be 0 / 0
         return 0.0
     return float(np.sqrt(difference / size)) if size else np.inf

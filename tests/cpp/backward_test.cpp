@@ -1,8 +1,8 @@
-// backward_test.cpp - LC_BACKWARD against the derivative of the definition, with the instruction set that LEETCORE_ISA
-// names.
+// backward_test.cpp - LC_BACKWARD against the derivative of the definition, with the instruction
+// set that LEETCORE_ISA names.
 //
-// Scratch and outputs are full of NaN before each call and have guard bytes around them. Gradients must be the same,
-// bit for bit, for every number of threads, and whichever of them are asked for.
+// Before each call, scratch and outputs are full of NaN and have guard bytes around them. Gradients
+// must have the same bits for every number of threads and for every selection of gradients.
 #include <gtest/gtest.h>
 
 #include "call.h"
@@ -63,7 +63,10 @@ TEST_F(Backward, TokensAndHeadDims) {
     for (int64_t N : kTokens)
       for (const auto& dims : head_dims) {
         Spec spec = backward();
-        spec.dtype = dtype, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.dtype = dtype;
+        spec.N = N;
+        spec.K = dims[0];
+        spec.V = dims[1];
         check(spec);
       }
 }
@@ -75,7 +78,12 @@ TEST_F(Backward, Decays) {
         for (int64_t N : {65, 130}) {
           if (decay == Decay::none && gamma != 1) continue;
           Spec spec = backward();
-          spec.dtype = dtype, spec.decay = decay, spec.gamma = gamma, spec.N = N, spec.K = 16, spec.V = 8;
+          spec.dtype = dtype;
+          spec.decay = decay;
+          spec.gamma = gamma;
+          spec.N = N;
+          spec.K = 16;
+          spec.V = 8;
           if (decay == Decay::none) spec.wants &= ~8u;
           check(spec);
         }
@@ -87,20 +95,32 @@ TEST_F(Backward, SteepDecays) {
     for (double slope : {2.9, 20.0})
       for (Decay decay : {Decay::head, Decay::token}) {
         Spec spec = backward();
-        spec.dtype = dtype, spec.decay = decay, spec.gamma = std::exp(-slope), spec.N = 130, spec.K = 16, spec.V = 8;
+        spec.dtype = dtype;
+        spec.decay = decay;
+        spec.gamma = std::exp(-slope);
+        spec.N = 130;
+        spec.K = 16;
+        spec.V = 8;
         check(spec);
       }
 }
 
-// What is given and what is asked for, in all combinations; an absent d_o or d_final_state is zero.
+// All combinations of given and requested tensors. An absent d_o or d_final_state means zero.
 TEST_F(Backward, States) {
   for (lc_dtype dtype : {kF64, kBf16})
     for (int64_t N : {0, 1, 65})
       for (int given = 0; given < 8; ++given)
         for (unsigned wants : {31u, 15u}) {
           Spec spec = backward();
-          spec.dtype = dtype, spec.N = N, spec.K = 9, spec.V = 20, spec.decay = Decay::token, spec.wants = wants;
-          spec.initial = given & 1, spec.final = given & 2, spec.d_o = given & 4;
+          spec.dtype = dtype;
+          spec.N = N;
+          spec.K = 9;
+          spec.V = 20;
+          spec.decay = Decay::token;
+          spec.wants = wants;
+          spec.initial = given & 1;
+          spec.final = given & 2;
+          spec.d_o = given & 4;
           if (spec.final || spec.d_o) check(spec);
         }
 }
@@ -109,7 +129,11 @@ TEST_F(Backward, SomeOfTheGradients) {
   for (lc_dtype dtype : {kF64, kF16})
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec = backward();
-      spec.dtype = dtype, spec.N = 600, spec.K = 20, spec.V = 36, spec.decay = decay;
+      spec.dtype = dtype;
+      spec.N = 600;
+      spec.K = 20;
+      spec.V = 36;
+      spec.decay = decay;
       Call all(spec);
       ASSERT_EQ(LC_OK, all.run()) << lc_last_error();
       for (spec.wants = 1; spec.wants < 31; ++spec.wants) {
@@ -131,8 +155,15 @@ TEST_F(Backward, PackedSequences) {
       for (Decay decay : {Decay::scalar, Decay::head, Decay::batch, Decay::token})
         for (bool bnhd : {false, true}) {
           Spec spec = backward();
-          spec.dtype = dtype, spec.B = 1, spec.N = cu.back(), spec.K = 16, spec.V = 12, spec.cu = cu;
-          spec.cu_dtype = bnhd ? kI64 : kI32, spec.decay = decay, spec.bnhd = bnhd;
+          spec.dtype = dtype;
+          spec.B = 1;
+          spec.N = cu.back();
+          spec.K = 16;
+          spec.V = 12;
+          spec.cu = cu;
+          spec.cu_dtype = bnhd ? kI64 : kI32;
+          spec.decay = decay;
+          spec.bnhd = bnhd;
           check(spec);
         }
 }
@@ -145,8 +176,15 @@ TEST_F(Backward, GroupedHeads) {
       for (Decay decay : {Decay::head, Decay::token})
         for (int64_t N : {65, 200}) {
           Spec spec = backward();
-          spec.dtype = dtype, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.decay = decay, spec.N = N;
-          spec.K = 8, spec.V = 16, spec.bnhd = N > 65;
+          spec.dtype = dtype;
+          spec.Hq = h[0];
+          spec.Hk = h[1];
+          spec.Hv = h[2];
+          spec.decay = decay;
+          spec.N = N;
+          spec.K = 8;
+          spec.V = 16;
+          spec.bnhd = N > 65;
           check(spec);
         }
 }
@@ -158,28 +196,44 @@ TEST_F(Backward, Layouts) {
         for (bool strided : {false, true})
           for (Decay decay : {Decay::head, Decay::token}) {
             Spec spec = backward();
-            spec.dtype = dtype, spec.N = N, spec.K = 13, spec.V = 32, spec.bnhd = bnhd, spec.strided = strided;
+            spec.dtype = dtype;
+            spec.N = N;
+            spec.K = 13;
+            spec.V = 32;
+            spec.bnhd = bnhd;
+            spec.strided = strided;
             spec.decay = decay;
             check(spec);
           }
 }
 
-// Large enough that every thread gets work, of heads, of segments, and of columns of states.
+// Problems so large that every thread gets heads, segments or columns of states to work on.
 TEST_F(Backward, ManyThreads) {
   for (lc_dtype dtype : kInputs)
     for (const auto& [B, H, N] : {std::tuple{2, 4, 130}, std::tuple{1, 1, 600}, std::tuple{1, 3, 200}}) {
       Spec spec = backward();
-      spec.dtype = dtype, spec.B = B, spec.Hq = spec.Hk = spec.Hv = H, spec.N = N, spec.K = 64, spec.V = 64;
+      spec.dtype = dtype;
+      spec.B = B;
+      spec.Hq = spec.Hk = spec.Hv = H;
+      spec.N = N;
+      spec.K = 64;
+      spec.V = 64;
       check(spec);
     }
 }
 
-// More states than a worker keeps: they are computed again, segment by segment.
+// More states than a worker keeps, so that they are computed again segment by segment.
 TEST_F(Backward, ManySegments) {
   for (int64_t heads : {1, 10}) {
     Spec spec = backward();
-    spec.B = 1, spec.Hq = spec.Hv = heads, spec.Hk = 1, spec.N = 1100, spec.K = 256, spec.V = 128;
-    spec.decay = Decay::head, spec.gamma = 0.99;
+    spec.B = 1;
+    spec.Hq = spec.Hv = heads;
+    spec.Hk = 1;
+    spec.N = 1100;
+    spec.K = 256;
+    spec.V = 128;
+    spec.decay = Decay::head;
+    spec.gamma = 0.99;
     check(spec);
   }
 }

@@ -1,5 +1,5 @@
-// call.h - what the C++ tests share: tensors that own guarded memory, a whole call to run or to spoil, and the
-// definition.
+// call.h - the parts that C++ tests share: tensors that own guarded memory, whole calls to run or
+// to spoil, and the definition of the operator.
 #pragma once
 #include <leetcore/leetcore.h>
 
@@ -20,7 +20,7 @@ namespace test {
 
 using Bytes = std::vector<unsigned char>;
 using Index = std::vector<int64_t>;
-using Position = std::array<int64_t, 8>;  // one number for each axis, then zeros
+using Position = std::array<int64_t, 8>;  // one number per axis, then zeros
 
 constexpr lc_dtype kF64 = {LC_FLOAT, 64, 1}, kF32 = {LC_FLOAT, 32, 1}, kF16 = {LC_FLOAT, 16, 1},
                    kBf16 = {LC_BFLOAT, 16, 1};
@@ -62,7 +62,7 @@ inline double load(const void* p, lc_dtype t) {
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
 
-// 16-bit formats: finite values in range only, rounded to nearest even.
+// Numbers are rounded to nearest even. For 16-bit formats x must be finite and in range.
 inline void store(void* p, lc_dtype t, double x) {
   if (t == kF64) return store_as<double>(p, x);
   if (t == kF32) return store_as<float>(p, x);
@@ -72,8 +72,8 @@ inline void store(void* p, lc_dtype t, double x) {
   const int mantissa_bits = f16 ? 10 : 7, bias = f16 ? 15 : 127;
   int exponent = 1 - bias;
   if (x != 0) exponent = std::max(exponent, std::ilogb(x));
-  // Counted in units of the last place, consecutive values of one exponent are consecutive bit patterns, across
-  // exponents too.
+  // Consecutive values of one exponent have consecutive bit patterns, and the pattern goes on
+  // across exponents. So bits count units of the last place.
   const double units = std::nearbyint(std::ldexp(std::fabs(x), mantissa_bits - exponent));
   const int bits = ((exponent + bias - 1) << mantissa_bits) + static_cast<int>(units);
   const uint16_t u = static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0));
@@ -89,7 +89,7 @@ inline void* at(const lc_tensor& t, const Position& position) {
   return static_cast<char*>(t.data) + t.byte_offset + offset * (t.dtype.bits / 8);
 }
 
-// f(position) for every element, in row-major order of the shape.
+// Calls f(position) for every element, in row-major order of the shape.
 template <class F>
 void for_each_element(const lc_tensor& t, F&& f) {
   Position position = {};
@@ -109,7 +109,8 @@ inline std::vector<double> values(const lc_tensor& t) {
   return x;
 }
 
-// An lc_tensor with memory of its own and guard bytes around it. Tests change the members of lc_tensor directly.
+// An lc_tensor that owns its memory, with guard bytes around it. Tests may change the members of
+// lc_tensor directly.
 struct Tensor : lc_tensor {
   static constexpr size_t kGuard = 64;
   static constexpr unsigned char kUntouched = 0xA5;
@@ -120,8 +121,8 @@ struct Tensor : lc_tensor {
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
-  // Dense, or with the outer dimensions in another order in memory (order[0] slowest) and `gap` elements behind every
-  // row.
+  // Makes a dense tensor, or one with the outer dimensions in another order in memory (order[0] is
+  // the slowest) and `gap` elements after every row.
   void make(lc_dtype type, const Index& size, Index order = {}, int64_t gap = 0) {
     const int rank = static_cast<int>(size.size());
     device = {LC_CPU, 0};
@@ -135,7 +136,10 @@ struct Tensor : lc_tensor {
     int64_t count = rank ? sizes[rank - 1] + gap : 1;
     if (order.empty())
       for (int i = 0; i + 1 < rank; ++i) order.push_back(i);
-    for (int i = rank - 2; i >= 0; --i) steps[order[i]] = count, count *= sizes[order[i]];
+    for (int i = rank - 2; i >= 0; --i) {
+      steps[order[i]] = count;
+      count *= sizes[order[i]];
+    }
     memory.assign(2 * kGuard + count * (type.bits / 8), kUntouched);
     data = memory.data() + kGuard;
     byte_offset = 0;
@@ -146,7 +150,7 @@ struct Tensor : lc_tensor {
     for_each_element(*this, [&](const Position& i) { store(at(*this, i), dtype, f()); });
   }
 
-  // Every element NaN, where there is a tensor.
+  // Sets every element to NaN, if there is a tensor.
   void poison() {
     if (memory.empty()) return;
     for_each_element(*this, [&](const Position& i) { std::memset(at(*this, i), 0xFF, dtype.bits / 8); });
@@ -155,10 +159,11 @@ struct Tensor : lc_tensor {
 
 // ---- the definition -----------------------------------------------------------------------------
 
-// The inputs of a call as the definition reads them, whatever their layout, sharing of heads and form of decay.
+// The inputs of a call as the definition reads them, for every layout, sharing of heads and form of
+// decay.
 struct Inputs {
   const lc_args& a;
-  const bool absolute = false;  // of q, k, v, states and gradients
+  const bool absolute = false;  // whether to take absolute values of q, k, v, states and gradients
   const bool bnhd = a.flags & LC_LAYOUT_BNHD;
   const int head_axis = bnhd ? 2 : 1, token_axis = bnhd ? 1 : 2;
   const int64_t B = a.q->shape[0], N = a.q->shape[token_axis], K = a.q->shape[3], V = a.v->shape[3];
@@ -180,11 +185,11 @@ struct Inputs {
     for (double& y : x) y = std::fabs(y);
     return x;
   }
-  // Where a token of a tensor with so many heads and columns lies in a row-major copy.
+  // The offset of a token in a row-major copy of a tensor with this number of heads and columns.
   int64_t place(int64_t heads, int64_t columns, int64_t b, int64_t h, int64_t n) const {
     return (bnhd ? (b * N + n) * heads + h : (b * heads + h) * N + n) * columns;
   }
-  // The same for log_decay, in its own form.
+  // The offset of a token's decay in a row-major copy of log_decay, in the form that the call has.
   int64_t decay_place(int64_t b, int64_t h, int64_t n) const {
     const int rank = a.log_decay->ndim;
     return rank == 0 ? 0 : rank == 1 ? h : rank == 2 ? b * Hs + h : place(Hs, 1, b, h, n);
@@ -202,11 +207,11 @@ struct Inputs {
 
 struct Answer {
   std::vector<double> o, state;            // row-major in the shapes of o and final_state
-  std::vector<double> o_size, state_size;  // the same sums over absolute values: what rounding errors are relative to
+  std::vector<double> o_size, state_size;  // the same sums over absolute values: the scale of errors
 };
 
-// S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, token by token in double, for any valid lc_args.
-// Reads the states that a call may overwrite, so it comes first.
+// S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, token by token in double, for any
+// valid lc_args. It must run before the call, which may overwrite the states that it reads.
 inline Answer reference(const lc_args& a) {
   const Inputs in{a};
   const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H;
@@ -255,19 +260,20 @@ inline Answer reference(const lc_args& a) {
 }
 
 struct Gradients {
-  std::vector<double> d_q, d_k, d_v, d_log_decay,
-      d_initial_state;  // row-major in the shapes of what they are named after
-  // Of the tensor that a call has it written to.
+  // Row-major, in the shapes of the inputs.
+  std::vector<double> d_q, d_k, d_v, d_log_decay, d_initial_state;
+  // The gradient that a call writes to tensor t.
   const std::vector<double>& of(const lc_args& a, const lc_tensor* t) const {
     return t == a.d_q ? d_q : t == a.d_k ? d_k : t == a.d_v ? d_v : t == a.d_log_decay ? d_log_decay : d_initial_state;
   }
-  std::vector<double> d_log_decay_size;  // the root of the sum of squares of what tokens add to each of its values
+  // For each value of d_log_decay: the root of the sum of squares of the terms of all tokens.
+  std::vector<double> d_log_decay_size;
 };
 
-// The derivative of `reference`, token by token backward in time, all states being kept: with S_t, and dS the gradient
-// of S_t,
+// The derivative of `reference`, token by token backward in time, with all states kept. With dS the
+// gradient of S_t,
 //   dq_t = scale S_t dO_t,  dk_t = dS v_t,  dv_t = dS^T k_t,  dg_t = exp(g_t) <dS, S_{t-1}>
-// absolute: the same sums over absolute values, which is what rounding errors are relative to.
+// With `absolute`: the same sums over absolute values, to which rounding errors are relative.
 inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
   const Inputs in{a, absolute};
   const double scale = absolute ? std::fabs(a.scale) : a.scale;
@@ -330,7 +336,7 @@ inline double norm(const std::vector<double>& x) {
   return std::sqrt(sum);
 }
 
-// ||x - want|| / ||size||; infinite when x is not finite.
+// ||x - want|| / ||size||; infinite if x is not finite.
 inline double relative_error(const std::vector<double>& x, const std::vector<double>& want,
                              const std::vector<double>& size) {
   double difference = 0, norm = 0;
@@ -342,7 +348,7 @@ inline double relative_error(const std::vector<double>& x, const std::vector<dou
   return difference == 0 ? 0 : std::sqrt(difference / norm);
 }
 
-// The accuracy the project promises for inputs, or a state, of this dtype.
+// The accuracy that the project promises for inputs, or a state, of this dtype.
 inline double output_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF32 ? 5e-6 : t == kF16 ? 1e-3 : 4e-3; }
 inline double state_tolerance(lc_dtype t) { return t == kF64 ? 1e-12 : t == kF32 ? 5e-6 : t == kF16 ? 5e-4 : 3e-3; }
 inline double gradient_tolerance(lc_dtype t) { return t == kF64 ? 1e-11 : t == kF32 ? 2e-5 : t == kF16 ? 1e-3 : 1e-2; }
@@ -350,11 +356,11 @@ inline double gradient_tolerance(lc_dtype t) { return t == kF64 ? 1e-11 : t == k
 // ---- a call -------------------------------------------------------------------------------------
 
 enum class Decay { none, scalar, head, batch, token };  // rank of log_decay: absent, 0, 1, 2, 3
-constexpr double kMixed = -1;                           // gamma: another one for every element of log_decay
+constexpr double kMixed = -1;                           // gamma: elements of log_decay differ
 
 struct Spec {
   lc_op op = LC_FORWARD;
-  lc_device device = {LC_CPU, 0};  // of every tensor but a scalar
+  lc_device device = {LC_CPU, 0};  // of every tensor except a scalar
   int64_t B = 2, Hq = 2, Hk = 2, Hv = 2, N = 5, K = 3, V = 4;
   lc_dtype dtype = kF32;
   Decay decay = Decay::head;
@@ -362,16 +368,16 @@ struct Spec {
   double scale = 0.5;
   double magnitude = 1;  // of k and v
   bool bnhd = false;
-  bool strided = false;  // axes in another order in memory, gaps between the rows, an offset of one element
-  bool initial = false, final = false;  // LC_BACKWARD: whether there is an initial_state, a d_final_state
+  bool strided = false;                 // reordered axes, gaps between rows, an offset of one element
+  bool initial = false, final = false;  // LC_BACKWARD: initial_state and d_final_state
   bool in_place = false;                // final_state is initial_state
   Index cu;                             // packed: cu_seqlens
   lc_dtype cu_dtype = kI32;
-  int64_t slots = 0;  // LC_DECODE: of the pool; 0: B
+  int64_t slots = 0;  // LC_DECODE: slots of the pool; 0: B
   Index indices;      // LC_DECODE: state_indices
   lc_dtype index_dtype = kI32;
-  lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; default: that of states
-  bool d_o = true;            // LC_BACKWARD: whether it is given
+  lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; bits 0: the dtype of states
+  bool d_o = true;            // LC_BACKWARD: whether d_o is given
   unsigned wants = 31;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state
 };
 
@@ -386,7 +392,8 @@ inline std::ostream& operator<<(std::ostream& out, const Spec& s) {
   return out;
 }
 
-// The valid call that a Spec describes, with random contents: unit variance, or, `even`, of magnitudes near 1.
+// The valid call that a Spec describes. Contents are random, of unit variance or, with `even`, of
+// magnitudes near 1.
 struct Call {
   Spec spec;
   lc_args args = {};
@@ -402,16 +409,20 @@ struct Call {
     const int64_t Hs = std::max(s.Hk, s.Hv), H = std::max(s.Hq, Hs);
     const auto token_tensor = [&](Tensor& t, lc_dtype type, Index size) {  // size in the order b, h, n, d
       if (s.bnhd) std::swap(size[1], size[2]);
-      if (s.strided && size.size() == 4)
-        t.make(type, size, {2, 0, 1}, 3), shift(t);
-      else
+      if (s.strided && size.size() == 4) {
+        t.make(type, size, {2, 0, 1}, 3);
+        shift(t);
+      } else {
         t.make(type, size);
+      }
     };
     const auto state_tensor = [&](Tensor& t, lc_dtype type, int64_t states) {
-      if (s.strided)
-        t.make(type, {states, Hs, s.K, s.V}, {1, 0, 2}, 2), shift(t);
-      else
+      if (s.strided) {
+        t.make(type, {states, Hs, s.K, s.V}, {1, 0, 2}, 2);
+        shift(t);
+      } else {
         t.make(type, {states, Hs, s.K, s.V});
+      }
       t.fill(number);
     };
 
@@ -460,7 +471,10 @@ struct Call {
       if (s.final) state_tensor(s.op == LC_BACKWARD ? d_final_state : final_state, wide(), states);
     }
     if (s.op == LC_BACKWARD) {
-      if (s.d_o) token_tensor(d_o, s.dtype, {s.B, H, s.N, s.V}), d_o.fill(number);
+      if (s.d_o) {
+        token_tensor(d_o, s.dtype, {s.B, H, s.N, s.V});
+        d_o.fill(number);
+      }
       if (s.wants & 1) token_tensor(d_q, s.dtype, {s.B, s.Hq, s.N, s.K});
       if (s.wants & 2) token_tensor(d_k, s.dtype, {s.B, s.Hk, s.N, s.K});
       if (s.wants & 4) token_tensor(d_v, s.dtype, {s.B, s.Hv, s.N, s.V});
@@ -522,7 +536,7 @@ struct Call {
             &d_initial_state};
   }
   std::vector<Tensor*> gradients() { return {&d_q, &d_k, &d_v, &d_log_decay, &d_initial_state}; }
-  lc_dtype wide() const { return spec.dtype == kF64 ? kF64 : kF32; }  // of states and decays
+  lc_dtype wide() const { return spec.dtype == kF64 ? kF64 : kF32; }  // the dtype of states and decays
   std::vector<const lc_tensor*> written() const {
     std::vector<const lc_tensor*> all;
     for (const lc_tensor* t :
@@ -541,7 +555,7 @@ struct Call {
     for (size_t i = 0; i < all.size(); ++i) std::copy(before[i].begin(), before[i].end(), all[i]->memory.begin());
   }
 
-  // Asks for the workspace and makes it: exactly as large as asked for, full of NaN, guarded.
+  // Makes a workspace of exactly the size that the library asks for, full of NaN and guarded.
   lc_status make_workspace() {
     args.workspace = nullptr;
     const lc_status status = lc_workspace(&args, &args.workspace_bytes);
@@ -558,8 +572,8 @@ struct Call {
     return status == LC_OK ? lc_run(&args) : status;
   }
 
-  // Whether the bytes around the workspace, and every byte of the tensors but the elements of those that are written,
-  // are those of `before`.
+  // Whether the call wrote only to its outputs and workspace: the bytes around the workspace, and
+  // every byte of the tensors except the elements of outputs, must be those of `before`.
   bool stayed_inside(const std::vector<Bytes>& before) {
     const auto* begin = static_cast<unsigned char*>(args.workspace);
     for (const unsigned char& byte : scratch)
@@ -582,7 +596,7 @@ struct Call {
   }
 
  private:
-  // The first element one further on, as in a view of a larger array.
+  // Moves the tensor by one element, as in a view of a larger array.
   static void shift(Tensor& t) {
     t.byte_offset = t.dtype.bits / 8;
     t.memory.insert(t.memory.end(), t.byte_offset, Tensor::kUntouched);
@@ -597,7 +611,8 @@ std::string describe(const T& x) {
   return out.str();
 }
 
-// What a call has to write, whole, and how far from the definition it may be: error relative to `size`.
+// An output of a call, the values that it must have, and the tolerance of its error relative to
+// `size`.
 struct Output {
   const char* name;
   Tensor* tensor;
@@ -605,7 +620,8 @@ struct Output {
   double tolerance;
 };
 
-// On a GPU, where what log_decay gets is made of 16-bit products too. Its terms may cancel: then they are the measure.
+// The outputs of a backward call on a GPU, where d_log_decay is also made of 16-bit products. If
+// its terms cancel, errors are relative to the terms.
 inline std::vector<Output> gradient_outputs(Call& call, const Gradients& d) {
   const double tolerance = gradient_tolerance(call.spec.dtype);
   const bool cancels = norm(d.d_log_decay) < norm(d.d_log_decay_size);

@@ -1,5 +1,5 @@
-// cost_test.cpp - what lc_predict says against what a build that counts (LC_COUNT) did: flop of products and updates,
-// and the last byte of the workspace that was handed out.
+// cost_test.cpp - compares the predictions of lc_predict with the counts of a build that counts
+// (LC_COUNT): flop of products and updates, and the used bytes of the workspace.
 #include <gtest/gtest.h>
 
 #include "../../cpp/cpu/counted.h"
@@ -23,14 +23,20 @@ Counts run(const Spec& spec, const char* method, int threads) {
   EXPECT_STREQ(method, c.predicted.method);
   lc::counted.flop = lc::counted.workspace = 0;
   EXPECT_EQ(LC_OK, call.run()) << lc_last_error();
-  c.flop = double(lc::counted.flop), c.workspace = double(lc::counted.workspace);
+  c.flop = double(lc::counted.flop);
+  c.workspace = double(lc::counted.workspace);
   lc_set_num_threads(0);
   return c;
 }
 
 Spec shape(lc_dtype dtype, int64_t N, int64_t K, int64_t V) {
   Spec spec;
-  spec.dtype = dtype, spec.N = N, spec.K = K, spec.V = V, spec.gamma = 0.9, spec.decay = Decay::head;
+  spec.dtype = dtype;
+  spec.N = N;
+  spec.K = K;
+  spec.V = V;
+  spec.gamma = 0.9;
+  spec.decay = Decay::head;
   return spec;
 }
 
@@ -42,14 +48,15 @@ void for_methods(F&& f) {
   }
 }
 
-// The triangle of scores is computed in bands of 16 rows, a few more than its flop: 80 columns for 65 on average.
+// The flop beyond the triangle of scores. It is computed in bands of 16 rows, with 80 columns on
+// average instead of 65.
 double triangle(const Spec& spec) {
   const double H = double(std::max({spec.Hq, spec.Hk, spec.Hv}));
   const double rounded_up = double((spec.N + 63) / 64 * 64);
   return double(spec.B) * H * rounded_up * (80 - 65) * double(spec.K + spec.V);
 }
 
-// What may be done beyond the flop.
+// The flop that a method may do beyond the prediction.
 double allowance(const std::string& method, const Spec& spec) {
   return method == "recurrent" || method == "fleet" || method == "fft" ? 0 : triangle(spec);
 }
@@ -60,7 +67,8 @@ TEST(Cost, FlopAreThoseThatWereDone) {
       for (const auto& [K, V] : {std::pair{16, 32}, std::pair{128, 16}})
         for (int states = 0; states < 4; ++states) {
           Spec spec = shape(dtype, N, K, V);
-          spec.initial = states & 1, spec.final = states & 2;
+          spec.initial = states & 1;
+          spec.final = states & 2;
           SCOPED_TRACE(describe(spec));
           for_methods([&](const char* method) {
             const Counts c = run(spec, method, 1);
@@ -74,7 +82,10 @@ TEST(Cost, GroupedHeads) {
   constexpr int64_t heads[][3] = {{4, 2, 1}, {1, 4, 2}, {6, 3, 3}};
   for (const auto& h : heads) {
     Spec spec = shape(kF32, 640, 32, 32);
-    spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.final = true;
+    spec.Hq = h[0];
+    spec.Hk = h[1];
+    spec.Hv = h[2];
+    spec.final = true;
     for_methods([&](const char* method) {
       const Counts c = run(spec, method, 1);
       EXPECT_GE(c.flop, c.predicted.flop * (1 - 1e-12));
@@ -83,7 +94,8 @@ TEST(Cost, GroupedHeads) {
   }
 }
 
-// Ragged lengths: no flop that are not done, as rows of a tile and columns of a vector are rounded up.
+// With ragged lengths, rows of tiles and columns of vectors are rounded up, so a method does at
+// least the predicted flop.
 TEST(Cost, RaggedLengthsAreNeverOverestimated) {
   for (int64_t N : {1, 63, 65, 100, 777}) {
     const Spec spec = shape(kF32, N, 24, 40);
@@ -95,7 +107,7 @@ TEST(Cost, RaggedLengthsAreNeverOverestimated) {
   }
 }
 
-// The triangles of up to five products, two of them scores, are computed with the same waste.
+// The same waste occurs in the triangles of up to five products, two of which are scores.
 double backward_allowance(const Spec& spec) {
   return triangle(spec) / double(spec.K + spec.V) * double(3 * spec.K + 2 * spec.V);
 }
@@ -115,17 +127,24 @@ TEST(Cost, BackwardFlopAreThoseThatWereDone) {
       for (int states = 0; states < 4; ++states)
         for (unsigned wants = 1; wants < 32; ++wants) {
           Spec spec = shape(dtype, N, 32, 16);
-          spec.op = LC_BACKWARD, spec.initial = states & 1, spec.final = states & 2, spec.wants = wants;
+          spec.op = LC_BACKWARD;
+          spec.initial = states & 1;
+          spec.final = states & 2;
+          spec.wants = wants;
           check_backward(spec, 1, true);
         }
 }
 
-// Segments whose states are computed again, by one worker for all of a head or by three for some of each.
+// Segments whose states are computed again, by one worker for a whole head or by three workers for
+// parts of it.
 TEST(Cost, BackwardFlopOfSegments) {
   for (int threads : {1, 3})
     for (int64_t heads : {1, 2}) {
       Spec spec = shape(kF64, 64 * 20, 128, 128);
-      spec.op = LC_BACKWARD, spec.B = 1, spec.Hq = 2 * heads, spec.Hk = spec.Hv = heads;
+      spec.op = LC_BACKWARD;
+      spec.B = 1;
+      spec.Hq = 2 * heads;
+      spec.Hk = spec.Hv = heads;
       check_backward(spec, threads, true);
     }
 }
@@ -135,7 +154,10 @@ TEST(Cost, BackwardOfGroupedHeadsAndRaggedLengths) {
   for (const auto& h : heads)
     for (int64_t N : {1, 63, 65, 640, 777}) {
       Spec spec = shape(kF32, N, 24, 40);
-      spec.op = LC_BACKWARD, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2];
+      spec.op = LC_BACKWARD;
+      spec.Hq = h[0];
+      spec.Hk = h[1];
+      spec.Hv = h[2];
       check_backward(spec, 1, N == 640);
     }
 }
@@ -145,7 +167,8 @@ TEST(Cost, WorkspaceIsUsedToTheLastByte) {
     for (int threads : {1, 3})
       for (int64_t N : {1, 65, 1100}) {
         Spec spec = shape(dtype, N, 64, 48);
-        spec.Hq = spec.Hk = spec.Hv = 3, spec.final = true;
+        spec.Hq = spec.Hk = spec.Hv = 3;
+        spec.final = true;
         SCOPED_TRACE(describe(spec));
         for_methods([&](const char* method) {
           const Counts c = run(spec, method, threads);

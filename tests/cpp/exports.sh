@@ -1,4 +1,4 @@
-# exports.sh LIBRARY LIST - the library exports the symbols of the list and no others.
+# exports.sh LIBRARY LIST - the library exports exactly the symbols of the list.
 set -eu
 exported=$(nm -D --defined-only "$1" | awk '$2 != "A" { print $3 }' | LC_ALL=C sort)
 [ "$exported" = "$(cat "$2")" ] && exit 0

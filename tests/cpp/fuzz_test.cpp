@@ -1,10 +1,12 @@
-// fuzz_test.cpp - random calls, most of them a valid one with a few random changes. Whatever comes: no crash, a status
-// of the list, a refusal that names an argument and writes nothing, and an accepted call that equals the definition.
+// fuzz_test.cpp - random calls, most of them valid calls with a few random changes. No call may
+// crash. Each one returns a listed status. A refusal names an argument and writes nothing. An
+// accepted call agrees with the definition.
 //
-// LEETCORE_FUZZ_SECONDS (2) and LEETCORE_FUZZ_SEED (1) set its length and its course.
+// LEETCORE_FUZZ_SECONDS (2) and LEETCORE_FUZZ_SEED (1) set the length and the seed.
 //
-// A library cannot know how much memory stands behind a pointer. So a call that would reach outside of ours has all its
-// data pointers replaced by an address that nothing may touch, and only its structure is checked.
+// A library cannot know how much memory is at a pointer. If a call would reach outside of the
+// memory of its tensors, all its data pointers are replaced by an address that must not be touched,
+// and only the call's structure is checked.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -28,8 +30,8 @@ class Fuzz {
 
   void step();
 
-  std::map<lc_status, int64_t> status_counts;  // of lc_run
-  int64_t compared = 0;                        // with the definition
+  std::map<lc_status, int64_t> status_counts;  // results of lc_run
+  int64_t compared = 0;                        // calls that were compared with the definition
 
  private:
   int64_t below(int64_t n) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(n)); }
@@ -68,7 +70,8 @@ Spec Fuzz::random_spec() {
   s.op = among({LC_FORWARD, LC_BACKWARD, LC_DECODE});
   s.B = below(4);
   const int64_t Hs = 1 + below(4), divisor = among<int64_t>({1, Hs});
-  s.Hk = Hs, s.Hv = divisor;
+  s.Hk = Hs;
+  s.Hv = divisor;
   if (chance(2)) std::swap(s.Hk, s.Hv);
   s.Hq = among<int64_t>({1, Hs, 2 * Hs});
   s.N = below(7);
@@ -91,7 +94,9 @@ Spec Fuzz::random_spec() {
       if (chance(2)) s.indices[below(s.B)] = -1;
     }
   } else {
-    s.initial = chance(2), s.final = chance(2), s.in_place = s.op == LC_FORWARD && chance(4);
+    s.initial = chance(2);
+    s.final = chance(2);
+    s.in_place = s.op == LC_FORWARD && chance(4);
     if (s.op == LC_BACKWARD) {
       s.d_o = !s.final || chance(2);
       s.wants = static_cast<unsigned>(1 + below(31));
@@ -197,7 +202,7 @@ void Fuzz::change(Call& call) {
       else
         a.stream = chance(2) ? &call : nullptr;
       break;
-    case 8: {  // one tensor's memory becomes another's
+    case 8: {  // one tensor gets the memory of another
       Tensor &x = *tensors[below(static_cast<int64_t>(tensors.size()))],
              &y = *tensors[below(static_cast<int64_t>(tensors.size()))];
       x.data = y.data;
@@ -229,7 +234,8 @@ void Fuzz::change_values(Call& call) {
   }
 }
 
-// Whether every element that `t` describes lies in the memory of one of the call's tensors, well aligned or not.
+// Whether every element that `t` describes is in the memory of one of the call's tensors, aligned
+// or not.
 bool in_bounds(Call& call, const lc_tensor& t) {
   if (t.ndim < 0 || t.ndim > 8 || (t.ndim && !t.shape)) return true;  // describes no element
   __int128 low = 0, high = t.dtype.bits / 8, dense = 1;
@@ -256,7 +262,7 @@ bool in_bounds(Call& call, const lc_tensor& t) {
   return false;
 }
 
-// The arguments as the library sees them through struct_size.
+// The part of the arguments that struct_size lets the library see.
 lc_args visible(const lc_args& a) {
   lc_args seen = {};
   std::memcpy(&seen, &a, std::min<size_t>(a.struct_size, sizeof a));
@@ -272,7 +278,7 @@ std::vector<const lc_tensor*> given(const lc_args& a) {
   return all;
 }
 
-// "name: ..." with a name of lc_args
+// Whether a message has the form "name: ..." with a name of lc_args.
 bool names_an_argument(const std::string& message) {
   static const char* const names[] = {"args",
                                       "struct_size",
@@ -304,7 +310,7 @@ bool names_an_argument(const std::string& message) {
   return message.size() > name.size() + 2 && std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 
-// Everything the library is told, for the report of a failure.
+// All arguments of a call, for the report of a failure.
 std::string describe_arguments(const lc_args& a) {
   std::ostringstream out;
   out << "op " << a.op << ", method " << (a.method ? a.method : "NULL") << ", scale " << a.scale << ", flags "
@@ -349,8 +355,8 @@ void check_status(lc_status status, const std::string& message) {
   }
 }
 
-// Numbers that neither overflow nor vanish in any dtype's products. Others come up where memory of one dtype is read as
-// another.
+// Whether all numbers are of a size that neither overflows nor vanishes in products of any dtype.
+// Other numbers occur if memory of one dtype is read as another.
 bool tame(const lc_tensor& t) {
   const std::vector<double> x = values(t);
   return std::all_of(x.begin(), x.end(),
@@ -361,7 +367,7 @@ void Fuzz::step() {
   Call call(random_spec(), static_cast<unsigned>(random_()), true);
   SCOPED_TRACE(describe(call.spec));
   ASSERT_EQ(LC_OK, call.make_workspace()) << "a valid call was refused: " << lc_last_error();
-  if (chance(4)) change_values(call);  // while the tensors are what they seem
+  if (chance(4)) change_values(call);  // before the tensors change
   for (int64_t changes = among<int64_t>({0, 1, 1, 1, 2, 3}); changes > 0; --changes) change(call);
 
   const lc_args seen = visible(call.args);
@@ -370,7 +376,10 @@ void Fuzz::step() {
   for (const lc_tensor* t : given(seen)) ours = ours && in_bounds(call, *t);
   if (!ours)
     for (Tensor* t : call.tensors())
-      if (t->data) t->data = reinterpret_cast<void*>(uintptr_t{4096}), t->byte_offset = 0;
+      if (t->data) {
+        t->data = reinterpret_cast<void*>(uintptr_t{4096});
+        t->byte_offset = 0;
+      }
 
   const auto before = call.memory();
   size_t bytes = 0;
@@ -389,7 +398,7 @@ void Fuzz::step() {
   const bool refuses_structure = structure == LC_DTYPE || (structure == LC_INVALID && why.compare(0, 8, "method: "));
   if (!ours && !refuses_structure) return;  // lc_run would have to read values
 
-  if (structure == LC_OK && chance(2)) call.make_workspace();  // else that of the call before the changes
+  if (structure == LC_OK && chance(2)) call.make_workspace();  // otherwise: that of the unchanged call
   const lc_status status = lc_run(&call.args);
   const std::string message = status == LC_OK ? "" : lc_last_error();
   ++status_counts[status];
@@ -443,7 +452,7 @@ TEST(Fuzz, RandomCalls) {
   std::cout << steps << " calls:";
   for (const auto& [status, count] : fuzz.status_counts) std::cout << " " << count << " of status " << status;
   std::cout << ", " << fuzz.compared << " compared with the definition\n";
-  // A fuzzer that only ever sees one side of the fence tests little.
+  // A fuzzer must see both accepted and refused calls.
   EXPECT_GT(fuzz.compared, steps / 10);
   EXPECT_GT(fuzz.status_counts[LC_INVALID], steps / 10);
 }

@@ -1,5 +1,5 @@
-// isa.h - WithIsa: a test that runs with the instruction set that LEETCORE_ISA names, and is skipped on machines that
-// lack it.
+// isa.h - WithIsa: a test that runs with the instruction set that LEETCORE_ISA names, and is
+// skipped on machines that lack it.
 #pragma once
 #include <gtest/gtest.h>
 #include <leetcore/leetcore.h>

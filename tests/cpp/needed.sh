@@ -1,4 +1,4 @@
-# needed.sh LIBRARY - the library asks the loader for nothing of CUDA: no driver, no runtime, no cuFFT.
+# needed.sh LIBRARY - the loader needs no part of CUDA for the library: no driver, runtime or cuFFT.
 set -eu
 needed=$(readelf -d "$1" | grep NEEDED)
 [ -n "$needed" ] || { echo "readelf finds no library that $1 needs"; exit 1; }

@@ -1,5 +1,5 @@
-// no_gpu_test.cpp - a library with the CUDA methods on a machine without a driver: the CPU serves as ever, and a call
-// for a device ends with a sentence.
+// no_gpu_test.cpp - a library with CUDA methods on a machine without a driver: the CPU methods
+// work, and a call for a device is refused with a sentence.
 #include <gtest/gtest.h>
 
 #include "call.h"

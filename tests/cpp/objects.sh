@@ -1,12 +1,13 @@
-# objects.sh ISA OBJECT... - whatever these objects define for the linker to share between objects lies in namespace lc::ISA.
-# An inline function of any other namespace, compiled here for a newer machine, could be the copy that all of them get.
-# Nor may one that depends on an unnamed namespace be shared: each file means its own by it.
+# objects.sh ISA OBJECT... - every symbol that these objects let the linker share with other objects
+# is in namespace lc::ISA. The linker could otherwise take an inline function that is compiled here
+# for a newer machine as the copy for all objects. A symbol that depends on an unnamed namespace must
+# not be shared either, because an unnamed namespace is a different one in each file.
 set -eu
 isa=$1
 shift
 local=$(nm -C --defined-only "$@" | awk '$2 ~ /^[WVu]$/' | grep -F "(anonymous namespace)" || true)
 if [ -n "$local" ]; then
-  echo "Shared, but of an unnamed namespace:"
+  echo "Shared, but in an unnamed namespace:"
   echo "$local" | cut -d ' ' -f 2- | sort | uniq -c
   exit 1
 fi

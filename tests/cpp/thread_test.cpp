@@ -1,4 +1,5 @@
-// thread_test.cpp - the pool of threads and the number of threads, of a copy of the library's own sources.
+// thread_test.cpp - the pool of threads and the number of threads, compiled from the library's
+// sources.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -16,7 +17,8 @@
 
 namespace {
 
-// Runs `wished` workers that deal 1000 tasks out among them, and expects each task once. Returns how many workers came.
+// Runs `wished` workers that share 1000 tasks, and expects each task to run once. Returns the
+// number of workers.
 int deal(int wished) {
   lc::Problem p = {};
   p.threads = wished;
@@ -33,7 +35,7 @@ int deal(int wished) {
   return granted_most;
 }
 
-// The exit status of a forked child that runs f; a child that hangs is ended by its alarm.
+// The exit status of a forked child that runs f. An alarm ends a child that hangs.
 template <class F>
 int in_child(F&& f) {
   const pid_t child = fork();
@@ -51,7 +53,7 @@ TEST(Pool, EveryTaskIsDoneOnce) {
     for (int wished : {1, 2, 5, 16}) EXPECT_EQ(wished, deal(wished));
 }
 
-// A barrier is passed by all workers or by none.
+// Either all workers pass a barrier, or none does.
 TEST(Pool, BarriersWaitForWorkersThatBeginLate) {
   lc::Problem p = {};
   for (int round = 0; round < 500; ++round) {
@@ -86,7 +88,8 @@ TEST(Pool, ChildrenAndGrandchildrenHavePoolsOfTheirOwn) {
   EXPECT_EQ(4, deal(4));
 }
 
-// A fork while other threads are inside the pool: its locks are held in the child by threads that are not there.
+// Forks while other threads are inside the pool. In the child, threads that do not exist there hold
+// its locks.
 TEST(Pool, ForksDuringCalls) {
   std::atomic<bool> stop{false};
   std::vector<std::thread> callers;
@@ -99,12 +102,12 @@ TEST(Pool, ForksDuringCalls) {
   for (std::thread& caller : callers) caller.join();
 }
 
-#if !defined(__SANITIZE_ADDRESS__)  // its shadow memory is larger than any limit
+#if !defined(__SANITIZE_ADDRESS__)  // shadow memory is larger than any limit
 TEST(Pool, DoesWithFewerThreadsWhereNoMoreCanBeMade) {
   EXPECT_EQ(0, in_child([] {
-              const rlimit none = {1 << 20, 1 << 20};  // less than is in use: a stack cannot be had
+              const rlimit none = {1 << 20, 1 << 20};  // less than is in use, so no stack can be allocated
               if (setrlimit(RLIMIT_AS, &none)) return 1;
-              const int granted = deal(64);  // glibc keeps the stacks of some threads that have ended
+              const int granted = deal(64);  // some: glibc keeps stacks of ended threads
               return granted >= 1 && granted < 64 ? 0 : 2;
             }));
 }
@@ -137,7 +140,7 @@ TEST(Pool, FollowsTheAffinityOfTheCaller) {
   EXPECT_EQ(std::min<double>(CPU_COUNT(&before), std::ceil(lc::cpu_quota())), lc::thread_count(0).count);
 }
 
-// A tree of files as Linux shows control groups.
+// A tree of files like the one in which Linux shows control groups.
 class Groups : public ::testing::Test {
  protected:
   void SetUp() override {

@@ -1,11 +1,12 @@
-// method_test.cpp - CUDA rows of lc_method() on a GPU, through lc_run, against the definition; a program of its own,
-// for machines without GoogleTest and to be run under compute-sanitizer.
+// method_test.cpp - tests the CUDA rows of lc_method() on a GPU, through lc_run, against the
+// definition. This is a program without GoogleTest, so that it runs under compute-sanitizer.
 //
-//   method_test [--small] [METHOD...]      --small: one short call of each kind, for slow tools; default: every method
+//   method_test [--small] [METHOD...]   --small: one short call of each kind; default: all methods
 //
-// Outputs and workspace are full of NaN before each call and have guard bytes around them. Each call is made twice, on
-// different streams: the answers must agree bit for bit. Exits with 1 if anything was wrong, with 2 if the device
-// broke, with 77 if there is none. g++ builds the same program on the emulator.
+// Outputs and workspace are filled with NaN before each call and have guard bytes around them. Each
+// call is made twice, on different streams, and the answers must agree bit for bit. The exit status
+// is 1 if an answer was wrong, 2 if the device broke, 77 if there is no device. g++ builds the same
+// program for the emulator.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -84,7 +85,7 @@ class Memory {
 bool there_is_a_device() { return true; }
 void* stream(int) { return nullptr; }
 void wait(int) { simt::forget(); }
-std::string complaint() {  // of the emulator, since the last time
+std::string complaint() {  // the first report of the emulator since the last call
   const std::string text = simt::report().errors() ? simt::report().messages[0] : "";
   simt::report() = {};
   return text;
@@ -92,9 +93,10 @@ std::string complaint() {  // of the emulator, since the last time
 
 #endif
 
-// ---- a call on it -------------------------------------------------------------------------------
+// ---- a call on the device -----------------------------------------------------------------------
 
-// lc_run with every tensor and the workspace in memory of the device; false: wrote around the workspace.
+// lc_run with all tensors and the workspace in device memory. Returns false if the call wrote to
+// the guard bytes of the workspace.
 bool run_there(Call& call, int n, lc_status* status) {
   constexpr size_t kGuard = 256;
   *status = lc_workspace(&call.args, &call.args.workspace_bytes);
@@ -131,7 +133,8 @@ bool run_there(Call& call, int n, lc_status* status) {
   return true;
 }
 
-// Of a text that says for every row whether it serves: the method's own line, the last one, as CPU rows come first.
+// The line of a method in a text with one line per row. It is the last match, since CPU rows come
+// first.
 std::string reason(const std::string& text, const std::string& method) {
   const size_t line = text.rfind("\n  " + method + ": ");
   if (line == std::string::npos) return text;
@@ -143,7 +146,7 @@ struct Count {
   std::set<std::string> refusals;
 };
 
-// What the definition says of a call.
+// The results of a call by the definition.
 struct Definition {
   Answer answer;
   Gradients gradients;
@@ -165,7 +168,8 @@ struct Definition {
   }
 };
 
-// What is wrong with a method's answers to a call, "" if nothing; *served: whether it gave any.
+// What is wrong with a method's answers to a call, or "". *served: whether the method serves the
+// call.
 std::string examine(const Spec& spec, const char* method, const Definition& definition, bool* served,
                     std::string* refusal) {
   std::vector<Bytes> first;
@@ -209,57 +213,93 @@ std::string examine(const Spec& spec, const char* method, const Definition& defi
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
-// One of each kind: ragged chunks and dims; strides; packed with an empty sequence; in place with grouped heads; a
-// pool; gradients with one decay a head, and with one a token.
+// One call of each kind: ragged chunks and dims; strides; packed with an empty sequence; in place
+// with grouped heads; a pool; gradients with one decay per head, and with one per token.
 std::vector<Spec> small_calls(lc_dtype dtype) {
   Spec base;
-  base.dtype = dtype, base.B = 1, base.N = 70, base.K = 24, base.V = 40;
+  base.dtype = dtype;
+  base.B = 1;
+  base.N = 70;
+  base.K = 24;
+  base.V = 40;
   std::vector<Spec> all(7, base);
   all[0].initial = all[0].final = true;
-  all[1].strided = all[1].bnhd = true, all[1].decay = Decay::token, all[1].final = true;
-  all[2].cu = {0, 0, 5, 70}, all[2].initial = all[2].final = true;
-  all[3].Hq = 4, all[3].in_place = true;
-  all[4].op = LC_DECODE, all[4].B = 3, all[4].N = 2, all[4].slots = 4, all[4].indices = {3, -1, 0};
-  for (int i : {5, 6}) all[i].op = LC_BACKWARD, all[i].initial = all[i].final = true;
-  all[6].decay = Decay::token, all[6].Hq = 4, all[6].N = 300;
+  all[1].strided = all[1].bnhd = true;
+  all[1].decay = Decay::token;
+  all[1].final = true;
+  all[2].cu = {0, 0, 5, 70};
+  all[2].initial = all[2].final = true;
+  all[3].Hq = 4;
+  all[3].in_place = true;
+  all[4].op = LC_DECODE;
+  all[4].B = 3;
+  all[4].N = 2;
+  all[4].slots = 4;
+  all[4].indices = {3, -1, 0};
+  for (int i : {5, 6}) {
+    all[i].op = LC_BACKWARD;
+    all[i].initial = all[i].final = true;
+  }
+  all[6].decay = Decay::token;
+  all[6].Hq = 4;
+  all[6].N = 300;
   return all;
 }
 
 std::vector<Spec> all_calls(lc_dtype dtype) {
   std::vector<Spec> all = small_calls(dtype);
   Spec base;
-  base.dtype = dtype, base.initial = base.final = true;
+  base.dtype = dtype;
+  base.initial = base.final = true;
   for (int64_t N : {0, 1, 63, 64, 65, 130, 500})
     for (const auto& [K, V] :
          {std::pair{1, 1}, {16, 24}, {33, 17}, {64, 64}, {80, 96}, {128, 128}, {7, 256}, {256, 64}}) {
       all.push_back(base);
-      all.back().N = N, all.back().K = K, all.back().V = V;
+      all.back().N = N;
+      all.back().K = K;
+      all.back().V = V;
     }
   for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
     for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
       if (decay == Decay::none && gamma != 1) continue;
       all.push_back(base);
-      all.back().N = 200, all.back().K = 32, all.back().V = 48, all.back().decay = decay, all.back().gamma = gamma;
+      all.back().N = 200;
+      all.back().K = 32;
+      all.back().V = 48;
+      all.back().decay = decay;
+      all.back().gamma = gamma;
     }
   constexpr int64_t heads[][3] = {{4, 2, 2}, {4, 1, 1}, {2, 2, 4}, {1, 1, 4}, {4, 1, 2}, {2, 4, 1}};
   for (const auto& h : heads)
     for (bool bnhd : {false, true}) {
       all.push_back(base);
-      all.back().Hq = h[0], all.back().Hk = h[1], all.back().Hv = h[2], all.back().bnhd = all.back().strided = bnhd;
-      all.back().N = 150, all.back().K = 40, all.back().V = 64, all.back().decay = Decay::token;
+      all.back().Hq = h[0];
+      all.back().Hk = h[1];
+      all.back().Hv = h[2];
+      all.back().bnhd = all.back().strided = bnhd;
+      all.back().N = 150;
+      all.back().K = 40;
+      all.back().V = 64;
+      all.back().decay = Decay::token;
     }
   for (const Index& bounds : {Index{0, 0, 1, 64, 300, 300}, Index{0, 63, 128, 129}, Index{0, 0}, Index{0}}) {
     all.push_back(base);
-    all.back().B = 1, all.back().N = bounds.back(), all.back().cu = bounds, all.back().cu_dtype = kI64;
-    all.back().K = 64, all.back().V = 32;
+    all.back().B = 1;
+    all.back().N = bounds.back();
+    all.back().cu = bounds;
+    all.back().cu_dtype = kI64;
+    all.back().K = 64;
+    all.back().V = 32;
   }
-  for (int64_t N : {1500, 4100})  // one head: cut into segments where a method can
+  for (int64_t N : {1500, 4100})  // one head, such that methods cut the sequence into segments
     for (double gamma : {0.9, 1 - 1e-6}) {
       all.push_back(base);
-      all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1, all.back().N = N, all.back().gamma = gamma;
+      all.back().B = all.back().Hq = all.back().Hk = all.back().Hv = 1;
+      all.back().N = N;
+      all.back().gamma = gamma;
       all.back().K = all.back().V = 64;
     }
-  // Gradients: what forward passes have above, and states kept along the way.
+  // Gradients: the variants of the forward calls above, and checkpoints of states.
   const size_t forward = all.size();
   for (size_t i = 0; i < forward; ++i) {
     if (all[i].op != LC_FORWARD || all[i].in_place) continue;
@@ -271,9 +311,18 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
     for (int64_t N : {1, 5, 8, 64}) {
       if ((pool == kF64) != (dtype == kF64)) continue;
       Spec spec;
-      spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7, spec.indices = {6, 0, 3};
+      spec.op = LC_DECODE;
+      spec.dtype = dtype;
+      spec.pool = pool;
+      spec.B = 3;
+      spec.slots = 7;
+      spec.indices = {6, 0, 3};
       spec.index_dtype = pool == dtype ? kI64 : kI32;
-      spec.Hq = 4, spec.N = N, spec.K = 64, spec.V = 80, spec.strided = N == 5;
+      spec.Hq = 4;
+      spec.N = N;
+      spec.K = 64;
+      spec.V = 80;
+      spec.strided = N == 5;
       all.push_back(spec);
     }
   return all;
@@ -308,7 +357,8 @@ int main(int argc, char** argv) {
         bool served;
         std::string refusal;
         const std::string wrong = examine(spec, name.c_str(), definition, &served, &refusal);
-        count.served += served, count.failed += !wrong.empty();
+        count.served += served;
+        count.failed += !wrong.empty();
         if (!refusal.empty()) count.refusals.insert(refusal);
         if (!wrong.empty()) std::printf("WRONG %s: %s: %s\n", name.c_str(), describe(spec).c_str(), wrong.c_str());
         std::fflush(stdout);

@@ -1,9 +1,9 @@
 """`make gpu`: builds leetcore on a machine with an NVIDIA GPU and no network, tests it there and measures it.
 
-Stages run one after the other, each for so many seconds at the most and whether or not an earlier one failed; what a
-stage starts runs at the same time. Logs are in build/gpu/logs, the results in bench/results/gpu-NAME.json and .md.
-Needs what the machine's own Python has: torch, numpy, nanobind, scikit-build-core, pytest, click, rich; CMake, ninja
-and nvcc. Only the standard library is imported here.
+Stages run one after another, each for a limited time, even if an earlier stage failed. The commands of
+a stage run at the same time. Logs are in build/gpu/logs, results in bench/results/gpu-NAME.json and
+.md. The machine's own Python needs torch, numpy, nanobind, scikit-build-core, pytest, click and rich;
+CMake, ninja and nvcc are needed too. This program imports only the standard library.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 SITE, CMAKE, LOGS = BUILD / "site", BUILD / "cmake", BUILD / "logs"
 RESULTS = ROOT / "bench" / "results"
-BUDGET_S = 540.0  # of everything; what a stage leaves of its time is the benchmark's
-RESERVE_S = 15.0  # of its stage's time that the benchmark gets to end in
-TAIL = 25  # lines of a failed command's log that are shown
+BUDGET_S = 540.0  # of all stages; the benchmark gets the time that other stages leave
+RESERVE_S = 15.0  # part of its stage in which the benchmark ends
+TAIL = 25  # lines that are shown of a failed command's log
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands by name, how to say in a few words what their logs say, and what one has to say where it passed."""
+    """Commands by name, a summary of their logs, and a pattern that a log contains if the stage passed."""
 
     name: str
     limit_s: float
@@ -45,7 +45,7 @@ class Stage:
 
 @dataclass
 class Machine:
-    """What the stages have to know of where they run."""
+    """The machine that stages run on."""
 
     gpu: str
     architecture: str
@@ -90,7 +90,7 @@ def contract(machine: Machine, limit_s: float) -> dict[str, list[str]]:
 
 
 def methods(machine: Machine, limit_s: float) -> dict[str, list[str]]:
-    """A process for each, as one that breaks the device's context would take the others with it."""
+    """One process per method: a method that breaks the device's context would break the others too."""
     return {method: [program("gpu_method_test"), method] for method in machine.methods}
 
 
@@ -121,7 +121,7 @@ def last_line(logs: dict[str, str]) -> str:
 
 
 def counted(logs: dict[str, str]) -> str:
-    """What gpu_method_test counted, and what compute-sanitizer did."""
+    """The counts of gpu_method_test and of compute-sanitizer."""
     calls = [tuple(map(int, m)) for log in logs.values() for m in re.findall(r"(\d+) calls served, (\d+) wrong", log)]
     said = [f"{sum(served for served, _ in calls)} calls, {sum(wrong for _, wrong in calls)} wrong"]
     errors = [int(n) for log in logs.values() for n in re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", log)]
@@ -131,16 +131,16 @@ def counted(logs: dict[str, str]) -> str:
 
 
 def measured(logs: dict[str, str]) -> str:
-    """How many goals were met."""
+    """The number of goals that were met, missed or not measured."""
     verdicts = re.findall(r"\| (met|MISSED|not measured) \|$", "\n".join(logs.values()), re.M)
     return ", ".join(f"{verdicts.count(v)} goals {v}" for v in ("met", "MISSED", "not measured") if v in verdicts)
 
 
-STAGES = (  # their seconds are BUDGET_S together
+STAGES = (  # their limits add up to BUDGET_S
     Stage("build", 200, build, lambda logs: ""),
     Stage("contract", 15, contract, last_line),
     Stage("methods", 40, methods, counted),
-    Stage("test", 90, test, last_line, r"\b[1-9]\d* passed"),  # pytest is content where all is skipped
+    Stage("test", 90, test, last_line, r"\b[1-9]\d* passed"),  # pytest passes even if all tests are skipped
     Stage("sanitizer", 75, sanitizer, counted),
     Stage("bench", 120, bench, measured),
 )
@@ -149,7 +149,7 @@ STAGES = (  # their seconds are BUDGET_S together
 
 
 def environment() -> dict[str, str]:
-    """PATH with the toolkit's usual place, the package just built, and the cuFFT that torch came with."""
+    """PATH with the toolkit's usual folder, the package that was built, and the cuFFT of torch."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     found = (file for folder in sys.path for file in Path(folder).glob("nvidia/*/lib/libcufft.so.*"))
     cufft = os.environ.get("LEETCORE_CUFFT") or next(map(str, found), "")
@@ -158,7 +158,7 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a command and all that it started, which gets a moment to write what it has."""
+    """Ends a command and its children, after a moment in which they may write results."""
     for sent in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sent)
@@ -167,7 +167,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(stage: Stage, machine: Machine, limit_s: float) -> Outcome:
-    """One stage, in `limit_s` seconds."""
+    """Runs one stage, in `limit_s` seconds."""
     start = time.monotonic()
     if limit_s < 1:
         return Outcome(stage.name, "not run", 0.0, "no time was left")
@@ -213,17 +213,17 @@ def run(stage: Stage, machine: Machine, limit_s: float) -> Outcome:
 
 
 def run_all(stages: Sequence[Stage], machine: Machine, budget_s: float) -> list[Outcome]:
-    """All of them, whether or not one fails; the last one gets all the time that is left."""
+    """Runs all stages, even if one fails. The last stage gets all the time that is left."""
     deadline, outcomes = time.monotonic() + budget_s, []
     for stage in stages:
         left = deadline - time.monotonic()
         limit_s = left if stage is stages[-1] else min(left, stage.limit_s * budget_s / BUDGET_S)
-        print(f"== {stage.name} ({limit_s:.0f} s at the most)", flush=True)
+        print(f"== {stage.name} ({limit_s:.0f} s at most)", flush=True)
         outcomes.append(run(stage, machine, limit_s))
     return outcomes
 
 
-# ---------------------------------------------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def summary(outcomes: list[Outcome]) -> str:
@@ -233,7 +233,7 @@ def summary(outcomes: list[Outcome]) -> str:
 
 
 def record(outcomes: list[Outcome], machine: Machine, since: float) -> str:
-    """Adds the stages to what the benchmark wrote since then; says where it is."""
+    """Adds the stages to the results that the benchmark wrote since `since`. Returns where they are."""
     output = machine.output
     if not output.exists() or output.stat().st_mtime < since:
         return "no results: the benchmark wrote none"
@@ -245,18 +245,18 @@ def record(outcomes: list[Outcome], machine: Machine, since: float) -> str:
 
 
 def architecture_of(capability: str) -> str:
-    """CMake's name of "9.0", with the instructions that only this one has where there are any."""
+    """CMake's name of capability "9.0": with instructions that only this architecture has, if it has any."""
     number = capability.replace(".", "")
     return f"{number}a-real" if int(number) >= 90 else f"{number}-real"
 
 
 def slug(gpu: str) -> str:
-    """A part of a file's name: "NVIDIA H100 80GB HBM3" is h100-80gb-hbm3."""
+    """The GPU's name as part of a file name: "NVIDIA H100 80GB HBM3" is h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
 
 
 def query() -> tuple[str, str]:
-    """Name and capability of the first GPU; raises SystemExit with the reason where there is none."""
+    """Name and capability of the first GPU. Raises SystemExit with the reason if there is no GPU."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -271,12 +271,14 @@ def query() -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     names = [stage.name for stage in STAGES]
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds, of everything (default: %(default)g)")
-    parser.add_argument("--arch", default="", help="CMake's CUDA architectures; default: that of the first GPU")
-    parser.add_argument("--name", default="", help="of the results; default: the GPU's")
-    parser.add_argument("--commit", default="", help="of the working tree, for the results")
-    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"stages to run, of {', '.join(names)} (default: all)"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all stages (default: %(default)g)")
+    parser.add_argument("--arch", default="", help="CUDA architectures, as in CMake (default: that of the first GPU)")
+    parser.add_argument("--name", default="", help="name of the results (default: from the GPU's name)")
+    parser.add_argument("--commit", default="", help="commit of the working tree, written to the results")
+    parser.add_argument("--list", action="store_true", help="print the commands without running them")
     given = parser.parse_args()
     if unknown := sorted(set(given.stages) - set(names)):
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(names)}")
@@ -294,7 +296,7 @@ def main() -> None:
     missing = [tool for tool in ("cmake", "ninja", "nvcc") if not shutil.which(tool, path=environment()["PATH"])]
     if missing:
         print(f"make gpu: not found on PATH: {', '.join(missing)}", flush=True)
-    print(f"{gpu or 'no GPU asked for'}, CUDA architectures {architecture}", flush=True)
+    print(f"{gpu or 'GPU not queried'}, CUDA architectures {architecture}", flush=True)
     since = time.time()
     outcomes = run_all(stages, machine, given.budget)
     where = record(outcomes, machine, since) if "bench" in (stage.name for stage in stages) else ""

@@ -33,7 +33,7 @@ TEST(Contract, RefusedLaunches) {
   forget();
 }
 
-// The comparison itself finds a wrong word in any case.
+// The comparison finds a wrong word in every case.
 TEST(Contract, WrongAnswersDiffer) {
   for (const contract::Case& c : contract::cases()) {
     contract::Words wrong = c.want;

@@ -1,12 +1,12 @@
-// contract_test.cu - the contracts of the primitives on a GPU: the program contract_gpu. Ends with 0 when all hold, 1
-// when one does not, 77 where there is no GPU.
+// contract_test.cu - the contracts of the primitives on a GPU: the program contract_gpu. The exit
+// status is 0 if all contracts hold, 1 if one does not, 77 if there is no GPU.
 #include "contract_test.cuh"
 
 #include <cstdio>
 
 namespace {
 
-// Memory of the device for as long as it is in scope.
+// Device memory, freed at the end of the scope.
 struct Buffer {
   uint32_t* p = nullptr;
   explicit Buffer(size_t words) { error = cudaMalloc(&p, 4 * words); }
@@ -15,7 +15,7 @@ struct Buffer {
   cudaError_t error;
 };
 
-// What is wrong, or nothing.
+// What is wrong, or an empty string.
 std::string run(const contract::Case& c, cudaStream_t stream) {
   const Buffer in(c.in.size()), out(c.want.size());
   contract::Words got(c.want.size());

@@ -1,6 +1,7 @@
-// contract_test.cuh - what every primitive of simt.h promises: a kernel each, and what it has to write. The same source
-// runs in the emulator (contract_test.cpp) and on a GPU (contract_test.cu), so that a kernel that passes in the one
-// rests on the same ground in the other. Numbers are integers where rounding is not the point: even mma is exact.
+// contract_test.cuh - the contract of every primitive of simt.h: a kernel, and the words that it
+// has to write. The same source runs in the emulator (contract_test.cpp) and on a GPU
+// (contract_test.cu), so that both implementations keep the same contracts. Unless a case tests
+// rounding, its numbers are integers, for which even mma is exact.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -17,14 +18,14 @@ namespace contract {
 using namespace simt;
 using Words = std::vector<uint32_t>;
 
-enum class Compare { bits, floats, doubles };  // floats, doubles: any NaN is as good as another
+enum class Compare { bits, floats, doubles };  // floats, doubles: all NaN are equal
 
 struct Case {
   const char* name;
   const char* (*launch)(const uint32_t* in, uint32_t* out, Stream stream);
   Words in, want;
   Compare compare = Compare::bits;
-  int64_t units = 0;  // of the last place by which a number may be off
+  int64_t units = 0;  // largest error, in units of the last place
 };
 
 // ---- kernels ------------------------------------------------------------------------------------
@@ -59,8 +60,11 @@ struct Index : Kernel {
     const dim3 b = bid();
     const int block = int(b.x) + 3 * (int(b.y) + 2 * int(b.z));
     const gptr<uint32_t> out = a.out.sub((int64_t(block) * nthreads() + tid()) * 5);
-    out.st(0, uint32_t(block)), out.st(1, uint32_t(nthreads())), out.st(2, uint32_t(fresh(lane())));
-    out.st(3, uint32_t(warp())), out.st(4, uint32_t(nwarps()));
+    out.st(0, uint32_t(block));
+    out.st(1, uint32_t(nthreads()));
+    out.st(2, uint32_t(fresh(lane())));
+    out.st(3, uint32_t(warp()));
+    out.st(4, uint32_t(nwarps()));
   }
 };
 
@@ -92,7 +96,8 @@ struct Shared : Kernel {
     const auto pairs = s.sub(160, 64);
     pairs.stv(2 * t, a.in.ldv<uint2>(160 + 2 * t));
     d.st(t, double(t));
-    a.out.st(t, s.ld(t)), a.out.st(32 + 4 * t + 3, s.ldv<uint4>(32 + 4 * t).w);
+    a.out.st(t, s.ld(t));
+    a.out.st(32 + 4 * t + 3, s.ldv<uint4>(32 + 4 * t).w);
     for (int i = 0; i < 3; ++i) a.out.st(32 + 4 * t + i, s.ld(32 + 4 * t + i));
     a.out.stv(160 + 2 * t, pairs.ldv<uint2>(2 * t));
     a.out.st(224 + t, uint32_t(d.ld(t)));
@@ -101,14 +106,15 @@ struct Shared : Kernel {
   }
 };
 
-// More than a launch has without being asked for it.
+// More shared memory than a launch has by default.
 struct LargeShared : Kernel {
   static constexpr int kThreads = 128, kShared = 96 * 1024;
   static SIMT_DEV void run(const Params& a) {
     Smem smem;
     const auto s = smem.alloc<uint32_t>(kShared / 4);
     const int at = kShared / 4 - nthreads() + tid();
-    s.st(tid(), a.in.ld(tid())), s.st(at, a.in.ld(tid()) + 1);
+    s.st(tid(), a.in.ld(tid()));
+    s.st(at, a.in.ld(tid()) + 1);
     a.out.st(tid(), s.ld(tid()) + s.ld(at));
   }
 };
@@ -168,7 +174,10 @@ struct Shuffles : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const T x = in_as<T>(a).ld(tid());
     const auto out = out_as<T>(a).sub(tid() * 8);
-    out.st(0, shfl_up(x, 1)), out.st(1, shfl_up(x, 31)), out.st(2, shfl_down(x, 2)), out.st(3, shfl_down(x, 16));
+    out.st(0, shfl_up(x, 1));
+    out.st(1, shfl_up(x, 31));
+    out.st(2, shfl_down(x, 2));
+    out.st(3, shfl_down(x, 16));
     out.st(4, shfl_xor(x, 1)), out.st(5, shfl_xor(x, 21)), out.st(6, shfl_idx(x, 7)),
         out.st(7, shfl_idx(x, 31 - lane()));
   }
@@ -178,7 +187,9 @@ struct Votes : Kernel {
   static constexpr int kThreads = 96;
   static SIMT_DEV void run(const Params& a) {
     const bool x = a.in.ld(tid()) != 0;
-    a.out.st(3 * tid(), vote_ballot(x)), a.out.st(3 * tid() + 1, vote_any(x)), a.out.st(3 * tid() + 2, vote_all(x));
+    a.out.st(3 * tid(), vote_ballot(x));
+    a.out.st(3 * tid() + 1, vote_any(x));
+    a.out.st(3 * tid() + 2, vote_all(x));
   }
 };
 
@@ -190,7 +201,8 @@ struct Ex2 : Kernel {
 struct SinCosPi : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const double x = in_as<double>(a).ld(tid());
-    out_as<double>(a).st(2 * tid(), sin_pi(x)), out_as<double>(a).st(2 * tid() + 1, cos_pi(x));
+    out_as<double>(a).st(2 * tid(), sin_pi(x));
+    out_as<double>(a).st(2 * tid() + 1, cos_pi(x));
   }
 };
 
@@ -204,7 +216,7 @@ struct MulAdd : Kernel {
 
 template <class E>
 struct ToFloat : Kernel {
-  static constexpr int kThreads = 128, kGrid[3] = {512, 1, 1};  // every bit pattern
+  static constexpr int kThreads = 128, kGrid[3] = {512, 1, 1};  // one thread per bit pattern
   static SIMT_DEV void run(const Params& a) {
     const int i = int(bid().x) * nthreads() + tid();
     out_as<float>(a).st(i, to_float(E{uint16_t(i)}));
@@ -227,7 +239,8 @@ struct Pack : Kernel {
     const uint32_t u = pack2<E>(in.ld(0), in.ld(1));
     const float2 x = unpack2<E>(u);
     a.out.st(tid(), u);
-    out_as<float>(a).st(32 + 2 * tid(), x.x), out_as<float>(a).st(33 + 2 * tid(), x.y);
+    out_as<float>(a).st(32 + 2 * tid(), x.x);
+    out_as<float>(a).st(33 + 2 * tid(), x.y);
   }
 };
 
@@ -235,7 +248,7 @@ struct ToTf32 : Kernel {
   static SIMT_DEV void run(const Params& a) { out_as<float>(a).st(tid(), to_tf32(in_as<float>(a).ld(tid()))); }
 };
 
-// Storage -> accumulator -> storage of the four types.
+// Storage -> accumulator -> storage, for the four types.
 struct WidenNarrow : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const float x = in_as<float>(a).ld(tid());
@@ -246,16 +259,20 @@ struct WidenNarrow : Kernel {
   }
 };
 
-// Three groups of copies in two stages and a rest: whole ones, `valid` bytes of one, none.
+// Three groups of copies, in two stages and a remainder: whole copies, copies of `valid` bytes, no
+// copies.
 struct CpAsync : Kernel {
   static constexpr int kThreads = 64, kShared = 3 * 64 * 16;
   static SIMT_DEV void run(const Params& a) {
     Smem smem;
     const auto s = smem.alloc<uint32_t>(3 * 64 * 4);
     const int t = tid();
-    cp_async16(s, 4 * t, a.in, 4 * t), cp_commit();
-    cp_async16(s, 256 + 4 * t, a.in, 256 + 4 * t, t % 17), cp_commit();
-    cp_async16(s, 512 + 4 * t, a.in, 0, 0), cp_commit();
+    cp_async16(s, 4 * t, a.in, 4 * t);
+    cp_commit();
+    cp_async16(s, 256 + 4 * t, a.in, 256 + 4 * t, t % 17);
+    cp_commit();
+    cp_async16(s, 512 + 4 * t, a.in, 0, 0);
+    cp_commit();
     cp_wait<2>();
     sync_cta();
     for (int i = t; i < 256; i += nthreads()) a.out.st(i, s.ld(i));
@@ -289,7 +306,8 @@ struct Movmatrix : Kernel {
   static SIMT_DEV void run(const Params& a) { a.out.st(lane(), movmatrix_trans(a.in.ld(lane()))); }
 };
 
-// in: A [16, kDepth], B [kDepth, 8], C [16, 8] as floats; out: A B + C. The fragments are those of the PTX ISA.
+// in: A [16, kDepth], B [kDepth, 8], C [16, 8] as floats; out: A B + C. Fragments as in the PTX
+// ISA.
 template <class E>
 struct MatrixUnit : Kernel {
   static constexpr int kDepth = std::is_same_v<E, float> ? 8 : 16, kPerRegister = kDepth / 8;
@@ -315,7 +333,7 @@ struct MatrixUnit : Kernel {
   }
 };
 
-// ---- what they have to write --------------------------------------------------------------------
+// ---- the words that kernels have to write -------------------------------------------------------
 
 template <class T>
 void put(Words& w, T x) {
@@ -336,7 +354,7 @@ Words words(int n, F of) {
   return w;
 }
 
-// A 16-bit float of so many bits of mantissa.
+// A 16-bit float with the given number of mantissa bits.
 struct Format {
   int mantissa_bits, bias;
   double of_bits(unsigned u) const {
@@ -349,7 +367,7 @@ struct Format {
     return sign * std::ldexp(mantissa + hidden, std::max(exponent, 1) - bias - mantissa_bits);
   }
   double greatest() const { return std::ldexp(2 - std::ldexp(1, -mantissa_bits), bias); }
-  // To nearest, ties to even; half a unit behind the greatest number, infinity begins.
+  // Rounds to nearest, ties to even. Infinity begins half a unit above the greatest number.
   double round(double x) const {
     if (!std::isfinite(x) || x == 0) return x;
     const double unit = std::ldexp(1, std::max(std::ilogb(x), 1 - bias) - mantissa_bits);
@@ -359,7 +377,8 @@ struct Format {
 };
 constexpr Format kBf16 = {7, 127}, kF16 = {10, 15};
 
-// Numbers that conversions to a format may get wrong: its own, ties between two of them and what is beside the ties.
+// Inputs for conversions to a format: its numbers, ties between two of them, and the neighbours of
+// ties.
 inline std::vector<float> hard_to_round(Format f, int count) {
   const float inf = std::numeric_limits<float>::infinity();
   std::vector<float> all = {0.f,
@@ -380,7 +399,7 @@ inline std::vector<float> hard_to_round(Format f, int count) {
   return all;
 }
 
-inline int number(int i) { return i * 29 % 17 - 8; }  // integers of a few bits
+inline int number(int i) { return i * 29 % 17 - 8; }  // integers of few bits
 
 template <class E>
 Case matrix_unit(const char* name) {
@@ -440,8 +459,11 @@ inline void memory_and_barriers(std::vector<Case>& all) {
   const Words numbers = words<uint32_t>(320, [](int i) { return 0x9E3779B9u * uint32_t(i + 1); });
   all.push_back({"gptr", launch_case<Global>, numbers, numbers});
   Case shared{"sptr Smem", launch_case<Shared>, numbers, numbers};
-  for (uint32_t t = 0; t < 32; ++t)
-    shared.want[224 + t] = t, shared.want[256 + t] = 0, shared.want[288 + t] = 128 + 32 * 8 * 4 + 32 * 8;
+  for (uint32_t t = 0; t < 32; ++t) {
+    shared.want[224 + t] = t;
+    shared.want[256 + t] = 0;
+    shared.want[288 + t] = 128 + 32 * 8 * 4 + 32 * 8;
+  }
   all.push_back(shared);
   all.push_back({"launch with 96 KB of shared memory", launch_case<LargeShared>, words<uint32_t>(128, number),
                  words<uint32_t>(128, [](int i) { return 2 * number(i) + 1; })});
@@ -474,7 +496,7 @@ inline void warps(std::vector<Case>& all) {
   all.push_back(shuffles<float>("shfl_up shfl_down shfl_xor shfl_idx, float"));
   all.push_back(shuffles<double>("shfl_up shfl_down shfl_xor shfl_idx, double"));
 
-  const uint32_t masks[3] = {0x80000005u, 0, ~0u};  // of each warp
+  const uint32_t masks[3] = {0x80000005u, 0, ~0u};  // one for each warp
   Case votes{"vote_ballot vote_any vote_all",
              launch_case<Votes>,
              words<uint32_t>(96, [&](int i) { return masks[i / 32] >> i % 32 & 1; }),
@@ -485,7 +507,8 @@ inline void warps(std::vector<Case>& all) {
   }
   all.push_back(votes);
 
-  // Element (i, j) of matrix m is 64 m + 8 i + j; lane l holds (l / 4, 2 (l % 4)) and the one behind it.
+  // Element (i, j) of matrix m is 64 m + 8 i + j; lane l holds (l / 4, 2 (l % 4)) and the next
+  // number.
   Case plain{"ldmatrix_x4", launch_case<Ldmatrix<false>>, {0}, {}};
   Case trans{"ldmatrix_x4_trans", launch_case<Ldmatrix<true>>, {0}, {}};
   for (uint32_t m = 0; m < 4; ++m)
@@ -494,7 +517,8 @@ inline void warps(std::vector<Case>& all) {
       plain.want.push_back((64 * m + 8 * i + j) | (64 * m + 8 * i + j + 1) << 16);
       trans.want.push_back((64 * m + 8 * j + i) | (64 * m + 8 * (j + 1) + i) << 16);
     }
-  all.push_back(plain), all.push_back(trans);
+  all.push_back(plain);
+  all.push_back(trans);
   all.push_back({"movmatrix_trans", launch_case<Movmatrix>, Words(plain.want.begin(), plain.want.begin() + 32),
                  Words(trans.want.begin(), trans.want.begin() + 32)});
 
@@ -516,7 +540,7 @@ inline void arithmetic(std::vector<Case>& all) {
   all.push_back({"ex2, double", launch_case<Ex2<double>>, words<double>(32, power),
                  words<double>(32, [&](int i) { return std::exp2(power(i)); }), Compare::doubles, 2});
 
-  // Fractions of 24, and numbers close to where one of the two is 0.
+  // Multiples of 1/24, and numbers close to zeros of sine and cosine.
   const auto turn = [](int i) {
     if (i < 25) return i / 24.;
     return std::array{
@@ -531,7 +555,7 @@ inline void arithmetic(std::vector<Case>& all) {
                                }),
                  Compare::doubles, 4});
 
-  // (1 + e) (1 - e) - 1 = -e^2, which a product that is rounded loses
+  // (1 + e) (1 - e) - 1 = -e^2, which a rounded product loses
   const auto factor = [](int bits) {
     return [=](int i) { return i % 3 == 0 ? 1 + std::ldexp(1, -bits) : i % 3 == 1 ? 1 - std::ldexp(1, -bits) : -1; };
   };
@@ -543,7 +567,8 @@ inline void arithmetic(std::vector<Case>& all) {
   conversions<bf16>(all, kBf16, "to_float(bf16)", "from_float<bf16>", "pack2 unpack2, bf16");
   conversions<f16>(all, kF16, "to_float(f16)", "from_float<f16>", "pack2 unpack2, f16");
 
-  // 1 + i 2^-12: of four neighbours two round down and two, the tie of them away from zero, round up
+  // 1 + i 2^-12: of four neighbours two round down; two round up, one of them a tie (away from
+  // zero)
   const auto near = [](int i) { return (i % 2 ? -1 : 1) * (1 + std::ldexp(i / 2, -12)); };
   all.push_back({"to_tf32", launch_case<ToTf32>, words<float>(32, near), words<float>(32, [&](int i) {
                    return std::copysign(std::floor(std::ldexp(std::fabs(near(i)), 10) + 0.5) / 1024, near(i));
@@ -560,7 +585,9 @@ inline void arithmetic(std::vector<Case>& all) {
 
 inline std::vector<Case> cases() {
   std::vector<Case> all;
-  memory_and_barriers(all), warps(all), arithmetic(all);
+  memory_and_barriers(all);
+  warps(all);
+  arithmetic(all);
   return all;
 }
 
@@ -570,20 +597,24 @@ template <class T, class I>
 bool close(T x, T want, int64_t units) {
   if (x != x || want != want) return x != x && want != want;
   I a, b;
-  std::memcpy(&a, &x, sizeof x), std::memcpy(&b, &want, sizeof x);
+  std::memcpy(&a, &x, sizeof x);
+  std::memcpy(&b, &want, sizeof x);
   return x == want || (std::isfinite(x) && std::isfinite(want) && std::signbit(x) == std::signbit(want) &&
                        std::llabs(int64_t(a) - int64_t(b)) <= units);
 }
 
-// What is wrong with the words that a case wrote; empty: nothing.
+// What is wrong with the words that a case wrote, or an empty string.
 inline std::string difference(const Case& c, const Words& got) {
   const size_t size = c.compare == Compare::doubles ? 2 : 1;
   for (size_t i = 0; i < c.want.size() / size; ++i) {
     bool good = got[i] == c.want[i];
-    if (c.compare == Compare::floats)
-      good = close<float, int32_t>(get<float>(got, i), get<float>(c.want, i), c.units);
-    else if (c.compare == Compare::doubles)
-      good = close<double, int64_t>(get<double>(got, i), get<double>(c.want, i), c.units);
+    if (c.compare == Compare::floats) {
+      good = close < float;
+      int32_t > (get<float>(got, i), get<float>(c.want, i), c.units);
+    } else if (c.compare == Compare::doubles) {
+      good = close < double;
+      int64_t > (get<double>(got, i), get<double>(c.want, i), c.units);
+    }
     if (good) continue;
     const auto shown = [&](const Words& w) {
       return c.compare == Compare::bits     ? std::to_string(w[i])
@@ -595,7 +626,8 @@ inline std::string difference(const Case& c, const Words& got) {
   return {};
 }
 
-// A launch that cannot be made says so, and the next one is none the worse for it; what is wrong, or nothing.
+// Checks that an impossible launch returns an error and does not disturb the next launch. Returns
+// what is wrong, or an empty string.
 inline std::string refused_launches(const uint32_t* in, uint32_t* out, Stream stream) {
   const Kernel::Params p{{in}, {out}};
   if (!launch<SyncCta>(dim3(1), 2 * SyncCta::kMaxThreads, SyncCta::kShared, stream, p)) return "a block too large runs";

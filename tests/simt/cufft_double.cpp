@@ -1,7 +1,7 @@
-// cufft_double.cpp - a shared library that stands for cuFFT in tests without a GPU: the entry points that
-// cpp/cuda/cufft.cu asks for, on host memory. It keeps to "cuFFT API Reference": the advanced data layout, the signs,
-// no scaling, a work area of the caller's, which it fills with NaN. Results: 1 no such plan, 4 wrong value, 9 not set
-// up.
+// cufft_double.cpp - a shared library that replaces cuFFT in tests without a GPU. It has the entry
+// points that cpp/cuda/cufft.cu uses, on host memory, as described in "cuFFT API Reference": the
+// advanced data layout, the signs, no scaling. It fills the caller's work area with NaN. Results: 1
+// for an unknown plan, 4 for a wrong value, 9 for a plan that is not set up.
 #include <algorithm>
 #include <complex>
 #include <cstring>
@@ -17,7 +17,7 @@ constexpr int kC2C = 0x29, kZ2Z = 0x69, kMostFactor = 7, kAtOnce = 8;
 
 struct Plan {
   long long n = 0, batch = 0;
-  long long stride[2], distance[2];  // of input and output
+  long long stride[2], distance[2];  // input, output
   int type = 0;
   bool own_area = true, stream_set = false;
   size_t work_bytes = 0;
@@ -27,7 +27,7 @@ std::deque<Plan> plans;
 
 Plan* find(int plan) { return plan >= 0 && plan < int(plans.size()) ? &plans[size_t(plan)] : nullptr; }
 
-// One number of each of several sequences.
+// One number of each sequence.
 struct Numbers {
   double re[kAtOnce] = {}, im[kAtOnce] = {};
   void add(const Numbers& x, Number w) {
@@ -38,7 +38,8 @@ struct Numbers {
   }
 };
 
-// y[k] = sum_j w^(jk) x[j stride], k < n, by the smallest factor of n first; powers[i] = w^i for i < n stride.
+// y[k] = sum_j w^(jk) x[j stride], k < n, by the smallest factor of n first; powers[i] = w^i for i
+// < n stride.
 void transform(const Numbers* x, long long stride, Numbers* y, long long n, const std::vector<Number>& powers) {
   if (n == 1) return void(y[0] = x[0]);
   long long p = 2;
@@ -67,7 +68,7 @@ int execute(int plan, const std::complex<T>* in, std::complex<T>* out, int direc
     powers[i] = std::polar(1., direction * 6.283185307179586476925 * double(i) / double(n));
   for (long long first = 0; first < p->batch; first += kAtOnce) {
     const int count = int(std::min<long long>(kAtOnce, p->batch - first));
-    const auto each = [&](int way, auto&& f) {  // f(which sequence, which number, where it is)
+    const auto each = [&](int way, auto&& f) {  // f(sequence, number, index in memory)
       for (int b = 0; b < count; ++b)
         for (size_t i = 0; i < n; ++i)
           f(b, i, (first + b) * p->distance[way] + static_cast<long long>(i) * p->stride[way]);
@@ -76,7 +77,9 @@ int execute(int plan, const std::complex<T>* in, std::complex<T>* out, int direc
     transform(x.data(), 1, y.data(), p->n, powers);
     each(1, [&](int b, size_t i, long long at) { out[at] = std::complex<T>(T(y[i].re[b]), T(y[i].im[b])); });
   }
-  p->work = nullptr, p->stream_set = false;  // a plan is shared: each use sets them
+  // A plan is shared, so every call has to set its work area and stream.
+  p->work = nullptr;
+  p->stream_set = false;
   return kSuccess;
 }
 
@@ -108,11 +111,15 @@ int cufftMakePlanMany64(int plan, int rank, long long* n, long long* inembed, lo
   long long rest = *n;
   for (long long factor : {2, 3, 5, 7})
     while (rest % factor == 0) rest /= factor;
-  if (rest != 1) return kInvalidValue;  // cuFFT knows all sizes; the library asks for those that it is fast at
-  p->n = *n, p->batch = batch, p->type = type;
+  if (rest != 1) return kInvalidValue;  // cuFFT has all sizes; the library uses only the fast ones
+  p->n = *n;
+  p->batch = batch;
+  p->type = type;
   const bool basic = !inembed || !onembed;  // "If either is NULL, strides and distances are ignored"
-  p->stride[0] = basic ? 1 : istride, p->distance[0] = basic ? *n : idist;
-  p->stride[1] = basic ? 1 : ostride, p->distance[1] = basic ? *n : odist;
+  p->stride[0] = basic ? 1 : istride;
+  p->distance[0] = basic ? *n : idist;
+  p->stride[1] = basic ? 1 : ostride;
+  p->distance[1] = basic ? *n : odist;
   *work_bytes = p->work_bytes = size_t(*n * batch) * (type == kZ2Z ? 16 : 8) + 24;
   return kSuccess;
 }

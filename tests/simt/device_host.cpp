@@ -1,4 +1,4 @@
-// device_host.cpp - device.h for the emulator: devices 0 and 1, of limits that tests set.
+// device_host.cpp - device.h for the emulator: devices 0 and 1, whose limits tests can set.
 #include "device_host.h"
 
 #include <cstdlib>
@@ -7,8 +7,8 @@
 
 namespace simt {
 
-// Before the library looks for it, and unless whoever runs the tests has chosen otherwise.
-// The library reads the environment when it is loaded: this constructor has a priority and runs before all without one.
+// Sets LEETCORE_CUFFT unless it is set. The library reads the environment when it is loaded, so
+// this constructor has a priority, which makes it run before constructors without a priority.
 __attribute__((constructor(200))) static void choose_cufft() {
   setenv("LEETCORE_CUFFT", CUFFT_DOUBLE, /*overwrite=*/0);
 }

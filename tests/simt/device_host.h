@@ -1,4 +1,4 @@
-// device_host.h - the GPU that the emulator pretends to be.
+// device_host.h - the properties of the emulated GPU.
 #pragma once
 #include "../../cpp/cuda/device.h"
 

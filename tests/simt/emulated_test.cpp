@@ -1,5 +1,6 @@
-// emulated_test.cpp - every CUDA row of lc_method() in the emulator, through lc_run, against the definition: under
-// several schedules, with every access of a kernel checked. Outputs and workspace are full of NaN before each call.
+// emulated_test.cpp - tests every CUDA row of lc_method() in the emulator, through lc_run, against
+// the definition, under several schedules and with every access of a kernel checked. Outputs and
+// workspace are filled with NaN before each call.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -31,7 +32,8 @@ class Emulated : public ::testing::Test {
     simt::forget();
   }
 
-  // Runs every CUDA method on the call that `spec` describes, under the first `schedules` schedules.
+  // Runs every CUDA method on the call that `spec` describes, under the first `schedules`
+  // schedules.
   void check(Spec spec, int schedules = 1) {
     spec.device = {LC_CUDA, 0};
     SCOPED_TRACE(describe(spec));
@@ -70,7 +72,8 @@ class Emulated : public ::testing::Test {
             EXPECT_LE(relative_error(values(*call.args.final_state), answer.state, answer.state),
                       std::max(state_tolerance(spec.dtype), state_tolerance(call.args.final_state->dtype)));
           }
-          first_o = call.o.memory, first_state = state.memory;
+          first_o = call.o.memory;
+          first_state = state.memory;
         } else {
           EXPECT_TRUE(first_o == call.o.memory) << "o depends on the schedule";
           EXPECT_TRUE(first_state == state.memory) << "the state depends on the schedule";
@@ -79,9 +82,10 @@ class Emulated : public ::testing::Test {
     }
   }
 
-  // Gradients of the row that serves them, likewise.
+  // Runs the gradients of the row that serves them, under the first `schedules` schedules.
   void check_gradients(Spec spec, int schedules = 1) {
-    spec.device = {LC_CUDA, 0}, spec.op = LC_BACKWARD;
+    spec.device = {LC_CUDA, 0};
+    spec.op = LC_BACKWARD;
     if (spec.decay == Decay::none) spec.wants &= ~8u;
     SCOPED_TRACE(describe(spec));
     std::vector<Bytes> first;
@@ -131,12 +135,15 @@ class Emulated : public ::testing::Test {
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
-// Every row serves every dtype that it is there for; the smallest call with a second chunk in it.
+// Every row serves each of its dtypes. This is the smallest call with a second chunk.
 TEST_F(Emulated, EveryRowServes) {
   const std::set<std::string> wide = {"recurrent", "parallel"};
   for (lc_dtype dtype : kInputs) {
     Spec spec;
-    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 65, spec.K = spec.V = 16;
+    spec.dtype = dtype;
+    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+    spec.N = 65;
+    spec.K = spec.V = 16;
     spec.initial = spec.final = true;
     served_.clear();
     check(spec);
@@ -147,13 +154,21 @@ TEST_F(Emulated, EveryRowServes) {
   }
 }
 
-// At least three chunks of 64, ragged, unequal head dims, every schedule.
+// At least three chunks of 64, the last one ragged, with unequal head dims, under every schedule.
 TEST_F(Emulated, Schedules) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec;
-      spec.dtype = dtype, spec.B = 1, spec.N = 200, spec.K = 40, spec.V = 24, spec.decay = decay;
-      if (decay == Decay::head) spec.K = 9, spec.V = 12;
+      spec.dtype = dtype;
+      spec.B = 1;
+      spec.N = 200;
+      spec.K = 40;
+      spec.V = 24;
+      spec.decay = decay;
+      if (decay == Decay::head) {
+        spec.K = 9;
+        spec.V = 12;
+      }
       spec.initial = spec.final = true;
       check(spec, std::size(kSchedules));
     }
@@ -165,7 +180,11 @@ TEST_F(Emulated, TokensAndHeadDims) {
     for (int64_t N : {1, 63, 64, 65, 130})
       for (const auto& dims : head_dims) {
         Spec spec;
-        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        spec.dtype = dtype;
+        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+        spec.N = N;
+        spec.K = dims[0];
+        spec.V = dims[1];
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -174,13 +193,18 @@ TEST_F(Emulated, TokensAndHeadDims) {
 TEST_F(Emulated, LargeHeadDims) {
   for (lc_dtype dtype : kInputs) {
     Spec spec;
-    spec.dtype = dtype, spec.B = 1, spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 70, spec.K = 256, spec.V = 256;
+    spec.dtype = dtype;
+    spec.B = 1;
+    spec.Hq = spec.Hk = spec.Hv = 1;
+    spec.N = 70;
+    spec.K = 256;
+    spec.V = 256;
     spec.initial = spec.final = true;
     check(spec);
   }
 }
 
-// Less shared memory, and so few processors that blocks need not be small.
+// A device with less shared memory, and so few processors that blocks can be large.
 TEST_F(Emulated, OneProcessor) {
   for (lc::cuda::Limits device : {simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
@@ -188,33 +212,53 @@ TEST_F(Emulated, OneProcessor) {
         device.processors = 1;
         simt::device() = device;
         Spec spec;
-        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 35, spec.K = K, spec.V = 72;
-        spec.decay = Decay::token, spec.in_place = true;
+        spec.dtype = dtype;
+        spec.B = 1;
+        spec.Hq = 2;
+        spec.Hk = spec.Hv = 1;
+        spec.N = 35;
+        spec.K = K;
+        spec.V = 72;
+        spec.decay = Decay::token;
+        spec.in_place = true;
         check(spec);
       }
 }
 
-// A cache so small that fft takes several passes, over units and over pairs of ranks.
+// A device with a cache so small that fft takes several passes, over units and over pairs of ranks.
 TEST_F(Emulated, SmallCaches) {
   for (lc_dtype dtype : kInputs)
     for (int kilobytes : {1, 40, 200}) {
       simt::device().l2_bytes = kilobytes * 1024;
       Spec spec;
-      spec.dtype = dtype, spec.Hq = 4, spec.N = 70, spec.K = 7, spec.V = 19, spec.initial = spec.final = true;
+      spec.dtype = dtype;
+      spec.Hq = 4;
+      spec.N = 70;
+      spec.K = 7;
+      spec.V = 19;
+      spec.initial = spec.final = true;
       check(spec);
     }
 }
 
-// More than 128 chunks: a third round of merges in the tree of recursive.
+// More than 128 chunks, which take a third round of merges in the tree of recursive.
 TEST_F(Emulated, LongSequences) {
   for (Decay decay : {Decay::head, Decay::token}) {
     Spec spec;
-    spec.dtype = kF32, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8300, spec.K = 4, spec.V = 8;
-    spec.decay = decay, spec.gamma = 1 - 1e-4, spec.initial = spec.final = true;
+    spec.dtype = kF32;
+    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+    spec.N = 8300;
+    spec.K = 4;
+    spec.V = 8;
+    spec.decay = decay;
+    spec.gamma = 1 - 1e-4;
+    spec.initial = spec.final = true;
     left_out_ = {"parallel"};  // quadratic
     check(spec);
     left_out_.clear();
-    spec.N = 1500, spec.cu = {0, 590, 590, 600, 1500}, spec.gamma = kMixed;
+    spec.N = 1500;
+    spec.cu = {0, 590, 590, 600, 1500};
+    spec.gamma = kMixed;
     check(spec);
   }
 }
@@ -225,7 +269,12 @@ TEST_F(Emulated, Decays) {
       for (double gamma : {0., 0.5, 1 - 1e-6, 1., kMixed}) {
         if (decay == Decay::none && gamma != 1) continue;
         Spec spec;
-        spec.dtype = dtype, spec.N = 140, spec.K = 8, spec.V = 16, spec.decay = decay, spec.gamma = gamma;
+        spec.dtype = dtype;
+        spec.N = 140;
+        spec.K = 8;
+        spec.V = 16;
+        spec.decay = decay;
+        spec.gamma = gamma;
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -237,8 +286,15 @@ TEST_F(Emulated, GroupedHeads) {
     for (Decay decay : {Decay::batch, Decay::token})
       for (bool in_place : {false, true}) {
         Spec spec;
-        spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 70, spec.K = 16, spec.V = 16;
-        spec.decay = decay, spec.final = !in_place, spec.in_place = in_place;
+        spec.Hq = h[0];
+        spec.Hk = h[1];
+        spec.Hv = h[2];
+        spec.N = 70;
+        spec.K = 16;
+        spec.V = 16;
+        spec.decay = decay;
+        spec.final = !in_place;
+        spec.in_place = in_place;
         check(spec);
       }
 }
@@ -248,8 +304,14 @@ TEST_F(Emulated, Layouts) {
     for (bool bnhd : {false, true})
       for (bool strided : {false, true}) {
         Spec spec;
-        spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
-        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
+        spec.dtype = dtype;
+        spec.N = 70;
+        spec.K = 24;
+        spec.V = 40;
+        spec.bnhd = bnhd;
+        spec.strided = strided;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head;
+        spec.initial = spec.final = true;
         check(spec);
       }
 }
@@ -259,48 +321,78 @@ TEST_F(Emulated, PackedSequences) {
     for (const Index& bounds : {Index{0, 0, 5, 5, 141, 230}, Index{0, 230}, Index{0, 64, 128, 230}})
       for (Decay decay : {Decay::head, Decay::token}) {
         Spec spec;
-        spec.B = 1, spec.N = 230, spec.cu = bounds, spec.cu_dtype = cu, spec.decay = decay, spec.K = 8, spec.V = 16;
+        spec.B = 1;
+        spec.N = 230;
+        spec.cu = bounds;
+        spec.cu_dtype = cu;
+        spec.decay = decay;
+        spec.K = 8;
+        spec.V = 16;
         spec.initial = spec.final = true;
         check(spec);
       }
 }
 
-// More than one segment of scan and block; constant decays that a segment forgets, and such that it does not.
+// Several segments of scan and block, with constant decays that a segment forgets and that it does
+// not.
 TEST_F(Emulated, Segments) {
   left_out_ = {"parallel"};  // quadratic
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec;
-      spec.dtype = gamma == 0.5 ? kF32 : kBf16, spec.B = 1, spec.N = 700, spec.K = 8, spec.V = 16, spec.decay = decay;
-      spec.gamma = gamma, spec.initial = spec.final = true;
+      spec.dtype = gamma == 0.5 ? kF32 : kBf16;
+      spec.B = 1;
+      spec.N = 700;
+      spec.K = 8;
+      spec.V = 16;
+      spec.decay = decay;
+      spec.gamma = gamma;
+      spec.initial = spec.final = true;
       check(spec);
     }
   for (const Index& bounds : {Index{0, 0, 300, 300, 310, 950, 1000}, Index{0, 1000}, Index{0, 256, 512, 1000}})
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec;
-      spec.dtype = kBf16, spec.B = 1, spec.N = 1000, spec.cu = bounds, spec.decay = decay, spec.K = 8, spec.V = 16;
+      spec.dtype = kBf16;
+      spec.B = 1;
+      spec.N = 1000;
+      spec.cu = bounds;
+      spec.decay = decay;
+      spec.K = 8;
+      spec.V = 16;
       spec.initial = spec.final = true;
       check(spec);
     }
   for (bool in_place : {false, true}) {
     Spec spec;
-    spec.dtype = kBf16, spec.Hq = 4, spec.N = 520, spec.K = 16, spec.V = 16, spec.decay = Decay::token;
-    spec.final = !in_place, spec.in_place = in_place;
+    spec.dtype = kBf16;
+    spec.Hq = 4;
+    spec.N = 520;
+    spec.K = 16;
+    spec.V = 16;
+    spec.decay = Decay::token;
+    spec.final = !in_place;
+    spec.in_place = in_place;
     check(spec);
   }
 }
 
-// The ways in which the columns of V and shared memory are dealt out: by how many processors wait for blocks, by how
-// much memory they have.
+// The divisions of the columns of V and of shared memory, which depend on the number of processors
+// and on their shared memory.
 TEST_F(Emulated, Devices) {
   const std::pair<lc::cuda::Limits, int> devices[] = {
       {simt::kHopper, 1}, {simt::kHopper, 132}, {simt::kAmpere, 108}, {simt::kAda, 1}};
   for (const auto& [device, processors] : devices)
     for (lc_dtype dtype : {kF32, kF16, kBf16})
       for (int64_t K : {128, 256}) {
-        simt::device() = device, simt::device().processors = processors;
+        simt::device() = device;
+        simt::device().processors = processors;
         Spec spec;
-        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = K, spec.V = 144;
+        spec.dtype = dtype;
+        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+        spec.N = 130;
+        spec.K = K;
+        spec.V = 144;
         spec.final = true;
         check(spec);
       }
@@ -311,19 +403,30 @@ TEST_F(Emulated, Devices) {
 TEST_F(Emulated, NoBankConflicts) {
   for (lc_dtype dtype : {kF16, kBf16}) {
     Spec spec;
-    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 130, spec.K = 128, spec.V = 64;
+    spec.dtype = dtype;
+    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+    spec.N = 130;
+    spec.K = 128;
+    spec.V = 64;
     check(spec);
   }
   EXPECT_GT(simt::report().ldmatrix_phases, 0);
   EXPECT_EQ(0, simt::report().ldmatrix_conflicts);
 }
 
-// States, and scores, that float16 could not hold.
+// States and scores that exceed the range of float16.
 TEST_F(Emulated, LargeStates) {
   for (lc_dtype dtype : {kF16, kBf16}) {
     Spec spec;
-    spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 200, spec.K = 64, spec.V = 16;
-    spec.decay = Decay::none, spec.scale = 1e-6, spec.initial = spec.final = true, spec.magnitude = 100;
+    spec.dtype = dtype;
+    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+    spec.N = 200;
+    spec.K = 64;
+    spec.V = 16;
+    spec.decay = Decay::none;
+    spec.scale = 1e-6;
+    spec.initial = spec.final = true;
+    spec.magnitude = 100;
     check(spec);
   }
 }
@@ -333,8 +436,14 @@ TEST_F(Emulated, RoundingOfLongSequences) {
   for (lc_dtype dtype : {kF32, kF16, kBf16})
     for (double gamma : {1 - 1e-6, 1.}) {
       Spec spec;
-      spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 8192, spec.K = 16, spec.V = 16;
-      spec.decay = gamma == 1 ? Decay::token : Decay::head, spec.gamma = gamma, spec.final = true;
+      spec.dtype = dtype;
+      spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+      spec.N = 8192;
+      spec.K = 16;
+      spec.V = 16;
+      spec.decay = gamma == 1 ? Decay::token : Decay::head;
+      spec.gamma = gamma;
+      spec.final = true;
       left_out_ = {"parallel"};  // quadratic
       check(spec);
       left_out_.clear();
@@ -343,7 +452,8 @@ TEST_F(Emulated, RoundingOfLongSequences) {
     }
 }
 
-// Every pool; slots that are skipped, and one outside of the pool, which no kernel may touch.
+// Every type of pool, with skipped slots, and a slot outside of the pool, which no kernel may
+// touch.
 TEST_F(Emulated, Decode) {
   for (lc_dtype dtype : kInputs)
     for (lc_dtype pool : kInputs)
@@ -353,16 +463,23 @@ TEST_F(Emulated, Decode) {
             if ((pool == kF64) != (dtype == kF64)) continue;
             if (N == 64 && strided == indices.empty()) continue;
             Spec spec;
-            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 5,
-            spec.indices = indices, spec.index_dtype = N == 3 ? kI64 : kI32;
-            spec.Hq = N == 3 ? 4 : 2, spec.N = N, spec.K = 22, spec.V = 40, spec.strided = strided, spec.bnhd = strided;
+            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 5, {
+              spec.indices = indices;
+              spec.index_dtype = N == 3 ? kI64 : kI32;
+            }
+            spec.Hq = N == 3 ? 4 : 2;
+            spec.N = N;
+            spec.K = 22;
+            spec.V = 40;
+            spec.strided = strided;
+            spec.bnhd = strided;
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec, N == 3 ? int(std::size(kSchedules)) : 1);
           }
   EXPECT_GT(served_["recurrent"], 0);
 }
 
-// As many threads to a block as there can be, a state cut into pieces, a device that is full without cutting it.
+// Blocks with the most threads, a state cut into slices, and a device that is full without slices.
 TEST_F(Emulated, DecodeHeadDims) {
   constexpr int64_t head_dims[][2] = {{1, 1}, {128, 128}, {256, 256}, {300, 20}, {1024, 4}, {3, 1100}};
   for (lc_dtype dtype : kInputs)
@@ -370,22 +487,32 @@ TEST_F(Emulated, DecodeHeadDims) {
       for (const auto& dims : head_dims) {
         if (B > 1 && dims[0] * dims[1] > 100) continue;
         Spec spec;
-        spec.op = LC_DECODE, spec.dtype = dtype, spec.B = B, spec.Hq = spec.Hk = spec.Hv = 2, spec.N = 1;
-        spec.K = dims[0], spec.V = dims[1];
+        spec.op = LC_DECODE;
+        spec.dtype = dtype;
+        spec.B = B;
+        spec.Hq = spec.Hk = spec.Hv = 2;
+        spec.N = 1;
+        spec.K = dims[0];
+        spec.V = dims[1];
         check(spec);
       }
 }
 
-// A rounding error of the decay would be raised to the power of the number of tokens.
+// A rounding error of the decay would be raised to the number of tokens.
 TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
   constexpr int kCalls = 24, kTokens = 64;
   Spec spec;
   spec.device = {LC_CUDA, 0};
-  spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = kCalls * kTokens, spec.K = spec.V = 8, spec.gamma = 1 - 1e-6;
+  spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+  spec.N = kCalls * kTokens;
+  spec.K = spec.V = 8;
+  spec.gamma = 1 - 1e-6;
   spec.in_place = true;
   Call call(spec);
   const Answer answer = reference(call.args);
-  call.args.op = LC_DECODE, call.args.method = "recurrent", call.args.initial_state = nullptr;
+  call.args.op = LC_DECODE;
+  call.args.method = "recurrent";
+  call.args.initial_state = nullptr;
   for (int i = 0; i < kCalls; ++i) {
     for (Tensor* t : {&call.q, &call.k, &call.v, &call.o}) {
       t->sizes[2] = kTokens;
@@ -393,26 +520,36 @@ TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
     }
     ASSERT_EQ(LC_OK, run(call, kSchedules[0])) << lc_last_error();
   }
-  call.o.sizes[2] = spec.N, call.o.byte_offset = 0;
+  call.o.sizes[2] = spec.N;
+  call.o.byte_offset = 0;
   EXPECT_LE(relative_error(values(call.o), answer.o, answer.o), output_tolerance(kF32));
   EXPECT_LE(relative_error(values(call.initial_state), answer.state, answer.state), state_tolerance(kF32));
 }
 
-// What a block may use of shared memory, and the processors that a grid is made for, differ between devices.
+// Devices differ in the shared memory of a block and in the number of processors.
 TEST_F(Emulated, DecodeDevices) {
   for (const lc::cuda::Limits& device : {simt::kHopper, simt::kAmpere, simt::kAda})
     for (lc_dtype dtype : kInputs)
       for (int64_t K : {256, 1100}) {
         simt::device() = device;
         Spec spec;
-        spec.op = LC_DECODE, spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 2;
-        spec.K = K, spec.V = 136, spec.decay = Decay::token;
+        spec.op = LC_DECODE;
+        spec.dtype = dtype;
+        spec.B = 1;
+        spec.Hq = 2;
+        spec.Hk = spec.Hv = 1;
+        spec.N = 2;
+        spec.K = K;
+        spec.V = 136;
+        spec.decay = Decay::token;
         served_.clear();
         check(spec);
         EXPECT_EQ(K == 256, served_["recurrent"]);
       }
   Spec spec;
-  spec.dtype = kF64, spec.N = 1, spec.K = 1100;
+  spec.dtype = kF64;
+  spec.N = 1;
+  spec.K = 1100;
   check(spec);
   EXPECT_EQ(0, served_["recurrent"]);
 }
@@ -427,8 +564,13 @@ TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
     for (int64_t N : {1, 63, 64, 65, 130})
       for (const auto& dims : head_dims) {
         Spec spec;
-        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = N, spec.K = dims[0], spec.V = dims[1];
-        spec.initial = spec.final = N != 65, spec.decay = N == 63 ? Decay::head : Decay::token;
+        spec.dtype = dtype;
+        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+        spec.N = N;
+        spec.K = dims[0];
+        spec.V = dims[1];
+        spec.initial = spec.final = N != 65;
+        spec.decay = N == 63 ? Decay::head : Decay::token;
         check_gradients(spec);
       }
 }
@@ -437,7 +579,12 @@ TEST_F(Emulated, GradientSchedules) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (Decay decay : {Decay::none, Decay::head, Decay::token}) {
       Spec spec;
-      spec.dtype = dtype, spec.B = 1, spec.N = 330, spec.K = 40, spec.V = 24, spec.decay = decay;
+      spec.dtype = dtype;
+      spec.B = 1;
+      spec.N = 330;
+      spec.K = 40;
+      spec.V = 24;
+      spec.decay = decay;
       spec.initial = spec.final = true;
       check_gradients(spec, std::size(kSchedules));
     }
@@ -449,8 +596,13 @@ TEST_F(Emulated, GradientsOfLargeHeadDims) {
     for (Decay decay : {Decay::none, Decay::head, Decay::token})
       for (const auto& dims : head_dims) {
         Spec spec;
-        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 70, spec.K = dims[0], spec.V = dims[1];
-        spec.decay = decay, spec.initial = spec.final = true;
+        spec.dtype = dtype;
+        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+        spec.N = 70;
+        spec.K = dims[0];
+        spec.V = dims[1];
+        spec.decay = decay;
+        spec.initial = spec.final = true;
         check_gradients(spec);
       }
 }
@@ -461,20 +613,33 @@ TEST_F(Emulated, GradientsOfDecays) {
       for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
         if (decay == Decay::none && gamma != 1) continue;
         Spec spec;
-        spec.dtype = dtype, spec.N = 140, spec.K = 8, spec.V = 16, spec.decay = decay, spec.gamma = gamma;
+        spec.dtype = dtype;
+        spec.N = 140;
+        spec.K = 8;
+        spec.V = 16;
+        spec.decay = decay;
+        spec.gamma = gamma;
         spec.initial = spec.final = true;
         check_gradients(spec);
       }
 }
 
-// Every combination of what is asked for and given.
+// Every combination of requested gradients and optional inputs.
 TEST_F(Emulated, SomeGradients) {
   for (unsigned wants = 1; wants < 32; ++wants)
     for (int given = 0; given < 4; ++given) {
       Spec spec;
-      spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 300, spec.K = 4, spec.V = 8;
-      spec.decay = wants & 1 ? Decay::token : Decay::head, spec.wants = wants;
-      spec.initial = given & 1, spec.final = given != 0, spec.d_o = given != 2;
+      spec.B = 1;
+      spec.Hq = 2;
+      spec.Hk = spec.Hv = 1;
+      spec.N = 300;
+      spec.K = 4;
+      spec.V = 8;
+      spec.decay = wants & 1 ? Decay::token : Decay::head;
+      spec.wants = wants;
+      spec.initial = given & 1;
+      spec.final = given != 0;
+      spec.d_o = given != 2;
       check_gradients(spec);
     }
 }
@@ -485,8 +650,15 @@ TEST_F(Emulated, GradientsOfGroupedHeads) {
     for (const auto& h : heads)
       for (Decay decay : {Decay::batch, Decay::token}) {
         Spec spec;
-        spec.dtype = dtype, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.N = 270, spec.K = 16, spec.V = 8;
-        spec.decay = decay, spec.initial = spec.final = true;
+        spec.dtype = dtype;
+        spec.Hq = h[0];
+        spec.Hk = h[1];
+        spec.Hv = h[2];
+        spec.N = 270;
+        spec.K = 16;
+        spec.V = 8;
+        spec.decay = decay;
+        spec.initial = spec.final = true;
         check_gradients(spec);
       }
 }
@@ -496,40 +668,66 @@ TEST_F(Emulated, GradientLayouts) {
     for (bool bnhd : {false, true})
       for (bool strided : {false, true}) {
         Spec spec;
-        spec.dtype = dtype, spec.N = 70, spec.K = 24, spec.V = 40, spec.bnhd = bnhd, spec.strided = strided;
-        spec.decay = bnhd == strided ? Decay::token : Decay::head, spec.initial = spec.final = true;
+        spec.dtype = dtype;
+        spec.N = 70;
+        spec.K = 24;
+        spec.V = 40;
+        spec.bnhd = bnhd;
+        spec.strided = strided;
+        spec.decay = bnhd == strided ? Decay::token : Decay::head;
+        spec.initial = spec.final = true;
         check_gradients(spec);
       }
 }
 
-// Segments, which heads forget and do not; states that are kept at every 1024 tokens; packed sequences.
+// Segments that heads forget and do not forget; checkpoints at every 1024 tokens; packed sequences.
 TEST_F(Emulated, GradientsOfSegments) {
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
     for (Decay decay : {Decay::head, Decay::token}) {
       Spec spec;
-      spec.dtype = gamma == 0.5 ? kF32 : kBf16, spec.B = 1, spec.N = gamma == 0.95 ? 2200 : 700, spec.K = 8;
-      spec.V = 16, spec.decay = decay, spec.gamma = gamma, spec.initial = spec.final = true;
+      spec.dtype = gamma == 0.5 ? kF32 : kBf16;
+      spec.B = 1;
+      spec.N = gamma == 0.95 ? 2200 : 700;
+      spec.K = 8;
+      spec.V = 16;
+      spec.decay = decay;
+      spec.gamma = gamma;
+      spec.initial = spec.final = true;
       check_gradients(spec);
     }
   for (lc_dtype cu : {kI32, kI64})
     for (const Index& bounds : {Index{0, 0, 300, 300, 310, 1450, 1500}, Index{0, 1500}, Index{0, 256, 512, 1500}})
       for (Decay decay : {Decay::head, Decay::token}) {
         Spec spec;
-        spec.dtype = cu == kI32 ? kBf16 : kF32, spec.B = 1, spec.N = 1500, spec.cu = bounds, spec.cu_dtype = cu;
-        spec.decay = decay, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
+        spec.dtype = cu == kI32 ? kBf16 : kF32;
+        spec.B = 1;
+        spec.N = 1500;
+        spec.cu = bounds;
+        spec.cu_dtype = cu;
+        spec.decay = decay;
+        spec.K = 8;
+        spec.V = 16;
+        spec.initial = spec.final = true;
         check_gradients(spec);
       }
 }
 
-// Of a device that is full without segments: states go through all of a sequence, and errors must not.
+// A device that is full without segments: states pass through a whole sequence, and errors must not
+// grow.
 TEST_F(Emulated, GradientsOfLongSequences) {
   simt::device().processors = 1;
   for (lc_dtype dtype : kOnMatrixUnit)
     for (Decay decay : {Decay::head, Decay::token})
       for (double gamma : {0.9, 1 - 1e-4, 1.}) {
         Spec spec;
-        spec.dtype = dtype, spec.B = spec.Hq = spec.Hk = spec.Hv = 1, spec.N = 4200, spec.K = 8, spec.V = 16;
-        spec.decay = decay, spec.gamma = gamma, spec.final = true;
+        spec.dtype = dtype;
+        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
+        spec.N = 4200;
+        spec.K = 8;
+        spec.V = 16;
+        spec.decay = decay;
+        spec.gamma = gamma;
+        spec.final = true;
         check_gradients(spec);
       }
 }
@@ -539,10 +737,18 @@ TEST_F(Emulated, GradientDevices) {
     for (lc_dtype dtype : kOnMatrixUnit)
       for (int64_t K : {128, 256}) {
         if (device.shared_block == simt::kAda.shared_block && K == 256) continue;
-        simt::device() = device, simt::device().processors = K == 128 ? 1 : 100;
+        simt::device() = device;
+        simt::device().processors = K == 128 ? 1 : 100;
         Spec spec;
-        spec.dtype = dtype, spec.B = 1, spec.Hq = 2, spec.Hk = spec.Hv = 1, spec.N = 100, spec.K = 40, spec.V = K;
-        spec.decay = Decay::token, spec.final = true;
+        spec.dtype = dtype;
+        spec.B = 1;
+        spec.Hq = 2;
+        spec.Hk = spec.Hv = 1;
+        spec.N = 100;
+        spec.K = 40;
+        spec.V = K;
+        spec.decay = Decay::token;
+        spec.final = true;
         check_gradients(spec);
         spec.wants = 7;
         check_gradients(spec);
@@ -551,7 +757,8 @@ TEST_F(Emulated, GradientDevices) {
 
 TEST_F(Emulated, GradientsHaveOneRow) {
   Spec spec;
-  spec.op = LC_BACKWARD, spec.device = {LC_CUDA, 0};
+  spec.op = LC_BACKWARD;
+  spec.device = {LC_CUDA, 0};
   for (const char* method : {"scan", "recurrent"}) {
     Call call(spec);
     call.args.method = method;
@@ -567,12 +774,14 @@ TEST_F(Emulated, GradientsHaveOneRow) {
 TEST_F(Emulated, NothingToDo) {
   for (int64_t B : {0, 2}) {
     Spec spec;
-    spec.B = B, spec.N = 0, spec.initial = spec.final = true;
+    spec.B = B;
+    spec.N = 0;
+    spec.initial = spec.final = true;
     check(spec);
   }
 }
 
-// Of a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
+// For a run with LEETCORE_CUFFT=/nowhere/libcufft.so.
 TEST(WithoutCufft, IsRefusedWithWhatToDo) {
   const std::string chosen = std::getenv("LEETCORE_CUFFT");
   if (chosen == CUFFT_DOUBLE) GTEST_SKIP() << "there is one";

@@ -1,5 +1,6 @@
-// fault_test.cpp - the emulator's own tests: small kernels with one fault each. Each fault must be found, under every
-// schedule, by the counter that is for it; the same kernel without it must pass clean.
+// fault_test.cpp - tests of the emulator: small kernels with one fault each. Every schedule must
+// find the fault and count it in the right counter; the same kernel without the fault must have no
+// reports.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -13,8 +14,8 @@ using namespace simt;
 
 constexpr int kThreads = 128, kBlocks = 2, kNumbers = 1024;
 
-// What the kernels work on: numbers to read, numbers to write and a workspace between two launches; gaps that are of
-// none of them.
+// The memory of the kernels: numbers to read, numbers to write, a workspace between two launches,
+// and gaps that no kernel may access.
 struct Memory {
   alignas(16) float in[kNumbers], gap[4], out[kNumbers], another_gap[4], work[kNumbers];
 };
@@ -30,7 +31,7 @@ struct Kernel {
   using Params = Arguments;
 };
 
-// Index of this thread among those of all blocks.
+// Index of this thread among the threads of all blocks.
 int global_id() { return int(bid().x) * kThreads + tid(); }
 
 // ---- shared memory ------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ struct BarrierOfAWarp : Kernel<kFault> {
   }
 };
 
-// A shuffle brings the lanes together, but orders no memory.
+// A shuffle synchronizes the lanes, but orders no memory accesses.
 template <bool kFault>
 struct ShuffleIsNoBarrier : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -96,7 +97,7 @@ struct ReadOfWhatNobodyWrote : Kernel<kFault> {
   }
 };
 
-// What an earlier block left in shared memory is not there for the next one.
+// Shared memory does not keep the data of an earlier block.
 template <bool kFault>
 struct ReadOfAnotherBlocksShared : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -117,13 +118,14 @@ struct SharedIndex : Kernel<kFault> {
   }
 };
 
-// Inside of the memory, but outside of the part of it that the view is.
+// An index inside of the memory, but outside of the view.
 template <bool kFault>
 struct IndexOfAPart : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(2 * kThreads), first = s.sub(0, kThreads);
-    s.st(tid(), 1), s.st(kThreads + tid(), 2);
+    s.st(tid(), 1);
+    s.st(kThreads + tid(), 2);
     a.out.st(global_id(), first.ld(tid() + (kFault ? kThreads : 0)));
   }
 };
@@ -205,7 +207,7 @@ struct BlocksWriteTheSame : Kernel<kFault> {
   static void run(const Arguments& a) { a.out.st(kFault ? tid() : global_id(), 1); }
 };
 
-// One block reads what the other one writes; whichever comes first.
+// One block reads memory that the other block writes, in either order.
 template <bool kFault>
 struct BlockReadsWhatAnotherWrites : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -216,7 +218,7 @@ struct BlockReadsWhatAnotherWrites : Kernel<kFault> {
   }
 };
 
-// The reads of two blocks, and then a write of the second.
+// Two blocks read, and then the second block writes.
 template <bool kFault>
 struct BlockWritesWhatAnotherRead : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -233,7 +235,10 @@ struct ShortWait : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(8 * kThreads);
-    for (int stage = 0; stage < 2; ++stage) cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid()), cp_commit();
+    for (int stage = 0; stage < 2; ++stage) {
+      cp_async16(s, 4 * (stage * kThreads + tid()), a.in, 4 * tid());
+      cp_commit();
+    }
     if (kFault)
       cp_wait<1>();
     else
@@ -260,19 +265,21 @@ struct WaitAtTheEnd : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     a.out.st(global_id(), a.in.ld(tid()));
     if (!kFault) cp_wait<0>();
   }
 };
 
-// A wait is for the copies of one's own; others see them after a barrier.
+// A thread waits only for its own copies; other threads see them after a barrier.
 template <bool kFault>
 struct BarrierAfterTheWait : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     if (kFault) {
       sync_cta();
       cp_wait<0>();
@@ -289,7 +296,8 @@ struct WriteUnderACopy : Kernel<kFault> {
   static void run(const Arguments& a) {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads);
-    cp_async16(s, 4 * tid(), a.in, 4 * tid()), cp_commit();
+    cp_async16(s, 4 * tid(), a.in, 4 * tid());
+    cp_commit();
     if (!kFault) cp_wait<0>();
     s.st(4 * tid() + 1, 1);
     cp_wait<0>();
@@ -297,7 +305,7 @@ struct WriteUnderACopy : Kernel<kFault> {
   }
 };
 
-// The ring of a loop: a stage may be filled again when all have read it.
+// The ring of a loop: a stage may be filled again once all threads have read it.
 template <bool kFault>
 struct Ring : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -327,7 +335,8 @@ struct CopyAlignment : Kernel<kFault> {
     Smem smem;
     const auto s = smem.alloc<float>(4 * kThreads + 4);
     cp_async16(s, 4 * tid() + (kFault ? 2 : 0), a.in, 4 * tid());
-    cp_commit(), cp_wait<0>();
+    cp_commit();
+    cp_wait<0>();
     a.out.st(global_id(), 1);
   }
 };
@@ -339,7 +348,8 @@ struct CopyBehindTheEnd : Kernel<kFault> {
     const auto s = smem.alloc<float>(4 * kThreads);
     const bool last = kFault && tid() == 0;
     cp_async16(s, 4 * tid(), a.in, last ? kNumbers : 0, 4);
-    cp_commit(), cp_wait<0>();
+    cp_commit();
+    cp_wait<0>();
     a.out.st(global_id(), 1);
   }
 };
@@ -415,8 +425,8 @@ struct NumberOfABarrier : Kernel<kFault> {
   }
 };
 
-// Two pairs of warps, each with a barrier of its own, exchange numbers many times; the pairs hear of one another only
-// through the last barrier. A pair may pass its own as often as it likes: that orders nothing of the other pair.
+// Two pairs of warps, each with its own barrier, exchange numbers many times. Only the last barrier
+// orders accesses of different pairs; the barrier of a pair orders nothing of the other pair.
 template <bool kFault>
 struct NamedBarriers : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -435,7 +445,7 @@ struct NamedBarriers : Kernel<kFault> {
   }
 };
 
-// One warp fills what three read, over barriers "full" and "free".
+// One warp fills memory that three warps read, with barriers "full" and "free".
 template <bool kFault>
 struct ProducerAndConsumers : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -486,7 +496,7 @@ struct LdmatrixBeforeTheBarrier : Kernel<kFault> {
   }
 };
 
-// A 16 x 8 product, of which a fault swaps two registers of the left operand.
+// A 16 x 8 product. The fault swaps two registers of the left operand.
 template <bool kFault>
 struct Product : Kernel<kFault> {
   static void run(const Arguments& a) {
@@ -501,7 +511,7 @@ struct Product : Kernel<kFault> {
   }
 };
 
-// ---- running them -------------------------------------------------------------------------------
+// ---- running the kernels ------------------------------------------------------------------------
 
 struct Schedule {
   Policy policy;
@@ -519,7 +529,10 @@ std::vector<Schedule> schedules() {
 class Fault : public ::testing::Test {
  protected:
   void SetUp() override {
-    for (int i = 0; i < kNumbers; ++i) memory_.in[i] = float(i % 13 - 6), memory_.work[i] = 0;
+    for (int i = 0; i < kNumbers; ++i) {
+      memory_.in[i] = float(i % 13 - 6);
+      memory_.work[i] = 0;
+    }
   }
   void TearDown() override {
     options() = {};
@@ -546,7 +559,8 @@ class Fault : public ::testing::Test {
     return launch_one<K>();
   }
 
-  // K<true> adds to `kind`, and what it adds to other counters are consequences; K<false> adds to none.
+  // K<true> adds to `kind`, and may add to other counters as a consequence. K<false> adds to no
+  // counter.
   template <template <bool> class K>
   void expect(int Report::* kind) {
     for (const Schedule& s : schedules()) {
@@ -593,7 +607,7 @@ TEST_F(Fault, Unwritten) {
   expect<ReadOfAnOutput>(&Report::uninit);
 }
 
-// A workspace is empty at the start of a call, and keeps what a launch leaves in it for the next one.
+// A workspace is empty at the start of a call, and keeps its contents from one launch to the next.
 TEST_F(Fault, Workspace) {
   for (bool first : {false, true}) {
     report() = {};
@@ -646,7 +660,7 @@ TEST_F(Fault, Deadlock) {
 
 TEST_F(Fault, NumbersOfBarriers) { expect<NumberOfABarrier>(&Report::other); }
 
-// A message names the kernel, what meets what, the source line of each, and the block and thread.
+// A message names the kernel, both accesses with their source lines, the block and the thread.
 TEST_F(Fault, Messages) {
   const auto first = [&](auto kernel) {
     run_under<decltype(kernel)>({Policy::sticky, 1, CpAsync::poison});
@@ -699,7 +713,7 @@ TEST_F(Fault, LaunchesThatNoDeviceTakes) {
   EXPECT_EQ(0, report().errors());
 }
 
-// Rows of 128 bytes lie in the same banks; rows of 144 bytes do not.
+// Rows of 128 bytes are in the same banks; rows of 144 bytes are not.
 template <int kStride>
 struct Banks : Kernel<false> {
   static void run(const Arguments& a) {
@@ -722,7 +736,7 @@ TEST_F(Fault, BankConflicts) {
   EXPECT_EQ(0, report().ldmatrix_conflicts);
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which finds it itself
+#ifndef __SANITIZE_ADDRESS__  // the sanitizer reports it
 struct EndlessRecursion : Kernel<false> {
   static float down(int n, float x) {
     volatile float use[256] = {x};

@@ -1,4 +1,4 @@
-// faulty.cu - kernels that gates.py has to refuse, one for each thing that it looks at.
+// faulty.cu - kernels that gates.py has to refuse, one for each property that it checks.
 #include "../../cpp/simt/simt.h"
 
 namespace faulty {
@@ -27,7 +27,7 @@ struct Spills : Kernel {
   }
 };
 
-// Shared memory that no launcher knows of.
+// Static shared memory, which no launcher counts.
 struct StaticShared : Kernel {
   static SIMT_DEV void run(const Params& p) {
     __shared__ float x[128];
@@ -37,7 +37,7 @@ struct StaticShared : Kernel {
   }
 };
 
-// A product that never reaches the matrix unit.
+// A product that does not use the matrix unit.
 struct NoMatrixUnit : Kernel {
   static SIMT_DEV void run(const Params& p) {
     p.x[simt::tid()] = simt::mul_add(p.x[simt::tid() + 1], p.x[simt::tid() + 2], p.x[simt::tid()]);

@@ -1,9 +1,9 @@
-"""What can be said of the kernels of a CUDA binary on a machine without a GPU: python gates.py BINARY...
+"""Checks the kernels of CUDA binaries without a GPU: python gates.py BINARY...
 
-Of every kernel, on every architecture: no spills (no stack frame, no local memory; see SPILLED), no shared memory but
-the launch's, registers for kMaxThreads threads and kMinBlocks blocks, and the instructions that it was written for
-(MEANT). Reads cuobjdump's listings of the code and, for the launch bounds, of the PTX: build for at least one virtual
-architecture.
+Every kernel, on every architecture, must have no spills (no stack frame, no local memory; see SPILLED),
+no static shared memory, registers for kMaxThreads threads and kMinBlocks blocks, and the instructions
+that it was written for (MEANT). The program reads cuobjdump's listings of the code, and of the PTX for
+the launch bounds, so the build needs at least one virtual architecture.
 """
 
 import re
@@ -13,24 +13,24 @@ import sys
 import sysconfig
 from pathlib import Path
 
-REGISTERS, REGISTERS_OF_A_THREAD = 65536, 255  # of a processor of any architecture
-RESERVED = {"sm_80": 0, "sm_90a": 1024}  # bytes of a block's shared memory that the system keeps
+REGISTERS, REGISTERS_OF_A_THREAD = 65536, 255  # of a processor, on all architectures
+RESERVED = {"sm_80": 0, "sm_90a": 1024}  # bytes of a block's shared memory that the system uses
 
-# Bytes of local memory that kernels may have after all, by a pattern in their name: gradient walks that are short of
-# registers, where a few numbers of the state wait in the L1 cache while others are worked on. Aim 1 and 2: gradients,
-# decays (cuda/chunks.h).
+# Bytes of local memory that kernels may have, by a pattern in their name. These are gradient walks
+# that are short of registers, where a few numbers of the state stay in the L1 cache. Aim 1 and 2:
+# gradients, decays (cuda/walk/walk.h).
 SPILLED = {r"ChunkWalk<.*, 256, 16, .*[12]>": 24, r"ChunkWalk<float, float, 128, 16, .*2>": 24}
 
-# Kernels by a pattern in their name, and the instructions that make them what they are.
+# Kernels by a pattern in their name, and the instructions that they must contain.
 #   HMMA: the matrix unit; LDSM: ldmatrix; LDGSTS: cp.async; SHFL: a shuffle; MUFU.EX2: ex2.approx; DFMA: float64
 MEANT = {
     r"RecurrentForward<": {"SHFL"},
     r"RecurrentForward<double>": {"DFMA"},
     r"ChunkWalk<": {"HMMA", "LDGSTS"},
     r"ChunkWalk<simt::(bf16|f16)": {"LDSM"},
-    r"Parallel<": {"LDS.128"},  # four ranks, tokens or columns in a load
+    r"Parallel<": {"LDS.128"},  # a load has four ranks, tokens or columns
     r"Parallel<double": {"DFMA"},
-    r"FleetForward<": {"LDS.128"},  # four ranks, or two of float64, in a load
+    r"FleetForward<": {"LDS.128"},  # a load has four ranks, or two of float64
     r"FleetForward<double": {"DFMA"},
     r"MatrixUnit": {"HMMA"},  # contract_test.cuh, and faulty.cu, which has none
     r"contract::Ldmatrix": {"LDSM"},
@@ -40,7 +40,7 @@ MEANT = {
 
 
 def tool(name):
-    """From the package nvidia-cuda-NAME, or of a toolkit."""
+    """The path of a tool, from the package nvidia-cuda-NAME or from a toolkit."""
     for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}:
         path = Path(folder) / "nvidia/cu13/bin" / name
         if path.exists():
@@ -90,7 +90,7 @@ def launch_bounds(ptx):
 
 
 def instructions(sass):
-    """{(architecture, kernel): the names of its instructions}, with their first modifier and without."""
+    """{(architecture, kernel): names of its instructions}, with and without their first modifier."""
     found, architecture, names = {}, None, set()
     for line in sass.splitlines():
         if m := re.match(r"\s*code for (\w+)", line):
@@ -103,7 +103,7 @@ def instructions(sass):
 
 
 def problems(used, bounds, code):
-    """One line for each promise that a kernel does not keep."""
+    """One line for each property that a kernel lacks."""
     short = short_names({kernel for _, kernel in used})
     for (architecture, kernel), r in sorted(used.items()):
         at = f"{short[kernel]} on {architecture}:"

@@ -1,4 +1,5 @@
-// python_host.cpp - the emulator for Python's ctypes: what tests of arrays set and read.
+// python_host.cpp - the emulator's settings and reports for Python's ctypes, used by tests of
+// arrays.
 #include "../../cpp/simt/simt.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,5 +1,6 @@
-// runtime_test.cpp - the manners of a call for a device, seen through the C interface on the emulated devices: what is
-// refused and how it says so, which stream and device a kernel gets, that the host reads no value there.
+// runtime_test.cpp - tests calls for a device through the C interface, on the emulated devices:
+// what is refused and with which message, which stream and device a kernel gets, and that the host
+// reads no device memory.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -38,7 +39,7 @@ class Runtime : public ::testing::Test {
     allow(call);
     return lc_run(&call.args);
   }
-  // As run(), and says so in these words, with nothing launched or written.
+  // Checks that run() fails with this message, and that nothing was launched or written.
   static void refused(Call& call, lc_status status, const std::string& text) {
     const auto before = call.memory();
     EXPECT_EQ(status, run(call));
@@ -88,7 +89,7 @@ TEST_F(Runtime, NoSuchDevice) {
   }
 }
 
-// Every method is there twice; a refusal speaks of those on the tensors' device.
+// Every method exists on two devices. A refusal lists the methods for the tensors' device.
 TEST_F(Runtime, RefusalsNameTheMethodsOfTheDevice) {
   Call call(on_device());
   call.args.method = "no such method";
@@ -99,14 +100,15 @@ TEST_F(Runtime, RefusalsNameTheMethodsOfTheDevice) {
   Spec spec = on_device();
   spec.decay = Decay::token;
   Call token(spec);
-  token.args.method = "fft";  // of which a decay for each token asks too much
+  token.args.method = "fft";  // which does not serve a decay per token
   EXPECT_EQ(LC_UNSUPPORTED, run(token));
   text = lc_last_error();
   EXPECT_NE(std::string::npos, text.find("\n  chunk: serves it")) << text;
   EXPECT_EQ(std::string::npos, text.find("another device")) << text;
 }
 
-// Of every row that needs some: too little, none, or at an address that is not a multiple of 256.
+// Every row that needs a workspace, with too little, none, or one whose address is not a multiple
+// of 256.
 TEST_F(Runtime, Workspace) {
   for (int i = 0; const lc_method_info* method = lc_method(i); ++i) {
     if (std::strcmp(method->device, "cuda")) continue;
@@ -158,7 +160,7 @@ TEST_F(Runtime, AFailedLaunchNamesTheKernel) {
   EXPECT_EQ(0, simt::current_device());
 }
 
-// A page that no thread may touch stands for the memory of a GPU, which a host cannot read.
+// A page that no thread may touch represents the memory of a GPU, which a host cannot read.
 TEST_F(Runtime, TheHostReadsNoValue) {
   const size_t bytes = 1 << 16;
   void* page = mmap(nullptr, 10 * bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -166,16 +168,23 @@ TEST_F(Runtime, TheHostReadsNoValue) {
   for (lc_op op : {LC_FORWARD, LC_DECODE})
     for (bool packed : {false, true}) {
       Spec spec = on_device();
-      spec.op = op, spec.decay = Decay::token;
+      spec.op = op;
+      spec.decay = Decay::token;
       if (op == LC_DECODE)
         spec.indices = {1, 0};
       else
         spec.initial = spec.final = true;
       if (packed && op == LC_DECODE) continue;
-      if (packed) spec.B = 1, spec.cu = {0, 2, 5};
+      if (packed) {
+        spec.B = 1;
+        spec.cu = {0, 2, 5};
+      }
       Call call(spec);
       char* place = static_cast<char*>(page);
-      for (Tensor* t : call.tensors()) t->data = place, place += bytes;
+      for (Tensor* t : call.tensors()) {
+        t->data = place;
+        place += bytes;
+      }
       size_t needed = 0;
       lc_cost cost;
       char text[8192];
@@ -186,13 +195,13 @@ TEST_F(Runtime, TheHostReadsNoValue) {
       Bytes scratch(needed + 256);
       call.args.workspace = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
       call.args.workspace_bytes = needed;
-      const lc_status run = lc_run(&call.args);  // its kernel is stopped by the emulator, before it touches anything
+      const lc_status run = lc_run(&call.args);  // the emulator stops the kernel before it touches memory
       EXPECT_EQ(status == LC_OK ? LC_DEVICE : status, run) << lc_last_error();
     }
   munmap(page, 10 * bytes);
 }
 
-// The C++ face on a device: whatever the method needs is the caller's memory there.
+// The C++ interface on a device: all memory that the method needs belongs to the caller.
 TEST_F(Runtime, CppFace) {
   std::vector<float> x(300 * 32, 0.01f), o(x.size());
   const auto tensor = [](std::vector<float>& data) {
@@ -226,7 +235,7 @@ TEST_F(Runtime, CppFace) {
   }
 }
 
-// Wrong values that nobody could refuse: the call is served, no kernel leaves the tensors.
+// Wrong values that the host cannot see: the call is served, and no kernel leaves the tensors.
 TEST_F(Runtime, WrongValuesOnTheDevice) {
   Spec spec = on_device();
   Call growing(spec);
@@ -239,7 +248,10 @@ TEST_F(Runtime, WrongValuesOnTheDevice) {
     for (const Index& bounds :
          {Index{0, 90, 60}, Index{-7, 60, 1000}, Index{500, 700, 900}, Index{2147483647, -2147483647 - 1, 5}}) {
       Spec packed = on_device();
-      packed.B = 1, packed.N = 90, packed.cu = {0, 50, 90}, packed.cu_dtype = dtype;
+      packed.B = 1;
+      packed.N = 90;
+      packed.cu = {0, 50, 90};
+      packed.cu_dtype = dtype;
       packed.initial = packed.final = true;
       for (int i = 0; const lc_method_info* method = lc_method(i); ++i) {
         if (std::strcmp(method->device, "cuda")) continue;

@@ -1,5 +1,5 @@
-// simt_host.cpp - the emulator behind simt_host.h: fibers, the scheduler, the shadow of shared and of global memory,
-// what cp.async and the matrix unit do.
+// simt_host.cpp - implements the emulator of simt_host.h: fibers, the scheduler, the shadow of
+// shared and global memory, cp.async and the matrix unit.
 #include <algorithm>
 #include <csignal>
 #include <cstdarg>
@@ -47,7 +47,7 @@ constexpr size_t kStack = 256 * 1024;
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
-constexpr size_t kGuard = 64 * 1024;  // below each stack; no page of it can be touched
+constexpr size_t kGuard = 64 * 1024;  // bytes below each stack that cannot be accessed
 enum State { kReady, kInWarp, kAtBarrier, kDone };
 
 Fiber fibers[kMostThreads], home;
@@ -87,14 +87,18 @@ namespace {
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (!home.stack) home.stack = static_cast<unsigned char*>(const_cast<void*>(bottom)), home.stack_size = size;
+  if (!home.stack) {
+    home.stack = static_cast<unsigned char*>(const_cast<void*>(bottom));
+    home.stack_size = size;
+  }
 #endif
   kernel_body(kernel_params);
   fiber_exit();
 }
 
 #ifdef __x86_64__
-// Saves the callee's registers on this stack and goes on with another one: 11 ns, where ucontext takes 228.
+// Saves the callee's registers on this stack and switches to another stack. Takes 11 ns; ucontext
+// takes 228 ns.
 extern "C" void simt_switch(void** save, void* load);
 asm(R"(
 .text
@@ -134,7 +138,9 @@ ucontext_t* context(Fiber* f) {
 void prepare(Fiber& f) {
   ucontext_t* u = context(&f);
   getcontext(u);
-  u->uc_stack.ss_sp = f.stack, u->uc_stack.ss_size = kStack, u->uc_link = nullptr;
+  u->uc_stack.ss_sp = f.stack;
+  u->uc_stack.ss_size = kStack;
+  u->uc_link = nullptr;
   makecontext(u, reinterpret_cast<void (*)()>(&fiber_main), 0);
 }
 void switch_context(Fiber* from, Fiber* to) { swapcontext(context(from), context(to)); }
@@ -231,19 +237,23 @@ void make_ready(int t) { warps[t >> 5].ready |= 1u << (t & 31); }
   __builtin_unreachable();
 }
 
-// Time: counted in barriers, of a block or a warp. What warp u did before clocks[w][u] is ordered before what warp w
-// does from now on; [w][w]: what its other lanes did.
+// Time is counted in barriers, of a block or a warp. Accesses of warp u before clocks[w][u] are
+// ordered before all later accesses of warp w. [w][w] orders accesses of other lanes of warp w.
 uint32_t now = 1;
 uint32_t clocks[kMostWarps][kMostWarps];
 
-// Lets go the threads that wait at a barrier: all that they did before is ordered before all that they do next.
+// Releases the threads that wait at a barrier. All their earlier accesses are ordered before all
+// their later ones.
 void release(int id) {
   uint32_t joined[kMostWarps] = {};
   std::vector<int> waiting;
   for (int w = 0; w < warp_count; ++w) {
     int lanes = 0;
     for (int t = w * 32; t < w * 32 + 32; ++t)
-      if (fibers[t].state == kAtBarrier + 16 * id) ++lanes, make_ready(t);
+      if (fibers[t].state == kAtBarrier + 16 * id) {
+        ++lanes;
+        make_ready(t);
+      }
     if (!lanes) continue;
     if (id && lanes < 32)
       fail(&Report::diverge, "%d threads of warp %d meet at the barrier of %s", lanes, w,
@@ -282,7 +292,8 @@ void barrier(int id, int threads, Line line) {
   }
   Barrier& b = barriers[id];
   if (!b.arrived) {
-    b.line = line, b.threads = threads;
+    b.line = line;
+    b.threads = threads;
     if (!id && alive < block_threads)
       fail(&Report::diverge, "%d threads have ended before the barrier of %s", block_threads - alive,
            text(line).c_str());
@@ -290,7 +301,9 @@ void barrier(int id, int threads, Line line) {
     fail(&Report::diverge, "the barrier of %s for %d threads meets that of %s for %d", text(line).c_str(), threads,
          text(b.line).c_str(), b.threads);
   }
-  current->state = kAtBarrier + 16 * id, current->wait_line = line, current->wait_what = "a barrier";
+  current->state = kAtBarrier + 16 * id;
+  current->wait_line = line;
+  current->wait_what = "a barrier";
   const int expected = id ? threads : alive;
   if (++b.arrived == expected) release(id);
   yield();
@@ -299,17 +312,21 @@ void barrier(int id, int threads, Line line) {
 void collective(const char* what, Line line, void* argument, void (*all)(void* const*)) {
   Warp& w = warps[current->tid >> 5];
   if (!w.arrived) {
-    w.what = what, w.line = line;
+    w.what = what;
+    w.line = line;
   } else if (w.line != line || w.what != what) {
     fail(&Report::diverge, "warp diverged: %s of %s meets %s of %s", what, text(line).c_str(), w.what,
          text(w.line).c_str());
     abandon();
   }
   w.arguments[current->tid & 31] = argument;
-  current->state = kInWarp, current->wait_line = line, current->wait_what = what;
+  current->state = kInWarp;
+  current->wait_line = line;
+  current->wait_what = what;
   if (++w.arrived == 32) {
     all(w.arguments);
-    w.arrived = 0, w.ready = ~0u;
+    w.arrived = 0;
+    w.ready = ~0u;
     ++report().collectives;
   }
   yield();
@@ -326,7 +343,7 @@ void warp_barrier(Line line) {
 
 namespace {
 
-// A source line in four bytes; `lane` that read there.
+// A source line and the lane that read there, in four bytes.
 constexpr uint8_t kSeveral = 32;
 struct Place {
   uint16_t number;
@@ -344,11 +361,11 @@ Place place(Line line, int lane = kSeveral) {
 }
 std::string text(Place p) { return text(Line{files[p.file], p.number}); }
 
-// Of two bytes: who wrote them and who read them since, and when.
+// The last write of two bytes, and the reads since then.
 struct Cell {
   uint32_t written;      // 0: never
-  uint32_t readers;      // warps
-  uint32_t read_before;  // by an earlier block
+  uint32_t readers;      // a mask of warps
+  uint32_t read_before;  // a read by an earlier block
   uint16_t writer, in_flight;
   Place writer_place;
 };
@@ -357,8 +374,8 @@ struct Read {
   Place place;
 };
 
-// Memory and its cells; reads[cell * warp_count + warp]. Accesses before `start` are ordered before all later ones,
-// those before block_start are of another block.
+// A range of memory and its cells; reads[cell * warp_count + warp]. Accesses before `start` are
+// ordered before all later accesses. Accesses before block_start were made by another block.
 struct Shadow {
   const unsigned char* begin = nullptr;
   std::vector<Cell> cells;
@@ -368,7 +385,8 @@ struct Shadow {
   bool filled = false;
 
   void cover(const void* p, size_t bytes) {
-    begin = static_cast<const unsigned char*>(p), cells.assign((bytes + 1) / 2, Cell());
+    begin = static_cast<const unsigned char*>(p);
+    cells.assign((bytes + 1) / 2, Cell());
   }
   void prepare(uint32_t when) {
     start = when;
@@ -380,7 +398,7 @@ struct Shadow {
 struct Range {
   const unsigned char *begin, *end;
   bool writable;
-  Shadow shadow;  // of what is writable
+  Shadow shadow;  // only of writable ranges
 };
 std::vector<Range> ranges;
 Shadow shared_shadow;
@@ -420,11 +438,17 @@ class Access {
     for (size_t i = first_; i < end_; ++i) {
       Cell& c = s_.cells[i];
       check_write(i);
-      c.written = now, c.writer = uint16_t(current->tid), c.writer_place = mine, c.readers = 0;
+      c.written = now;
+      c.writer = uint16_t(current->tid);
+      c.writer_place = mine;
+      c.readers = 0;
     }
   }
   void issue() {
-    for (size_t i = first_; i < end_; ++i) check_write(i), s_.cells[i].in_flight = uint16_t(current->tid + 1);
+    for (size_t i = first_; i < end_; ++i) {
+      check_write(i);
+      s_.cells[i].in_flight = uint16_t(current->tid + 1);
+    }
   }
   void land() {
     for (size_t i = first_; i < end_; ++i) s_.cells[i].in_flight = 0;
@@ -472,7 +496,8 @@ class Access {
   int warp_;
 };
 
-// Of a vector, its size; what is larger than 16 bytes is a struct, which goes in several pieces.
+// The alignment of an access: the size of a vector. Larger values are structs, which move in
+// several pieces.
 bool aligned(const void* p, size_t bytes, const char* what, Line line) {
   const bool yes = reinterpret_cast<uintptr_t>(p) % std::min<size_t>(bytes & -bytes, 16) == 0;
   if (!yes)
@@ -584,7 +609,7 @@ void ldmatrix_all(void* const* all) {
     return static_cast<const unsigned char*>(static_cast<LdmatrixArgument*>(all[l])->row);
   };
   for (int m = 0; m < 4; ++m) {
-    int rows_in_bank[8] = {}, worst = 1;  // of 16 bytes; equal addresses share one access
+    int rows_in_bank[8] = {}, worst = 1;  // rows of 16 bytes; equal addresses share an access
     for (int r = 0; r < 8; ++r) {
       bool repeated = false;
       for (int s = 0; s < r; ++s) repeated |= row(m * 8 + s) == row(m * 8 + r);
@@ -601,8 +626,8 @@ void ldmatrix_all(void* const* all) {
   }
 }
 
-// The sum of products is exact up to its end and then cut to a float: hardware keeps a few bits more than a float has
-// and does not round to nearest.
+// The sum of products is exact and is truncated to a float at the end. Hardware keeps a few bits
+// more than a float has, and does not round to nearest.
 float cut(double x) {
   const float y = float(x);
   return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.f) : y;
@@ -615,7 +640,7 @@ struct MmaArgument {
   A b[2];
 };
 
-// of(register, h): the number in half h of it
+// of(register, h): the number in half h of a register
 template <class A, int K, class F>
 void mma_all(void* const* all, F of) {
   constexpr int kHalves = K / 8;  // numbers in a register
@@ -626,7 +651,9 @@ void mma_all(void* const* all, F of) {
     for (int h = 0; h < kHalves; ++h)
       for (int part = 0; part < 2; ++part) {
         const int k = t + h + part * K / 2;
-        a[g][k] = of(x->a[2 * part], h), a[g + 8][k] = of(x->a[2 * part + 1], h), b[g][k] = of(x->b[part], h);
+        a[g][k] = of(x->a[2 * part], h);
+        a[g + 8][k] = of(x->a[2 * part + 1], h);
+        b[g][k] = of(x->b[part], h);
       }
   }
   ++report().mma;
@@ -653,7 +680,7 @@ void ldmatrix(bool trans, uint32_t (&r)[4], const void* row, Line line) {
 
 uint32_t movmatrix(uint32_t x, Line line) {
   return gather<uint32_t, uint32_t>("movmatrix", line, x, [](const uint32_t* v, int l) {
-    const int i = l / 4, j = l % 4 * 2;  // element (i, j) of the transposed is (j, i)
+    const int i = l / 4, j = l % 4 * 2;  // element (i, j) of the transposed matrix is (j, i)
     const auto at = [&](int row, int column) { return v[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
     return at(j, i) | at(j + 1, i) << 16;
   });
@@ -673,7 +700,7 @@ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Li
 }
 void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line) {
   MmaArgument<float> x{c, a, {b0, b1}};
-  collective("mma.tf32", line, &x, [](void* const* all) {  // the unit ignores the low bits
+  collective("mma.tf32", line, &x, [](void* const* all) {  // the matrix unit ignores the low bits
     mma_all<float, 8>(all, [](float f, int) { return double(bits_as<float>(bits(f) & ~0x1fffu)); });
   });
 }
@@ -682,13 +709,14 @@ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Line line)
 
 namespace {
 
-// Which threads wait for what, one line for each place where some do.
+// The threads that wait, one line for each source line where threads wait.
 void tell_deadlock() {
-  std::map<std::string, std::pair<int, int>> places;  // -> threads, the first of them
+  std::map<std::string, std::pair<int, int>> places;  // -> number of threads, first thread
   for (int t = block_threads - 1; t >= 0; --t)
     if (fibers[t].state != kDone) {
       auto& place = places[std::string(fibers[t].wait_what) + " of " + text(fibers[t].wait_line)];
-      ++place.first, place.second = t;
+      ++place.first;
+      place.second = t;
     }
   std::string list;
   for (const auto& [where, threads] : places)
@@ -703,15 +731,20 @@ void run_block(dim3 index, int smem) {
   std::memset(shared, 0xFF, size_t(smem));  // NaN
   for (int k = 0; k < smem / 2; ++k) shared_shadow.cells[size_t(k)].in_flight = 0;
   shared_shadow.start = block_start;
-  abandoned = false, alive = block_threads, turn = 0;
+  abandoned = false;
+  alive = block_threads;
+  turn = 0;
   std::fill_n(barriers, kBarriers, Barrier());
   for (int w = 0; w < warp_count; ++w) {
-    warps[w] = Warp(), warps[w].priority = random_number();
+    warps[w] = Warp();
+    warps[w].priority = random_number();
     std::fill_n(clocks[w], warp_count, block_start);
   }
   for (int t = 0; t < block_threads; ++t) {
     Fiber& f = fibers[t];
-    f.state = kReady, f.groups = 0, f.fake_stack = nullptr;
+    f.state = kReady;
+    f.groups = 0;
+    f.fake_stack = nullptr;
     f.copies.clear();
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(f.stack, kStack);
@@ -723,8 +756,8 @@ void run_block(dim3 index, int smem) {
   if (alive && !abandoned) tell_deadlock();
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which tells of it itself
-// A thread that runs off its stack says so before it ends the process.
+#ifndef __SANITIZE_ADDRESS__  // the sanitizer reports it
+// A thread that overflows its stack prints the kernel before the process ends.
 void on_fault(int, siginfo_t* info, void*) {
   const auto* at = static_cast<const unsigned char*>(info->si_addr);
   if (current && current != &home && at >= current->stack - kGuard && at < current->stack) {
@@ -738,10 +771,12 @@ void on_fault(int, siginfo_t* info, void*) {
 void watch_stacks() {
   static char handler_stack[32 * 1024];
   stack_t other = {};
-  other.ss_sp = handler_stack, other.ss_size = sizeof handler_stack;
+  other.ss_sp = handler_stack;
+  other.ss_size = sizeof handler_stack;
   sigaltstack(&other, nullptr);
   struct sigaction action = {};
-  action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);
 }
 #else
@@ -760,13 +795,15 @@ void make_memory() {
     if (fibers[t].stack) continue;
     auto* memory = static_cast<unsigned char*>(mmap(nullptr, kStack + kGuard, kAccess, kFlags, -1, 0));
     mprotect(memory, kGuard, PROT_NONE);
-    fibers[t].stack = memory + kGuard, fibers[t].stack_size = kStack, fibers[t].tid = t;
+    fibers[t].stack = memory + kGuard;
+    fibers[t].stack_size = kStack;
+    fibers[t].tid = t;
   }
 }
 
 }  // namespace
 
-// What the runtime of a device says to such a launch.
+// The error of a device's runtime for such a launch, or nullptr.
 const char* refuse_launch(dim3 grid, int block, int most_threads, int smem) {
   if (block <= 0 || block > std::min(most_threads, kMostThreads) || !grid.x || !grid.y || !grid.z ||
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
@@ -777,7 +814,11 @@ const char* refuse_launch(dim3 grid, int block, int most_threads, int smem) {
 }
 
 void run(dim3 grid, int block, int smem, void (*body)(const void*), const void* params, const char* name) {
-  kernel_body = body, kernel_params = params, kernel_name = name, block_threads = block, warp_count = block / 32;
+  kernel_body = body;
+  kernel_params = params;
+  kernel_name = name;
+  block_threads = block;
+  warp_count = block / 32;
   shared_bytes = smem;
   current = &home;
   ++report().launches;

@@ -1,6 +1,7 @@
-// simt_host.h - the primitives of simt.h for g++: the emulator that tests run kernels in. One fiber a thread; barriers
-// and collectives hand over to another one. Every access is checked: bounds, alignment, reads of what was never
-// written, accesses that no barrier orders, of one block and of several. README.md says what is found and what is not.
+// simt_host.h - the primitives of simt.h for g++: the emulator that tests run kernels in. A thread
+// is a fiber; barriers and collectives switch to another fiber. Every access is checked: bounds,
+// alignment, reads of memory that was never written, accesses of one block or of several that no
+// barrier orders. README.md lists the faults that are found, and those that are not.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,9 +37,9 @@ namespace simt {
 
 using Stream = void*;
 
-// ---- what tests set and read --------------------------------------------------------------------
+// ---- settings and reports -----------------------------------------------------------------------
 
-enum class Policy { lockstep, sticky, random, warp_priority };  // who runs next
+enum class Policy { lockstep, sticky, random, warp_priority };  // which thread runs next
 enum class CpAsync { immediate, delayed, poison };              // when a copy lands; poison: NaN until the wait
 
 struct Options {
@@ -50,19 +51,19 @@ struct Report {
   int race = 0, uninit = 0, inflight = 0, bounds = 0, align = 0, diverge = 0, deadlock = 0, other = 0;
   long launches = 0, barriers = 0, collectives = 0, mma = 0, ldmatrix_phases = 0, ldmatrix_conflicts = 0;
   Stream stream = nullptr;            // of the last launch, ...
-  int device = -1;                    // ... and what was the current device
+  int device = -1;                    // ... and the current device at that time
   std::vector<std::string> messages;  // the first few
   int errors() const { return race + uninit + inflight + bounds + align + diverge + deadlock + other; }
 };
 Options& options();
 Report& report();
 
-// The ranges of global memory that kernels may touch from now on; forget() empties the list. What is not `filled` has
-// to be written, in this launch or an earlier one, before it is read.
+// Adds a range of global memory that kernels may access; forget() empties the list. Memory that is
+// not `filled` must be written, in this launch or an earlier one, before it is read.
 void allow(const void* p, size_t bytes, bool writable, bool filled = true);
 void forget();
 
-// Bytes of shared memory that a block may have: those of the device that the tests pretend to have.
+// Bytes of shared memory that a block may have on the emulated device.
 int most_shared();
 int& current_device();  // of this thread
 
@@ -86,7 +87,7 @@ struct Fiber {
   void* context = nullptr;
   unsigned char* stack = nullptr;
   size_t stack_size = 0;
-  void* fake_stack = nullptr;  // of the address sanitizer
+  void* fake_stack = nullptr;  // for the address sanitizer
   int tid = 0, state = 0;
   const char* wait_what = "";
   Line wait_line = {};
@@ -103,7 +104,8 @@ void collective(const char* what, Line line, void* argument, void (*all)(void* c
 void barrier(int id, int threads, Line line);
 void warp_barrier(Line line);
 bool outside(int i, int count, int n, Line line);
-// Whether the access may be made; `bytes` is a power of two, and the address has to be a multiple of it.
+// Returns whether the access may be made. `bytes` is a power of two, and the address must be a
+// multiple of it.
 bool shared_read(const void* p, int bytes, Line line, bool whole_warp = false);
 bool shared_write(const void* p, int bytes, Line line);
 bool global_read(const void* p, size_t bytes, Line line);
@@ -175,7 +177,7 @@ struct sptr {
   }
 };
 
-struct Smem {  // the layout of the device, so that swizzles and banks agree
+struct Smem {  // has the layout of the device, so that swizzles and banks agree
   int used = 0;
   template <class T>
   sptr<T> alloc(int n, int align = 16, SIMT_LOC) {
@@ -375,13 +377,14 @@ struct Mma<float> {
 
 // ---- launch -------------------------------------------------------------------------------------
 
-// Runs the kernel to its end; what goes wrong is in report(), and is a failed launch as well.
+// Runs the kernel to its end. Faults are added to report(), and make the launch fail.
 template <class K>
 const char* launch(dim3 grid, int block, int smem, Stream stream, const typename K::Params& p) {
   static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof p <= 4096, "kernel parameters");
   if (const char* why = emulator::refuse_launch(grid, block, K::kMaxThreads, smem)) return why;
   Report& r = report();
-  r.stream = stream, r.device = current_device();
+  r.stream = stream;
+  r.device = current_device();
   const size_t told = r.messages.size();
   const int before = r.errors();
   emulator::run(

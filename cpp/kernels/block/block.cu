@@ -1,16 +1,17 @@
-// block.cu - GPU: block after block of 256 tokens, a launch for each; all heads at once, states in memory in between.
+// block.cu - GPU: one launch for every 256 tokens of all heads, with the states in memory between.
 //
-//   for each block, chunk by chunk:  O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j
-//                                    S = total S + (diag(out) K)^T V       weights in, mask, out, total: cuda/decay.cuh
+//   O = scale (diag(in) Q S + A V),  A_ij = [j <= i] mask_ij q_i.k_j      for each chunk of a block
+//   S = total S + (diag(out) K)^T V                weights in, mask, out, total: cuda/decay.cuh
 //
-//   the kernel is cuda/chunks.cuh; two sets of states [B, Hs, K, V] in the workspace, read and written in turn: the q
-//   heads of a state are different blocks. Packed sequences: as many launches as the longest one may need
-//   B H N ((C+1)(K+V) + 4KV) flop, as chunk; every state to memory and back in every block
-//   block-based method of LeetDecoding, arXiv:2501.02573; TransNormerLLM's inference, arXiv:2307.14995
+//   kernel: cuda/walk/walk.cuh. Two sets of states [B, Hs, K, V] in the workspace are read and
+//   written in turn, since the q heads of a state are different blocks. Packed sequences take as
+//   many launches as the longest sequence may need
+//   B H N ((C+1)(K+V) + 4KV) flop, as chunk; reads and writes every state once per launch
+//   LeetDecoding (block-based), arXiv:2501.02573; TransNormerLLM, arXiv:2307.14995
 #include <utility>
 
-#include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
+#include "../../cuda/walk/walk.h"
 
 namespace lc {
 namespace {
@@ -29,7 +30,8 @@ void run(const Problem& p) {
   float* before = static_cast<float*>(p.workspace);
   float* after = before + numbers(p);
   for (w.segment = 0; w.segment < blocks(p); ++w.segment) {
-    w.before = w.segment ? before : nullptr, w.after = after;
+    w.before = w.segment ? before : nullptr;
+    w.after = after;
     walk(p, w);
     std::swap(before, after);
   }
@@ -37,7 +39,8 @@ void run(const Problem& p) {
 
 Cost cost(const Problem& p) {
   Walk w;
-  w.length = kTokens, w.segment = 0;
+  w.length = kTokens;
+  w.segment = 0;
   const double count = double(blocks(p)), chunks = mean_length(p) / kChunk;
   return predict(p, {chunk_flop(p), 2 * (count - 1) * double(p.B * p.Hs) * state_bytes(p), /*depth=*/chunks,
                      /*launches=*/count, double(walk_blocks(p, w)), /*steps=*/chunks, chunk_step_us(p)});

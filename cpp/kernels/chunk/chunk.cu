@@ -1,13 +1,13 @@
-// chunk.cu - GPU: every head at once, chunk by chunk of C = 64 tokens, the state in registers from first to last.
+// chunk.cu - GPU: walks every sequence in chunks of C = 64 tokens and keeps the state in registers.
 //
 //   O = scale (diag(in) Q S + A V),   A_ij = [j <= i] mask_ij q_i.k_j
 //   S = total S + (diag(out) K)^T V                    weights in, mask, out, total: cuda/decay.cuh
 //
-//   the kernel is cuda/chunks.cuh; one launch: a block for each (sequence, head, slice of up to 64 or 128 columns of V)
-//   B H N ((C+1)(K+V) + 4KV) flop; no workspace; bytes: operands once, q and k once a slice
+//   kernel: cuda/walk/walk.cuh, one launch. grid: (sequence, head, slice of V of up to 128 columns)
+//   B H N ((C+1)(K+V) + 4KV) flop; no workspace; reads the operands once, q and k once per slice
 //   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
-#include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
+#include "../../cuda/walk/walk.h"
 #include "chunk_backward.h"
 
 namespace lc {

@@ -1,12 +1,12 @@
-// chunk_backward.cuh - GPU: what gradients need besides walks over chunks: sums over heads, and d log_decay, of token t
-// what crosses from before t to t or later. In a chunk, S before it and dS after it,
+// chunk_backward.cuh - GPU: kernels of gradients besides walks: sums over heads, and d log_decay.
+// The gradient of token t's decay is the part of the loss that crosses from before t to t or later:
 //
-//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i    M = total <S, dS>
-//   x_i  = q_i.dq_i through S + sum_j w_ij - sum_m w_mi,   y_j = k_j.dk_j through dS,   w_ij = A_ij dO_i.v_j, j < i
+//   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i    M = total <S, dS>: S before, dS after the chunk
 //
-//   M from what crosses before the chunk, and it gives what crosses before the next: M = before - sum x, next = M + sum
-//   y. That starts anew, with the product of two states, every kKept tokens, lest rounding errors add up
-//   a block for kKept tokens of a state; 2 K V flop and a few for each token; Mamba-2, arXiv:2405.21060
+//   x, y: products of the walks for dq and dk (cuda/walk/products.cuh). M = (crossing into the
+//   chunk) - sum x, and M + sum y crosses into the next chunk. As rounding errors would add up,
+//   this restarts at every kCheckpoint tokens from <S, dS> of two stored states
+//   grid: (kCheckpoint tokens, state); 2 K V flop and a few per token; Mamba-2, arXiv:2405.21060
 #pragma once
 #include "../../cuda/segments.cuh"
 
@@ -21,7 +21,7 @@ struct SumHeads {
     View from, to;
     int64_t heads, rows, columns;  // of `to`
     int64_t share;
-    int64_t numbers;  // of `to` altogether
+    int64_t numbers;  // all numbers of `to`
   };
 
   static SIMT_DEV void run(const Params& a) {
@@ -37,26 +37,26 @@ struct SumHeads {
 
 struct DecayGradient {
   static constexpr const char* kName = "gradient of decays";
-  static constexpr int kMaxThreads = 256, kMinBlocks = 2, kWarps = kMaxThreads / 32, kChunks = kKept / kChunk;
-  static constexpr int kSharedBytes = 2 * kKept * 4 + (2 * kWarps + 3 * kChunks) * 8;
+  static constexpr int kMaxThreads = 256, kMinBlocks = 2, kWarps = kMaxThreads / 32, kChunks = kCheckpoint / kChunk;
+  static constexpr int kSharedBytes = 2 * kCheckpoint * 4 + (2 * kWarps + 3 * kChunks) * 8;
   struct Params {
     Problem p;
-    const float *states, *gradients;  // S [slot, Hs, V, K] and dS [slot, H, V, K] at every kKept tokens
+    const float *states, *gradients;  // S [slot, Hs, V, K], dS [slot, H, V, K] at checkpoints
     const float *x, *y;               // [slice, H, token]
     int slices;
-    double* sums;  // [slot, Hs], where tokens share their decay
+    double* sums;  // [slot, Hs]: sums over tokens, if tokens share their decay
   };
 
   static SIMT_DEV void run(const Params& a) {
     const Problem& p = a.p;
-    const Segments cut{kKept};
+    const Segments cut{kCheckpoint};
     const int64_t hs = int64_t(bid().x) % p.Hs, slot = int64_t(bid().x) / p.Hs, b = cut.owner(p, slot);
     const Sequence s = sequence_at(p, b);
-    const int64_t first = (slot - cut.first_slot(p, b)) * kKept;
-    const int n = int(first >= s.length ? 0 : s.length - first < kKept ? s.length - first : kKept);
+    const int64_t first = (slot - cut.first_slot(p, b)) * kCheckpoint;
+    const int n = int(first >= s.length ? 0 : s.length - first < kCheckpoint ? s.length - first : kCheckpoint);
     const int chunks = (n + kChunk - 1) / kChunk;
     Smem smem;
-    const auto x = smem.alloc<float>(kKept), y = smem.alloc<float>(kKept);
+    const auto x = smem.alloc<float>(kCheckpoint), y = smem.alloc<float>(kCheckpoint);
     const auto of_warp = smem.alloc<double>(kWarps), total = smem.alloc<double>(kWarps);
     const auto xs = smem.alloc<double>(kChunks), ys = smem.alloc<double>(kChunks),
                through = smem.alloc<double>(kChunks);
@@ -65,7 +65,10 @@ struct DecayGradient {
     double product = 0;
     if (n && (first || p.initial_state)) product = states_product(a, slot, hs);
     product = warp_sum(product);
-    if (!lane()) of_warp.st(warp(), product), total.st(warp(), 0);
+    if (!lane()) {
+      of_warp.st(warp(), product);
+      total.st(warp(), 0);
+    }
     sync_cta();
     for (int c = warp(); c < chunks; c += kWarps) {
       const int i = c * kChunk + 2 * lane();
@@ -73,7 +76,11 @@ struct DecayGradient {
       const double of_y = warp_sum(double(y.ld(i)) + double(y.ld(i + 1)));
       const double log2 =
           warp_sum(log2_at(p, s, hs, first + i, first + n) + log2_at(p, s, hs, first + i + 1, first + n));
-      if (!lane()) xs.st(c, of_x), ys.st(c, of_y), through.st(c, log2);
+      if (!lane()) {
+        xs.st(c, of_x);
+        ys.st(c, of_y);
+        through.st(c, log2);
+      }
     }
     sync_cta();
     if (!tid() && n) {
@@ -81,7 +88,7 @@ struct DecayGradient {
       for (int i = 0; i < kWarps; ++i) before += of_warp.ld(i);
       before *= ex2(log2_at(p, s, hs, first, first + n));
       for (int c = 0; c < chunks; ++c) {
-        // What is left of a state is no more than a rounding error of it.
+        // Below 2^-40 the difference would be a rounding error.
         const double M = through.ld(c) < -40 ? 0 : before - xs.ld(c);
         before = M + ys.ld(c);
         through.st(c, M);
@@ -100,24 +107,26 @@ struct DecayGradient {
   }
 
  private:
-  // Log2 of the decay of token t of a sequence; from token `end` on there is none.
+  // Log2 of the decay of token t of a sequence; 0 from token `end` on.
   static SIMT_DEV double log2_at(const Problem& p, const Sequence& s, int64_t hs, int64_t t, int64_t end) {
     return t < end ? log2_decay_at(p, s.row, hs, s.begin + t) : 0;
   }
 
-  // x and y, summed over slices and over the q heads of the state; zeros behind the last token.
+  // Sums x and y over slices and over the q heads of the state; writes zeros after the last token.
   static SIMT_DEV void gather(const Params& a, const Sequence& s, int64_t hs, int64_t first, int n, sptr<float> x,
                               sptr<float> y) {
     const Problem& p = a.p;
     const int64_t all = tokens(p), t0 = s.row * p.N + s.begin + first;
-    for (int i = tid(); i < kKept; i += kMaxThreads) {
+    for (int i = tid(); i < kCheckpoint; i += kMaxThreads) {
       float of_x = 0, of_y = 0;
       for (int64_t slice = 0; i < n && slice < a.slices; ++slice)
         for (int64_t h = hs * group(p); h < (hs + 1) * group(p); ++h) {
           const int64_t at = (slice * p.H + h) * all + t0 + i;
-          of_x += gptr<const float>{a.x}.ld(at), of_y += gptr<const float>{a.y}.ld(at);
+          of_x += gptr<const float>{a.x}.ld(at);
+          of_y += gptr<const float>{a.y}.ld(at);
         }
-      x.st(i, of_x), y.st(i, of_y);
+      x.st(i, of_x);
+      y.st(i, of_y);
     }
   }
 
@@ -132,13 +141,13 @@ struct DecayGradient {
     return sum;
   }
 
-  // By one warp: dg of the tokens of chunk c. Their sum.
+  // Writes dg of the tokens of chunk c, by one warp. Returns the sum of dg.
   static SIMT_DEV double write(const Problem& p, const Sequence& s, int64_t hs, int64_t first, int n, int c, double M,
                                sptr<float> x, sptr<float> y) {
     const int i = c * kChunk + 2 * lane();
     const double x0 = x.ld(i), x1 = x.ld(i + 1), y0 = y.ld(i), y1 = y.ld(i + 1);
     const double before = cumulative(y0 + y1) - y1 - y0;
-    double after = x0 + x1;  // from its own end: a difference to the whole would be small beside its terms
+    double after = x0 + x1;  // summed from the end: total minus prefix would cancel
     for (int d = 1; d < 32; d *= 2) {
       const double z = shfl_down(after, d);
       if (lane() + d < 32) after += z;
@@ -150,7 +159,7 @@ struct DecayGradient {
     for (int e = 0; e < 2; ++e) {
       if (i + e >= n) continue;
       const int64_t t = first + i + e;
-      // Where nothing is left of a state, nothing crosses.
+      // Nothing crosses a token whose decay leaves nothing of a state.
       const double gradient = log2_at(p, s, hs, t, first + n) > log2_decay(p, -1e300) ? dg[e] : 0;
       sum += gradient;
       if (p.decay == Decay::per_token) row<float>(p.d_log_decay, s.row, hs, s.begin + t).st(0, float(gradient));
@@ -159,7 +168,8 @@ struct DecayGradient {
   }
 };
 
-// d log_decay of what shares one decay: over tokens, and over heads and sequences where its strides are 0.
+// d log_decay where tokens share a decay: sums over tokens, and over heads and sequences where its
+// strides are 0.
 struct SumDecays {
   static constexpr const char* kName = "sum of decays";
   static constexpr int kMaxThreads = 128, kMinBlocks = 4, kSharedBytes = kMaxThreads * int(sizeof(double));
@@ -170,7 +180,7 @@ struct SumDecays {
 
   static SIMT_DEV void run(const Params& a) {
     const Problem& p = a.p;
-    const Segments cut{kKept};
+    const Segments cut{kCheckpoint};
     const bool by_row = p.d_log_decay.stride[0], by_head = p.d_log_decay.stride[1];
     const int64_t b = by_row ? int64_t(bid().x) : 0, hs = by_head ? int64_t(bid().y) : 0;
     const int64_t slots = cut.slots(p), first = by_row ? b * cut.each(p) : 0,

@@ -1,7 +1,7 @@
-// fft.cu - GPU: launches fft.cuh, whose head says what it computes, and cuFFT in between.
+// fft.cu - GPU: launches the kernels of fft.cuh, and cuFFT between them.
 //
-//   passes of as many transforms as half of the L2 cache holds, M >= 2N points each; five launches a pass, or more
-//   B Hs (V K/2 (M (10 log2 M + 6) + N (2 + 4G)) + 2 N K V (G + 1)) flop, about; G = H / Hs
+//   A pass has as many transforms of M >= 2N points as half of the L2 cache holds, in five launches
+//   about B Hs (V K/2 (M (10 log2 M + 6) + N (2 + 4G)) + 2 N K V (G + 1)) flop; G = H / Hs
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #include "fft.cuh"
 
@@ -18,7 +18,7 @@ constexpr int64_t kTile = FftTiles<float>::kTokens;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Points of the transform for so many tokens: no sum of two positions reaches around its end.
+// Points of the transform for n tokens, such that the convolution does not wrap around.
 int64_t points(int64_t n) {
   int64_t m = kTile;
   while (m < 2 * n) m *= 2;
@@ -28,14 +28,15 @@ int64_t points(int64_t n) {
 
 int64_t all_pairs(const Problem& p) { return divide_up(p.K, 2); }
 
-// Passes of equal size, of which the last one may have units, or pairs of ranks, that do not exist.
+// The division into passes of equal size. The last pass may have units, or pairs of ranks, that do
+// not exist.
 struct Cut {
-  int64_t points, pieces, columns, all_units, units, pairs;
+  int64_t points, slices, columns, all_units, units, pairs;
   explicit Cut(const Problem& p)
       : points(lc::points(p.N)),
-        pieces(divide_up(p.V, FftTiles<float>::kMostColumns)),
-        columns(divide_up(p.V, pieces)),
-        all_units(p.B * p.Hs * pieces) {
+        slices(divide_up(p.V, FftTiles<float>::kMostColumns)),
+        columns(divide_up(p.V, slices)),
+        all_units(p.B * p.Hs * slices) {
     const int64_t transform_bytes = points * (p.type == Type::f64 ? 16 : 8);
     const int64_t most = std::max<int64_t>(1, limits(p.device.id).l2_bytes / 2 / (transform_bytes * columns));
     pairs = divide_up(all_pairs(p), divide_up(all_pairs(p), most));
@@ -49,7 +50,8 @@ struct Cut {
 
 Transforms transforms(const Problem& p, const Cut& cut) { return {p.type == Type::f64, cut.points, cut.transforms()}; }
 
-// The workspace: offsets, all multiples of 256, as the addresses of cuFFT's own memory would be.
+// Offsets in the workspace, all multiples of 256, like the addresses of memory that cuFFT
+// allocates.
 struct Memory {
   size_t spectrum, x, sums, work, bytes;
   Memory(const Problem& p, const Cut& cut) {
@@ -81,7 +83,7 @@ void outputs(const Problem& p) {
   const Transforms t = transforms(p, cut);
   auto* base = static_cast<unsigned char*>(p.workspace);
   const auto at = [&](size_t offset) { return reinterpret_cast<T*>(base + offset); };
-  FftPass<T> pass = {p, cut.points,       cut.pieces,          cut.units,    cut.pairs,      0,
+  FftPass<T> pass = {p, cut.points,       cut.slices,          cut.units,    cut.pairs,      0,
                      0, int(cut.columns), at(memory.spectrum), at(memory.x), at(memory.sums)};
   const auto grid = [](int64_t blocks) { return dim3(unsigned(blocks)); };
   constexpr int kBlock = 256;
@@ -119,7 +121,8 @@ Cost cost(const Problem& p) {
   const double states = 2 * n * double(p.B * p.Hs) * double(p.K * p.V);
   const double flop = transformed * (M * (10 * std::log2(M) + 6) + n * (2 + 4 * G)) +
                       states * (G * bool(p.initial_state) + bool(p.final_state));
-  // Estimated: eight times through each number of a pass, at five times the speed of memory as it stays in the cache.
+  // Estimated: each number of a pass moves eight times, at five times the speed of memory, since it
+  // stays in the cache.
   const double moved = transformed * M * 8 * (p.type == Type::f64 ? 16 : 8) / 5;
   return predict(p, {flop, moved, /*depth=*/2 * std::log2(M), /*launches=*/1 + 5 * passes, /*blocks=*/1,
                      /*steps=*/flop, /*step_us=*/4 / limits(p.device.id).flop_per_us});

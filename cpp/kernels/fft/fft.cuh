@@ -1,13 +1,13 @@
-// fft.cuh - GPU: the kernels around the transforms: filter, spread, [forward], multiply, [back], collect; final state.
+// fft.cuh - GPU: the kernels filter, spread, multiply and collect around transforms; final states.
 //
-//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0),   h_n = 2^(L n), n < M/2, else 0    L: log2 decay
-//   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0
+//   o_t = scale (sum_r q_tr (h * k_r v)_t + h_(t+1) q_t S_0)    h_n = 2^(L n), n < M/2, else 0
+//   S_N = sum_t h_(N-1-t) k_t v_t^T + h_N S_0                   L: log2 decay
 //
-//   x [units, columns, pairs, M]: complex, rank 2i and rank 2i + 1 as real and imaginary part, which a real filter
-//   keeps apart; a unit is up to 8 columns of one state; spectrum of h [decays, M], in closed form; sums [units, G,
-//   columns, N] where a pass has not all pairs
-//   blocks of 256 threads: 64 tokens of a unit, or 1024 frequencies of a transform; 32 ranks at a time in shared memory
-//   flop: M for each of the transforms 6, N of them 2 + 4 G, beside those of the transforms
+//   x [units, columns, pairs, M], complex: ranks 2i, 2i + 1 are real and imaginary part, which a
+//   real filter keeps apart; a unit is up to 8 columns of a state. spectrum [decays, M], in closed
+//   form. sums [units, G, columns, N]: outputs between passes, if a pass does not have all pairs
+//   blocks of 256 threads: 64 tokens of a unit, or 1024 frequencies; 32 ranks in shared memory
+//   flop besides the transforms: 6 M + N (2 + 4 G) per transform
 //   Qin et al. 2023 (Toeplitz neural network), arXiv:2305.04749
 #pragma once
 #include "../../cuda/problem.cuh"
@@ -17,14 +17,14 @@ namespace lc::cuda {
 template <class T>
 using Complex = std::conditional_t<std::is_same_v<T, double>, double2, float2>;
 
-// A pass, and how the work is cut into passes.
+// A pass, and the division of the work into passes.
 template <class T>
 struct FftPass {
   Problem p;
-  int64_t points, pieces;  // M; units of one state
-  int64_t units, pairs;    // of a pass
-  int64_t unit, pair;      // its first ones
-  int columns;             // of a unit
+  int64_t points, slices;  // M; units of one state
+  int64_t units, pairs;    // units and pairs of ranks of a pass
+  int64_t unit, pair;      // the first unit and pair of the pass
+  int columns;             // columns of a unit
   T *spectrum, *x, *sums;
 };
 
@@ -36,18 +36,19 @@ LC_INLINE int64_t filter_of(const Problem& p, int64_t row, int64_t hs) {
 
 struct FftUnit {
   int64_t b, hs, c0;
-  int columns;  // 0 behind the last unit of all
+  int columns;  // 0 for a unit that does not exist
   Sequence s;
 };
 template <class T>
 SIMT_DEV FftUnit unit_at(const FftPass<T>& a, int64_t i) {
-  const int64_t unit = a.unit + i, state = unit / a.pieces, c0 = unit % a.pieces * a.columns;
+  const int64_t unit = a.unit + i, state = unit / a.slices, c0 = unit % a.slices * a.columns;
   const int64_t b = state / a.p.Hs, left = a.p.V - c0;
   if (b >= a.p.B) return {0, 0, 0, 0, {0, 0, 0}};
   return {b, state % a.p.Hs, c0, int(left < a.columns ? left : a.columns), sequence_at(a.p, b)};
 }
 
-// What spread, collect and the final state share: blocks of 256 threads, tiles of tokens and 32 ranks.
+// Shared by spread, collect and the final state: blocks of 256 threads, tiles of tokens and 32
+// ranks.
 template <class E>
 struct FftTiles {
   using T = Accumulator<E>;
@@ -58,14 +59,15 @@ struct FftTiles {
     const int64_t n = s.length - t;
     return int(n < 0 ? 0 : n < most ? n : most);
   }
-  // `rows` rows, the first n of them of `live` numbers in memory, the rest zeros.
+  // Loads n rows of `live` numbers, and zeros in the rest of `rows` rows.
   static SIMT_DEV void load(sptr<T> to, gptr<const E> from, int64_t stride, int rows, int n, int64_t live) {
     for (int i = warp(); i < rows; i += kWarps)
       to.st(i * kStride + lane(), i < n && lane() < live ? widen(from.ld(i * stride + lane())) : T(0));
   }
 };
 
-// H_f = sum_(n < M/2) 2^(L n) w^(f n) = (1 - 2^(L M/2) w^(f M/2)) / (1 - 2^L w^f), w = e^(-2 pi i / M); divided by M.
+// H_f = sum_(n < M/2) 2^(L n) w^(f n) = (1 - 2^(L M/2) w^(f M/2)) / (1 - 2^L w^f), w = e^(-2 pi i /
+// M); divided by M.
 template <class T>
 struct FftFilter {
   static constexpr const char* kName = "fft filter";
@@ -86,7 +88,7 @@ struct FftFilter {
   }
 };
 
-// x = k v, with zeros behind the sequence and where there is no rank, no column, no unit.
+// x = k v, with zeros after the sequence and where a rank, column or unit does not exist.
 template <class E>
 struct FftSpread : FftTiles<E> {
   using Tiles = FftTiles<E>;
@@ -134,7 +136,7 @@ SIMT_DEV float4 times(float4 a, float4 b) {  // two products
   return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x, a.z * b.z - a.w * b.w, a.z * b.w + a.w * b.z};
 }
 
-// x *= H, 16 bytes at a time
+// x *= H, 16 bytes at a time.
 template <class T>
 struct FftMultiply {
   using Vec = std::conditional_t<std::is_same_v<T, double>, double2, float4>;
@@ -153,7 +155,7 @@ struct FftMultiply {
   }
 };
 
-// o = scale (sum over pairs of q x, and what the initial state gives)
+// o = scale (sum over pairs of q x + the contribution of the initial state)
 template <class E>
 struct FftCollect : FftTiles<E> {
   using Tiles = FftTiles<E>;
@@ -174,7 +176,7 @@ struct FftCollect : FftTiles<E> {
     const int n = u.columns ? Tiles::tokens_from(u.s, t, kTokens) : 0;
     const int j = tid() % kTokens, first = tid() / kTokens;  // a thread's token and first column
     const int64_t h = u.hs * group(p) + g;
-    const bool more_before = a.pair > 0, more_behind = 2 * (a.pair + a.pairs) < p.K;
+    const bool more_before = a.pair > 0, more_after = 2 * (a.pair + a.pairs) < p.K;
     const gptr<T> sums = gptr<T>{a.sums}.sub(((unit * group(p) + g) * a.columns) * p.N + t);
     const gptr<const T> x{a.x};
 
@@ -217,7 +219,7 @@ struct FftCollect : FftTiles<E> {
       if (c >= u.columns) continue;
       T sum = mul_add(weight, of_state[m], o[m]);
       if (more_before) sum += sums.ld(c * p.N + j);
-      if (more_behind)
+      if (more_after)
         sums.st(c * p.N + j, sum);
       else
         to.st(u.c0 + c, narrow<E>(sum * T(p.scale)));
@@ -225,7 +227,8 @@ struct FftCollect : FftTiles<E> {
   }
 };
 
-// S_N, 32 ranks and columns a block. Tiles are summed apart: errors grow with the length of a sum.
+// S_N, 32 ranks and 32 columns per block. Each tile is summed on its own, since errors grow with
+// the length of a sum.
 template <class E>
 struct FftState : FftTiles<E> {
   using Tiles = FftTiles<E>;

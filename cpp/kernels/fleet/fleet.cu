@@ -1,6 +1,6 @@
-// fleet.cu - GPU: launches fleet.cuh, whose head says what it computes.
+// fleet.cu - GPU: launches the kernel of fleet.cuh.
 //
-//   grid: (sequence, state, part of its q heads, 32 or 64 columns), one block each; B N H 5 K V flop
+//   one block for each (sequence, state, part of its q heads, slice of V); B N H 5 K V flop
 //   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
 #include "fleet.cuh"
 
@@ -17,7 +17,8 @@ constexpr int kTileTokens = 16;
 
 int64_t blocks(const Problem& p, int columns) { return p.B * p.H * ((p.V + columns - 1) / columns); }
 
-// Columns of a lane: with two of them a number of q and k that was read is used twice, with one there are more blocks.
+// Columns of a lane. With two columns each number of q and k is used twice per read; with one there
+// are more blocks.
 int lane_columns(const Problem& p) {
   return p.type != Type::f64 && blocks(p, 64) >= limits(p.device.id).processors ? 2 : 1;
 }
@@ -32,10 +33,12 @@ void run(const Problem& p) {
     start<Kernel>(p, dim3(unsigned(grid)), 32 * Kernel::warps(p), Kernel::shared_bytes(p, tile),
                   {p, first, last - first, tile});
   };
-  // In place: the head that writes the state comes when all others have read it.
-  const int G = int(group(p)), alone = heads_per_block(p) > 1;
-  if (alone) launch_heads(1, G);
-  launch_heads(0, alone ? 1 : G);
+  // If the state is updated in place, the head that writes it runs after all other heads have read
+  // it.
+  const int G = int(group(p));
+  const bool in_place = heads_per_block(p) > 1;
+  if (in_place) launch_heads(1, G);
+  launch_heads(0, in_place ? 1 : G);
 }
 
 void run(const Problem& p) {
@@ -52,7 +55,7 @@ const char* refuses(const Problem& p) { return p.K > kMostKeyDim ? "K is over 25
 Cost cost(const Problem& p) {
   const int C = lane_columns(p);
   const double n = double(blocks(p, 32 * C)), flop = 5. * double(tokens(p)) * double(p.H) * double(p.K * p.V);
-  // Estimated: the FMAs of 16 ranks a warp on one processor, which every block has for itself while it is full.
+  // Estimated: the FMAs of 16 ranks per warp, with one block per processor.
   const double token_us = std::max(0.05, 0.01 * C * double(p.K) / 16);
   return predict(
       p, {flop, /*extra_bytes=*/0, /*depth=*/mean_length(p), /*launches=*/1, n, /*steps=*/mean_length(p), token_us},

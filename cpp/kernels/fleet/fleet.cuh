@@ -1,11 +1,12 @@
-// fleet.cuh - GPU: rank by rank. A warp owns 16 ranks, a lane one or two columns of them, and the tokens run past.
+// fleet.cuh - GPU: rank by rank. A warp has 16 ranks, a lane has one or two columns of them.
 //
-//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr          L: log2 decays; y_0r: rows of S_0
+//   y_tr = 2^L_t y_{t-1,r} + k_tr v_t,   o_t = scale sum_r q_tr y_tr    L: log2 decays; y_0: S_0
 //
-//   block: a warp for every 16 ranks, 32 C columns of one q head; y [16, C] a lane, in registers from the first token
-//   to the last; per tile of T tokens Q, K [T, 16 warps], V [T, 32 C] and each warp's share of O, [warps, T, 32 C], in
-//   shared memory as numbers of the accumulator's type; the shares are added in the order of the warps
-//   B N H 5 K V flop, no step waits for another rank: 4 C FMA a rank and token beside half a load from shared memory
+//   block: a warp for every 16 ranks, 32 C columns of one q head. A lane keeps y [16, C] in
+//   registers. Shared memory, per tile of T tokens: Q, K [T, 16 warps], V [T, 32 C] and the warps'
+//   shares of O, [warps, T, 32 C], in the accumulator's type. The shares are added in the order of
+//   the warps
+//   B N H 5 K V flop. No step waits for another rank: 4 C FMA per rank and token, for half a load
 //   Wang et al. 2025 (LeetDecoding), arXiv:2501.02573
 #pragma once
 #include "../../cuda/problem.cuh"
@@ -20,8 +21,8 @@ struct FleetForward {
   static constexpr int kRanks = 16, kColumns = 32 * C, kMaxThreads = 512, kMinBlocks = 1;
   struct Params {
     Problem p;
-    int first, heads;  // of the q heads that share a state: those of this launch; number 0 writes the final state
-    int tile;          // T, 16 at the most
+    int first, heads;  // the q heads of each state that this launch serves; head 0 writes the final state
+    int tile;          // T, at most 16
   };
   static int warps(const Problem& p) { return int((p.K + kRanks - 1) / kRanks); }
   static int shared_bytes(const Problem& p, int tile) {
@@ -36,15 +37,17 @@ struct FleetForward {
     const auto q = smem.alloc<T>(a.tile * ranks), k = smem.alloc<T>(a.tile * ranks);
     const auto v = smem.alloc<T>(a.tile * kColumns), shares = smem.alloc<T>(ranks * kColumns);
     const auto decay = smem.alloc<T>(2 * a.tile), own = shares.sub(r0 * kColumns, kRanks * kColumns);
-    const int64_t pieces = (p.V + kColumns - 1) / kColumns;
-    const int64_t block = bid().x, c0 = block % pieces * kColumns, part = a.first + block / pieces % a.heads;
-    const int64_t hs = block / pieces / a.heads % p.Hs, h = hs * group(p) + part;
-    const int64_t b = block / pieces / a.heads / p.Hs;
+    const int64_t slices = (p.V + kColumns - 1) / kColumns;
+    const int64_t block = bid().x, c0 = block % slices * kColumns, part = a.first + block / slices % a.heads;
+    const int64_t hs = block / slices / a.heads % p.Hs, h = hs * group(p) + part;
+    const int64_t b = block / slices / a.heads / p.Hs;
     const int columns = int(p.V - c0 < kColumns ? p.V - c0 : kColumns);
     const int live = int(p.K - r0 < kRanks ? p.K - r0 : kRanks);  // ranks of this warp
     const Sequence s = sequence_at(p, b);
 
-    T y[kRanks][C];  // by way of shared memory: addresses of 16 rows would take registers; a lane reads what it wrote
+    // The state goes through shared memory, since the addresses of 16 rows would take registers. A
+    // lane reads only the numbers that it wrote.
+    T y[kRanks][C];
     for (int r = 0; r < live; ++r)
       for (int c = lane(); c < kColumns; c += 32) {
         const bool given = p.initial_state && c < columns;
@@ -107,17 +110,26 @@ struct FleetForward {
  private:
   static constexpr int kVec = 16 / int(sizeof(T));
 
-  static SIMT_DEV void unpack(float (&x)[4], float4 u) { x[0] = u.x, x[1] = u.y, x[2] = u.z, x[3] = u.w; }
-  static SIMT_DEV void unpack(double (&x)[2], double2 u) { x[0] = u.x, x[1] = u.y; }
+  static SIMT_DEV void unpack(float (&x)[4], float4 u) {
+    x[0] = u.x;
+    x[1] = u.y;
+    x[2] = u.z;
+    x[3] = u.w;
+  }
+  static SIMT_DEV void unpack(double (&x)[2], double2 u) {
+    x[0] = u.x;
+    x[1] = u.y;
+  }
 
-  // n rows of `live` numbers, with zeros behind them up to `width`.
+  // Copies n rows of `live` numbers, and zeros after them up to `width`.
   static SIMT_DEV void load(sptr<T> to, int width, gptr<const E> from, int64_t stride, int n, int live) {
     for (int i = warp(); i < n; i += nwarps())
       for (int c = lane(); c < width; c += 32) to.st(i * width + c, c < live ? widen(from.ld(i * stride + c)) : T(0));
   }
 
-  // y is multiplied by times + keep. A decay close to 1 is 2^L - 1 and 1: the rounding error of 2^L itself would be
-  // raised to the power of the number of tokens. Another one is 2^L and 0, and forgets exactly.
+  // y is multiplied by times + keep. A decay close to 1 is stored as 2^L - 1 and 1, since the
+  // rounding error of 2^L would be raised to the number of tokens. Other decays are stored as 2^L
+  // and 0, so that a decay of 0 forgets exactly.
   static SIMT_DEV void load_decay(sptr<T> decay, double log2) {
     constexpr double kSlow = -0.0145;  // log2 0.99
     const bool keep = log2 > kSlow;

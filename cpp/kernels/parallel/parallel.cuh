@@ -1,13 +1,15 @@
-// parallel.cuh - GPU: the quadratic form, in tiles of 64 x 64 scores that live in shared memory only.
+// parallel.cuh - GPU: the quadratic form, in tiles of 64 x 64 scores that stay in shared memory.
 //
-//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)          G: sums of log2 decays
+//   o_i = scale (sum_{j <= i} 2^(G_i - G_j) (q_i.k_j) v_j + 2^G_i q_i S_0)   G: sums of log2 decays
 //   S_N = sum_j 2^(G_N - G_j) k_j v_j^T + 2^G_N S_0
 //
-//   A block walks from its own tile of tokens back to the first one, until nothing is left of the keys: the exponent of
-//   a weight is that of the query in its tile, of the key to the end of its own, and of all between, one running double
-//   block: 256 threads, each 4 x 4 numbers of every product, for [64, 128] outputs, or [64 ranks, 128] of S_N by a
-//   second launch; (2 * 64 * 68 + 64) T bytes; B H N (N+1)(K+V) flop, all FMA in the accumulator's type T
-//   Katharopoulos et al. 2020, arXiv:2006.16236 (eq. 8); retention's parallel form, arXiv:2307.08621
+//   A block goes from its own tile of tokens back to the first, or until all weights are 0. An
+//   exponent is the sum of the query's in its tile, the key's to the end of its tile, and a running
+//   double
+//   block: 256 threads with 4 x 4 numbers of every product, for [64, 128] outputs; a second launch
+//   computes [64 ranks, 128] of S_N. (2 * 64 * 68 + 64) T bytes
+//   B H N (N+1)(K+V) flop, FMA in the accumulator's type T; Katharopoulos et al. 2020,
+//   arXiv:2006.16236
 #pragma once
 #include "../../cuda/problem.cuh"
 #include "../../cuda/staging.cuh"
@@ -19,15 +21,16 @@ template <class E, bool kStates>
 struct Parallel {
   using T = Accumulator<E>;
   static constexpr const char* kName = kStates ? "parallel final states" : "parallel";
-  static constexpr int kTile = 64, kWide = 2;  // tokens, ranks or columns of a product; tiles of columns in a block
+  static constexpr int kTile = 64, kWide = 2;  // tokens, ranks or columns of a tile; tiles of columns in a block
   static constexpr int kMaxThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;
   struct Params {
     Problem p;
   };
 
   static LC_INLINE int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-  static LC_INLINE int64_t pieces(const Problem& p) { return (tiles(p.V) + kWide - 1) / kWide; }
-  // Of one head of all sequences. Packed ones have their places from begin / 64 + b on, one more than needed at times.
+  static LC_INLINE int64_t slices(const Problem& p) { return (tiles(p.V) + kWide - 1) / kWide; }
+  // Tiles of tokens in all sequences. The tiles of a packed sequence b start at number begin / 64 +
+  // b, which may leave some numbers unused.
   static LC_INLINE int64_t token_tiles(const Problem& p) { return p.cu_bits ? p.N / kTile + p.B : tiles(p.N) * p.B; }
   static int shared_bytes() {
     return (2 * kTile * kPitch + kTile) * int(sizeof(T)) + (kTile + 1) * int(sizeof(double));
@@ -46,33 +49,36 @@ struct Parallel {
 
   struct Memory {
     sptr<T> left, right;  // operands of a product, [64, 68] each
-    sptr<T> weight;       // [64], of the keys of a tile
-    sptr<double> cum;     // [64], sums of log2 decays up to each token of the block's own tile; the total of a tile
+    sptr<T> weight;       // [64]: weights of the keys of a tile
+    sptr<double> cum;     // [65]: sums of log2 decays up to each token of the block's own tile; then a tile's total
     SIMT_DEV Memory() {
       Smem smem;
-      left = smem.alloc<T>(kTile * kPitch, sizeof(Four)), right = smem.alloc<T>(kTile * kPitch, sizeof(Four));
-      weight = smem.alloc<T>(kTile), cum = smem.alloc<double>(kTile + 1);
+      left = smem.alloc<T>(kTile * kPitch, sizeof(Four));
+      right = smem.alloc<T>(kTile * kPitch, sizeof(Four));
+      weight = smem.alloc<T>(kTile);
+      cum = smem.alloc<double>(kTile + 1);
     }
     SIMT_DEV double total() const { return cum.ld(kTile); }
   };
 
   static SIMT_DEV int at_most_a_tile(int64_t n) { return int(n < kTile ? n : kTile); }
-  // A thread's place in products: four numbers from `slow` and four from `fast` on, the same for neighbours or not.
+  // A thread's rows and columns in products: four from `slow` on and four from `fast` on.
+  // Neighbouring threads share `slow` and differ in `fast`.
   static SIMT_DEV int slow() { return tid() / 16 * 4; }
   static SIMT_DEV int fast() { return tid() % 16 * 4; }
 
   static SIMT_DEV void outputs(const Problem& p) {
     const Memory m;
-    const int64_t c0 = bid().x % pieces(p) * kWide * kTile, h = bid().x / pieces(p) % p.H, hs = h / group(p);
-    const auto place = place_of(p, bid().x / pieces(p) / p.H);
-    const int64_t b = place.b, t = place.t;
+    const int64_t c0 = bid().x % slices(p) * kWide * kTile, h = bid().x / slices(p) % p.H, hs = h / group(p);
+    const auto tile = token_tile(p, bid().x / slices(p) / p.H);
+    const int64_t b = tile.b, t = tile.t;
     const Sequence s = sequence_at(p, b);
     if (t < 0 || t >= s.length) return;  // the whole block
     const int n = at_most_a_tile(s.length - t);
     const auto q = row<const E>(p.q, s.row, q_head(p, h), s.begin + t);
 
     T o[kWide][4][4] = {};  // queries slow() + i, columns fast() + j
-    double between = 0;     // log2 of what decays leave from the end of a tile of keys to the beginning of the own one
+    double between = 0;     // log2 of the decay from the end of a tile of keys to the start of the block's own tile
     for (int64_t u = t; u >= 0 && ex2(T(between)) != 0; u -= kTile) {
       const bool own = u == t;
       const int keys = own ? n : kTile;
@@ -129,13 +135,13 @@ struct Parallel {
 
   static SIMT_DEV void final_state(const Problem& p) {
     const Memory m;
-    const int64_t c0 = bid().x % pieces(p) * kWide * kTile, tile = bid().x / pieces(p), r0 = tile % tiles(p.K) * kTile;
+    const int64_t c0 = bid().x % slices(p) * kWide * kTile, tile = bid().x / slices(p), r0 = tile % tiles(p.K) * kTile;
     const int64_t hs = tile / tiles(p.K) % p.Hs, b = tile / tiles(p.K) / p.Hs;
     const int ranks = at_most_a_tile(p.K - r0);
     const Sequence s = sequence_at(p, b);
 
     T S[kWide][4][4] = {};  // ranks slow() + i, columns fast() + j
-    double after = 0;       // log2 of what decays leave from the end of a tile to that of the sequence
+    double after = 0;       // log2 of the decay from the end of a tile to the end of the sequence
     for (int64_t t = (tiles(s.length) - 1) * kTile; t >= 0 && ex2(T(after)) != 0; t -= kTile) {
       const int n = at_most_a_tile(s.length - t);
       const auto k = row<const E>(p.k, s.row, k_head(p, hs), s.begin + t).sub(r0);
@@ -155,11 +161,12 @@ struct Parallel {
     });
   }
 
-  // Sequence and first token of the i-th tile: those with the most keys first, as far as shapes tell.
-  struct Place {
+  // Sequence and first token of the i-th tile. Tiles with many keys come first, as far as the
+  // shapes tell.
+  struct TokenTile {
     int64_t b, t;
   };
-  static SIMT_DEV Place place_of(const Problem& p, int64_t i) {
+  static SIMT_DEV TokenTile token_tile(const Problem& p, int64_t i) {
     i = token_tiles(p) - 1 - i;
     if (!p.cu_bits) return {i % p.B, i / p.B * kTile};
     int64_t b = 0;
@@ -173,8 +180,9 @@ struct Parallel {
     return {b, (i - sequence_at(p, b).begin / kTile - b) * kTile};
   }
 
-  // By one warp, for the tile of token t: the total of its log2 decays, and their sums up to each token, or what they
-  // and `beyond` leave of each token. A token past the sequence decays by nothing.
+  // Computes, by one warp, the total of the log2 decays of the tile from token t on, and either
+  // their sums up to each token (sums), or the weight of each token after the tile and a further
+  // log2 decay `beyond`. Tokens past the sequence do not decay.
   static SIMT_DEV void weigh(const Memory& m, const Problem& p, const Sequence& s, int64_t hs, int64_t t, double beyond,
                              bool sums) {
     double x[2];
@@ -208,7 +216,7 @@ struct Parallel {
     }
   }
 
-  // y_i += weight_i m.left^T b for n rows of each; b in global memory, of which `columns` are left.
+  // y_i += weight_i m.left^T b, n rows each. b is in global memory and has `columns` columns left.
   template <class F>
   static SIMT_DEV void add_products(T (&y)[kWide][4][4], const T (&weight)[4], const Memory& m, gptr<const F> b,
                                     int64_t stride, int n, int64_t columns) {
@@ -229,7 +237,7 @@ struct Parallel {
     }
   }
 
-  // f(i, j, y[i][j]) for this thread's numbers in n rows and in the `columns` that are left.
+  // Calls f(i, j, y[i][j]) for this thread's numbers in the first n rows and `columns` columns.
   template <class F>
   static SIMT_DEV void for_each(const T (&y)[kWide][4][4], int n, int64_t columns, F&& f) {
     SIMT_UNROLL

@@ -1,7 +1,8 @@
-// recurrent.cu - GPU: launches recurrent.cuh and decode.cuh, whose heads say what they compute.
+// recurrent.cu - GPU: launches the kernels of recurrent.cuh and decode.cuh.
 //
-//   forward: (sequence, state, part of its q heads, 32 columns), one block each; B N H 8.5 K V flop
-//   decode: (slot, state, piece of V); B N (2 H + 3 Hs) K V flop
+//   forward: a block for each (sequence, state, part of its q heads, slice of V); B N H 8.5 K V
+//   flop
+//   decode: a block for each (sequence, state, slice of V); B N (2 H + 3 Hs) K V flop
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include "recurrent.cuh"
 
@@ -20,17 +21,17 @@ void forward(const Problem& p) {
   const int heads = heads_per_block(p);
   with_type(p.type, [&](auto e) {
     using Kernel = RecurrentForward<decltype(e)>;
-    const int64_t blocks = p.B * p.Hs * (group(p) / heads) * Kernel::pieces(p);
+    const int64_t blocks = p.B * p.Hs * (group(p) / heads) * Kernel::slices(p);
     start<Kernel>(p, dim3(unsigned(blocks)), Kernel::kMaxThreads, int(Kernel::shared_bytes(p)), {p, heads});
   });
 }
 
 // ---- decode -------------------------------------------------------------------------------------
 
-constexpr int kBlocksPerProcessor = 4;  // at least, of decode
-constexpr int64_t kLeastColumns = 2;    // of decode: 32 bytes, the least that memory moves
+constexpr int kBlocksPerProcessor = 4;  // that decode aims for
+constexpr int64_t kLeastColumns = 2;    // vectors of a slice in decode: memory moves 32 bytes at least
 
-// f(the kernel) for the types of p.
+// Calls f(kernel) with the kernel for the types of p.
 template <class E, class F>
 void with_pool(const Problem& p, F& f) {
   with_type(p.state_type, [&](auto s) {
@@ -45,7 +46,8 @@ void with_decode(const Problem& p, F&& f) {
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Pieces as wide as the threads of a block go, and narrower where those would leave processors without work.
+// Slices as wide as a block has threads for, or narrower if that would leave processors without
+// work.
 template <class E, class P>
 typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   using Kernel = Decode<E, P>;
@@ -56,11 +58,13 @@ typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   const int64_t columns = std::min(most, std::max(kLeastColumns, vectors / enough));
   typename Kernel::Params a = {};
   a.p = p;
-  a.columns = int(ceil_div(vectors, ceil_div(vectors, columns)));  // pieces of one width
-  a.pieces = unsigned(ceil_div(vectors, a.columns));
+  a.columns = int(ceil_div(vectors, ceil_div(vectors, columns)));  // slices of equal width
+  a.slices = unsigned(ceil_div(vectors, a.columns));
   a.row_groups = int(row_groups);
   a.heads = unsigned(group(p));
-  a.q_share = unsigned(p.H / p.Hq), a.k_share = unsigned(p.Hs / p.Hk), a.v_share = unsigned(p.Hs / p.Hv);
+  a.q_share = unsigned(p.H / p.Hq);
+  a.k_share = unsigned(p.Hs / p.Hk);
+  a.v_share = unsigned(p.Hs / p.Hv);
   a.pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
   const View& pool = p.final_state;
   a.whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
@@ -72,7 +76,7 @@ void decode(const Problem& p) {
   with_decode(p, [&](auto kernel) {
     using Kernel = decltype(kernel);
     const auto params = plan(kernel, p);
-    start<Kernel>(p, dim3(unsigned(p.B * p.Hs) * params.pieces), (params.threads() + 31) / 32 * 32,
+    start<Kernel>(p, dim3(unsigned(p.B * p.Hs) * params.slices), (params.threads() + 31) / 32 * 32,
                   int(params.shared_bytes()), params);
   });
 }
@@ -98,13 +102,13 @@ Cost cost(const Problem& p) {
   const double n = double(tokens(p)), KV = double(p.K * p.V), length = mean_length(p);
   if (p.op == LC_DECODE) {
     double blocks = 0;
-    with_decode(p, [&](auto kernel) { blocks = double(p.B * p.Hs) * plan(kernel, p).pieces; });
+    with_decode(p, [&](auto kernel) { blocks = double(p.B * p.Hs) * plan(kernel, p).slices; });
     return predict(p,
                    {n * KV * (2. * double(p.H) + 3. * double(p.Hs)), /*extra_bytes=*/0, /*depth=*/length,
                     /*launches=*/1, blocks, /*steps=*/1, /*step_us=*/2 + 0.2 * length * double(group(p))},
                    kBlocksPerProcessor);
   }
-  const double blocks = double(p.B * p.H) * double(RecurrentForward<float>::pieces(p));
+  const double blocks = double(p.B * p.H) * double(RecurrentForward<float>::slices(p));
   return predict(p, {8.5 * n * double(p.H) * KV, /*extra_bytes=*/0, /*depth=*/length, /*launches=*/1, blocks,
                      /*steps=*/std::ceil(length / 32), /*step_us=*/1 + 0.06 * double(p.K)});
 }

@@ -1,16 +1,16 @@
-// recursive.cu - GPU: divide and conquer, down to leaves of 64 to 256 tokens. The right half of a sequence sees the
-// left half through the left's state.
+// recursive.cu - GPU: divide and conquer, down to leaves of 64 to 256 tokens. The right half of a
+// sequence reads the state of its left half.
 //
-//   launches: the states of all leaves; log2 sums of decays; three levels of the tree each; the states before leaves;
-//   the leaves' outputs, each from the state before it
-//   leaves are walked by cuda/chunks.cuh, the tree is recursive.cuh; two states a leaf in the workspace
-//   B N (H ((C+1)(K+V) + 4KV) + Hs KV (2 + (2 + log2(N/leaf)) / leaf)) flop, about
+//   launches: the state of every leaf; log2 sums of decays; the tree, three levels per launch; the
+//   state before every leaf; the outputs of every leaf, from the state before it
+//   leaves: cuda/walk/walk.cuh; the tree: recursive.cuh; workspace: two states per leaf
+//   about B N (H ((C+1)(K+V) + 4KV) + Hs KV (2 + (2 + log2(N/leaf)) / leaf)) flop
 //   LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761
 #include "recursive.cuh"
 
-#include "../../cuda/chunks.h"
 #include "../../cuda/cost.h"
 #include "../../cuda/launch.h"
+#include "../../cuda/walk/walk.h"
 
 namespace lc {
 namespace {
@@ -19,7 +19,7 @@ using namespace cuda;
 
 constexpr int64_t kLongest = 256;
 
-// Long leaves leave few states to memory; short ones are more blocks.
+// Long leaves write fewer states to memory; short leaves give more blocks.
 Segments leaves(const Problem& p) {
   int64_t length = kLongest;
   while (length > kChunk && walk_blocks(p, {length}) < 2 * limits(p.device.id).processors) length /= 2;
@@ -57,14 +57,16 @@ void run(const Problem& p) {
                1};
   const auto grid = [](int64_t blocks) { return dim3(unsigned(blocks)); };
   Walk up = {cut.length};
-  up.alone = true, up.after = tree.states, up.log2 = tree.sums;
+  up.states_only = true;
+  up.after = tree.states;
+  up.log2 = tree.sums;
   walk(p, up);
   start<RecursiveSums>(p, grid(p.B * p.Hs), Tree::kThreads, RecursiveSums::kSmem, tree);
   for (int64_t n = merges(p, cut); n > 0; --n, tree.step *= Tree::kFanout) {
     const int64_t groups = Segments{cut.length * tree.step * Tree::kFanout}.slots(p);
-    start<RecursiveMerge>(p, grid(groups * p.Hs * tree.parts()), Tree::kThreads, 0, tree);
+    start<RecursiveMerge>(p, grid(groups * p.Hs * tree.blocks_per_state()), Tree::kThreads, 0, tree);
   }
-  start<RecursiveRead>(p, grid(cut.slots(p) * p.Hs * tree.parts()), Tree::kThreads, 0, tree);
+  start<RecursiveRead>(p, grid(cut.slots(p) * p.Hs * tree.blocks_per_state()), Tree::kThreads, 0, tree);
   Walk outputs = {cut.length};
   outputs.before = tree.before;
   walk(p, outputs);

@@ -1,13 +1,14 @@
-// recursive.cuh - GPU: the tree of states between the leaves, which are segments of tokens (cuda/segments.cuh).
+// recursive.cuh - GPU: the tree of states over the leaves, which are segments (cuda/segments.cuh).
 //
-//   S(whole) = 2^(sum L over right) S(left) + S(right);  S before leaf i = the left halves that it sees, decayed to it
+//   S(node) = 2^(sum L over right half) S(left) + S(right)
 //
-//   states [slots, Hs, K, V]: first of each leaf, then of each node, that of leaves (i - 2^l, i] in place i - 1, where
-//   2^l is the lowest bit of i: a Fenwick tree. Nodes that are right halves are not kept, as no one reads them. The
-//   left halves that leaf i sees are the bits of i, the highest one first. sums [slots, Hs]: log2 of the decay from the
-//   sequence's start to the leaf, float64; no factor exceeds 1 blocks of 256 threads: a sequence and state; 1024
-//   numbers of 8 nodes; 1024 numbers of one leaf B Hs N/leaf K V (2 + log2(N/leaf)) flop, about, beside those of the
-//   leaves LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761
+//   states [slots, Hs, K, V]: first of leaves, then of the tree, a Fenwick tree: slot i - 1 has the
+//   node of leaves (i - 2^l, i], where 2^l is the lowest bit of i. Leaf i reads left halves, which
+//   are the bits of i, highest bit first; right halves are not stored. sums [slots, Hs]: log2 of
+//   the decay from the sequence's start to the leaf, float64
+//   blocks of 256 threads: a sequence and state; 1024 numbers of 8 nodes; 1024 numbers of a leaf
+//   about B Hs N/leaf K V (2 + log2(N/leaf)) flop besides those of the leaves
+//   LeetDecoding, arXiv:2501.02573; Fenwick trees: log-linear attention, arXiv:2506.04761
 #pragma once
 #include "../../cuda/segments.cuh"
 
@@ -21,11 +22,10 @@ struct Tree {
   int64_t step;  // leaves of each of the 8 nodes that one block merges
 
   static constexpr int kFanout = 8, kThreads = 256, kOwn = 4;
-  // Blocks for the numbers of one state.
-  LC_INLINE int64_t parts() const { return (p.K * p.V + kThreads * kOwn - 1) / (kThreads * kOwn); }
+  LC_INLINE int64_t blocks_per_state() const { return (p.K * p.V + kThreads * kOwn - 1) / (kThreads * kOwn); }
 };
 
-// sums in place of the leaves' own decays.
+// Replaces the decay of each leaf by the sum of the decays before the leaf.
 struct RecursiveSums {
   static constexpr const char* kName = "recursive sums";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 1, kSmem = kMaxThreads / 32 * int(sizeof(double));
@@ -41,8 +41,9 @@ struct RecursiveSums {
     double before = 0;
     for (int64_t i0 = 0; i0 < count; i0 += kMaxThreads) {
       const int64_t i = i0 + tid();
-      const bool own = i < count && a.leaves.owner(p, first + i) == b;  // else cu_seqlens do not grow
-      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0, upto = cumulative(x);  // the last leaf has none
+      const bool own = i < count && a.leaves.owner(p, first + i) == b;  // false only if cu_seqlens decrease
+      const double x = own && i + 1 < count ? sums.ld(i * p.Hs) : 0,
+                   upto = cumulative(x);  // the last leaf has no stored decay
       if (lane() == 31) warps.st(warp(), upto);
       sync_cta();
       double here = before;
@@ -56,7 +57,8 @@ struct RecursiveSums {
   }
 };
 
-// Three levels of the tree: of 8 nodes in a row, each second one takes in the node before it, and so on.
+// Three levels of the tree: among 8 adjacent nodes, every second node takes in the node before it,
+// and so on.
 struct RecursiveMerge {
   static constexpr const char* kName = "recursive merge";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;
@@ -66,13 +68,15 @@ struct RecursiveMerge {
     constexpr int n = Tree::kFanout;
     const Problem& p = a.p;
     const Segments groups{a.leaves.length * a.step * n};
-    const int64_t part = bid().x % a.parts(), hs = bid().x / a.parts() % p.Hs, slot = bid().x / a.parts() / p.Hs;
+    const int64_t blocks = a.blocks_per_state(), part = bid().x % blocks;
+    const int64_t hs = bid().x / blocks % p.Hs, slot = bid().x / blocks / p.Hs;
     const int64_t b = groups.owner(p, slot), first = (slot - groups.first_slot(p, b)) * a.step * n;
-    const int64_t seen = a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that others can see
+    const int64_t seen =
+        a.leaves.count(sequence_at(p, b)) - 1 - first;  // leaves from `first` on that later leaves read
     const int live = int(seen < 0 ? 0 : seen / a.step < n ? seen / a.step : n);
     const int64_t base = (a.leaves.first_slot(p, b) + first) * p.Hs + hs;
     const gptr<const double> sums{a.sums + base};
-    const auto factor = [&](int from, int to) {  // of the decay over nodes [from, to)
+    const auto factor = [&](int from, int to) {  // decay over nodes [from, to)
       return ex2(float(sums.ld(to * a.step * p.Hs) - sums.ld(from * a.step * p.Hs)));
     };
     for (int j = 0; j < Tree::kOwn; ++j) {
@@ -94,7 +98,8 @@ struct RecursiveMerge {
   }
 };
 
-// The state before each leaf: its left halves, the largest and oldest one first.
+// The state before each leaf: the sum of the left halves that it reads, the largest and oldest half
+// first.
 struct RecursiveRead {
   static constexpr const char* kName = "recursive read";
   static constexpr int kMaxThreads = Tree::kThreads, kMinBlocks = 2;
@@ -102,7 +107,8 @@ struct RecursiveRead {
 
   static SIMT_DEV void run(const Params& a) {
     const Problem& p = a.p;
-    const int64_t part = bid().x % a.parts(), hs = bid().x / a.parts() % p.Hs, slot = bid().x / a.parts() / p.Hs;
+    const int64_t blocks = a.blocks_per_state(), part = bid().x % blocks;
+    const int64_t hs = bid().x / blocks % p.Hs, slot = bid().x / blocks / p.Hs;
     const int64_t b = a.leaves.owner(p, slot), first = a.leaves.first_slot(p, b), leaf = slot - first;
     const int64_t size = p.K * p.V, i0 = part * Tree::kOwn * kMaxThreads + tid();
     if (leaf >= a.leaves.count(sequence_at(p, b)) || !(leaf || p.initial_state)) return;

@@ -1,15 +1,16 @@
 // scan.cu - GPU: segments of a sequence in parallel, for few heads and long N. Three launches:
 //
-//   1. every segment i but the last, from zero:  S_i+1 <- total S_i+1 + (diag(out) K)^T V       cuda/chunks.cuh
-//   2. a scan over them:                         S_i+1 <- 2^(sum L over segment i) S_i + S_i+1  cuda/scan_states.cuh
-//   3. every segment, from the state before it:  O = scale (diag(in) Q S + A V), and S as in 1  cuda/chunks.cuh
+//   1. each segment i but the last, from zero: S_i+1 <- total S_i+1 + (diag(out) K)^T V
+//   2. a scan over the segments:               S_i+1 <- 2^(sum L over segment i) S_i + S_i+1
+//   3. each segment from the state before it:  O = scale (diag(in) Q S + A V), S as in 1
 //
-//   Heads whose constant decay leaves less than 2^-30 of a state within a segment skip 1 and 2: in 3 they start from
-//   zero that many tokens before the segment. B N H ((C+1)(K+V) + 6KV) flop; workspace: K V numbers a segment
-//   state passing of Mamba-2, arXiv:2405.21060; parallel scans, Martin and Cundy 2018, arXiv:1709.04057
-#include "../../cuda/chunks.h"
+//   1, 3: cuda/walk/walk.cuh; 2: cuda/scan_states.cuh. A head whose constant decay leaves less than
+//   2^-30 of a state after W tokens, within a segment, skips 1 and 2; in 3 its segments start from
+//   zero, W tokens earlier. B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment
+//   Mamba-2 (state passing), arXiv:2405.21060; scans: Martin and Cundy 2018, arXiv:1709.04057
 #include "../../cuda/cost.h"
 #include "../../cuda/scan_states.cuh"
+#include "../../cuda/walk/walk.h"
 
 namespace lc {
 namespace {
@@ -25,7 +26,8 @@ struct Workspace {
   explicit Workspace(const Problem& p) {
     const Segments cut = segments(p);
     const size_t pairs = cut.length < p.N ? size_t(cut.slots(p) * p.Hs) : 0;
-    log2 = static_cast<double*>(p.workspace), states = reinterpret_cast<float*>(log2 + pairs);
+    log2 = static_cast<double*>(p.workspace);
+    states = reinterpret_cast<float*>(log2 + pairs);
     bytes = pairs * (sizeof(double) + size_t(p.K * p.V) * sizeof(float));
   }
 };
@@ -37,10 +39,12 @@ void run(const Problem& p) {
   if (cut.length >= p.N) return walk(p, w);
   const Workspace space(p);
   w.warm_up = true;
-  Walk alone = w;
-  alone.alone = true, alone.after = space.states, alone.log2 = space.log2;
-  walk(p, alone);
-  scan_states(p, alone);
+  Walk first = w;
+  first.states_only = true;
+  first.after = space.states;
+  first.log2 = space.log2;
+  walk(p, first);
+  scan_states(p, first);
   w.before = space.states;
   walk(p, w);
 }

@@ -1,1 +1,1 @@
-"""The calls of other libraries, with one meaning each: change the import, keep the code."""
+"""Calls of other libraries, served by leetcore: change the import, keep the code."""

@@ -1,10 +1,15 @@
-"""Operators of flash-linear-attention (github.com/fla-org/flash-linear-attention, fla-core 0.6), served by leetcore.
+"""Operators of flash-linear-attention, served by leetcore.
 
-Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. The work is that of leetcore.torch: on any
-device, without graph breaks, with gradients for a constant decay too. `chunk_`, `fused_chunk_` and `fused_recurrent_`
-name the same operator. They return (o, final_state), where final_state is None unless output_final_state is set.
-`parallel_` returns (o, weights), where weights is None unless output_attentions is set. chunk_size and cu_seqlens_cpu,
-which only choose among fla's kernels, are ignored. An unknown argument is a TypeError.
+The library is github.com/fla-org/flash-linear-attention, fla-core 0.6.
+
+Signatures, layouts ([B, T, H, D]), scale (K^-0.5) and decays are fla's. `leetcore.torch` computes
+the results, on any device, without graph breaks, and with gradients for a constant decay too.
+
+`chunk_`, `fused_chunk_` and `fused_recurrent_` name the same operator. These functions return (o,
+final_state), where final_state is None unless output_final_state is set. `parallel_` functions
+return (o, weights), where weights is None unless output_attentions is set. chunk_size and
+cu_seqlens_cpu only choose among fla's kernels and are ignored. An unknown argument raises
+TypeError.
 """
 
 from __future__ import annotations
@@ -48,19 +53,27 @@ def chunk_simple_gla(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention with a scalar decay a head.
+    """Linear attention with a scalar decay per head.
 
     Args:
-        q, k: [B, T, H, K].
+        q, k: [B, T, H, K]. float64, float32, float16 or bfloat16, the same for q, k and v.
         v: [B, T, H, V].
-        g: log decay of each token, [B, T, H], <= 0; or
-        g_gamma: log decay of each head, [H], <= 0; differentiable, as fla's is not.
-        scale: K^-0.5 unless given.
-        initial_state: [B, H, K, V], [S, H, K, V] with cu_seqlens; [.., V, K] if state_v_first, as the final state then.
-        cu_seqlens: [S + 1], bounds of S sequences packed along T; B is 1.
+        g: [B, T, H], log decay of each token, <= 0. Give at most one of g and g_gamma.
+        g_gamma: [H], log decay of each head, <= 0. It has a gradient, which fla's has not.
+        scale: a number that multiplies the output. None: K^-0.5.
+        initial_state: [B, H, K, V], or [S, H, K, V] with cu_seqlens. None: zeros.
+        output_final_state: whether to return the state after the last token.
+        state_v_first: whether both states are [.., V, K].
+        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along T, from 0 to
+            T; B is 1.
+        cu_seqlens_cpu: ignored.
+        chunk_size: ignored.
+
+    Returns:
+        (o [B, T, H, V], final_state), where final_state is None unless output_final_state is set.
 
     Raises:
-        ValueError, TypeError: as `leetcore.linear_attention`, whose log_decay is g or g_gamma.
+        ValueError, TypeError: as in `leetcore.linear_attention`, whose log_decay is g or g_gamma.
     """
     return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens)
 
@@ -80,7 +93,7 @@ def fused_recurrent_simple_gla(
     *,
     transpose_state_layout: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla`; with reverse, from the last token to the first.
+    """`chunk_simple_gla`. With reverse, it runs from the last token to the first.
 
     transpose_state_layout is fla's deprecated name of state_v_first.
     """
@@ -101,7 +114,7 @@ def fused_chunk_simple_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla`."""
+    """The same as `chunk_simple_gla`."""
     return _simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, False, False, cu_seqlens)
 
 
@@ -115,7 +128,10 @@ def parallel_simple_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla` without states; with output_attentions, also the weights [B, H, T, T], without gradients."""
+    """`chunk_simple_gla` without states.
+
+    With output_attentions, it also returns the weights [B, H, T, T], which have no gradients.
+    """
     return _parallel(q, k, v, g, None, scale, output_attentions, cu_seqlens)
 
 
@@ -130,7 +146,11 @@ def chunk_retention(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla` with RetNet's decays 1 - 2^(-5 - h) of head h. q has all heads of the model, not a slice."""
+    """`chunk_simple_gla` with RetNet's decays: 1 - 2^(-5 - h) for head h.
+
+    q must have all heads of the model, because the decays depend on the number of heads before a
+    head.
+    """
     return _simple_gla(
         q, k, v, None, _retention_decay(q), scale, initial_state, output_final_state, False, False, cu_seqlens
     )
@@ -149,7 +169,7 @@ def fused_recurrent_retention(
     *,
     transpose_state_layout: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_retention`; with reverse, from the last token to the first.
+    """`chunk_retention`. With reverse, it runs from the last token to the first.
 
     transpose_state_layout is fla's deprecated name of state_v_first.
     """
@@ -168,7 +188,7 @@ def fused_chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_retention`."""
+    """The same as `chunk_retention`."""
     return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -197,10 +217,10 @@ def chunk_lightning_attn(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla` with fla's decays exp(-8 h / H (1 - layer_idx / num_layers)) of head h.
+    """`chunk_simple_gla` with fla's decays: exp(-8 h / H (1 - layer_idx / num_layers)) for head h.
 
-    These are not the decays of MiniMax or TransNormerLLM: for their weights take `chunk_simple_gla` with
-    g_gamma of `leetcore.decay.minimax` and scale=1.
+    MiniMax and TransNormerLLM have other decays. For their weights use `chunk_simple_gla` with
+    g_gamma from `leetcore.decay.minimax` and scale=1.
     """
     return _simple_gla(
         q,
@@ -229,7 +249,7 @@ def fused_recurrent_lightning_attn(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_lightning_attn`; with reverse, from the last token to the first."""
+    """`chunk_lightning_attn`. With reverse, it runs from the last token to the first."""
     return _simple_gla(
         q,
         k,
@@ -255,9 +275,10 @@ def chunk_linear_attn(
     normalize: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
-    """Linear attention without decay; normalize divides by the sum of the weights, scale q_t . (k_1 + ... + k_t).
+    """Linear attention without decay.
 
-    With normalize, states are pairs (kv [B, H, K, V], z [B, 1, H, K]), z the sum of the keys.
+    With normalize, o is divided by the sum of the weights, scale * q_t . (k_1 + ... + k_t), and
+    states are pairs (kv [B, H, K, V], z [B, 1, H, K]), where z is the sum of the keys.
     """
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, False, normalize, cu_seqlens)
 
@@ -272,7 +293,7 @@ def fused_chunk_linear_attn(
     normalize: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
-    """`chunk_linear_attn`."""
+    """The same as `chunk_linear_attn`."""
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, False, normalize, cu_seqlens)
 
 
@@ -287,7 +308,10 @@ def fused_recurrent_linear_attn(
     normalize: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
-    """`chunk_linear_attn`, where normalize is False unless given; with reverse, from the last token to the first."""
+    """`chunk_linear_attn` with normalize=False by default.
+
+    With reverse, it runs from the last token to the first.
+    """
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, reverse, normalize, cu_seqlens)
 
 
@@ -308,7 +332,7 @@ def _linear_attn(
     o, final = _simple_gla(q, k, v, None, None, scale, kv, output_final_state, reverse, False, cu_seqlens)
     if not normalize:
         return o, final
-    # The sum of the weights is attention to values of 1, and z is its state.
+    # The sum of the weights is attention to values of 1; z is the state of this attention.
     z = None if z is None else z.transpose(1, 2).transpose(2, 3)  # [B, H, K, 1]
     ones = torch.ones_like(v[..., :1])
     total, sums = _simple_gla(q, k, ones, None, None, scale, z, output_final_state, reverse, False, cu_seqlens)
@@ -391,7 +415,7 @@ def _state_v_first(state_v_first: bool, older: bool | None) -> bool:
 
 
 def _reversed(cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds and states of packed sequences in the opposite order."""
+    """The bounds and states of packed sequences in reverse order."""
     if cu_seqlens is None:
         return None, state
     return cu_seqlens[-1] - cu_seqlens.flip(0), None if state is None else state.flip(0)

@@ -1,6 +1,8 @@
-"""LeetDecoding's one call (github.com/Computational-Machine-Intelligence/LeetDecoding), served by leetcore.
+"""The call of LeetDecoding, served by leetcore.
 
-docs/migration-leetdecoding.md says what differs, and why.
+The library is github.com/Computational-Machine-Intelligence/LeetDecoding.
+
+docs/migration-leetdecoding.md explains the differences.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from ..api import linear_attention
 from ..arrays import Array, library_of
 from ..decay import _real, _require
 
-# LeetDecoding's names, and the method that is the same algorithm here.
+# LeetDecoding's names, and the methods of leetcore with the same algorithm.
 METHODS = {
     "vanilla": "parallel",
     "recursion": "recursive",
@@ -36,28 +38,31 @@ def causal_linear_decoder(
     is_need_exp: bool = True,
     attn_method: str | None = None,
 ) -> Any:
-    """Causal linear attention where a token s steps back weighs lambda^s.
+    """Causal linear attention in which a token s steps back has the weight lambda^s.
 
-    lambda is exp(-gamma) if is_need_exp, else gamma itself: by every method, for every dtype, shape and length.
+    lambda is exp(-gamma) if is_need_exp is True, else gamma. This holds for every method, dtype,
+    shape and length.
 
     Args:
-        q: [B, H, N, K]; arrays of any library, dtypes and strides as `leetcore.linear_attention` takes them.
+        q: [B, H, N, K]. Libraries, dtypes and strides are those of `leetcore.linear_attention`.
         k: [B, H, N, K].
         v: [B, H, N, V].
-        is_mask_weight: whether there is a decay; gamma is given if and only if it is True.
-        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if not is_need_exp. On a GPU
-            it is copied to the host, which waits for it; a number is not.
-        is_need_exp: what gamma means; nothing without gamma.
-        attn_method: a name of LeetDecoding (`METHODS`), or None for the method predicted to be the fastest here.
+        is_mask_weight: whether there is a decay. gamma must be given if and only if it is True.
+        gamma: a number, [], [H], [H, 1] or [H, 1, 1] of any real dtype; >= 0, or in [0, 1] if
+            is_need_exp is False. An array on a GPU is copied to the host, which waits for the copy.
+        is_need_exp: whether lambda is exp(-gamma). Without gamma it has no effect.
+        attn_method: a name of LeetDecoding (`METHODS`). None: the method predicted to be the
+            fastest.
 
     Returns:
         [B, H, N, V] of q's dtype in the caller's array library.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rules above; the text names it, what it was and what is allowed.
+        ValueError, TypeError: an argument breaks the rules above; the text names the argument, what
+            was given and what is allowed.
     """
     for name, flag in (("is_mask_weight", is_mask_weight), ("is_need_exp", is_need_exp)):
-        if not isinstance(flag, (bool, np.bool_)):  # such as gamma, one place too early
+        if not isinstance(flag, (bool, np.bool_)):  # such as gamma in the wrong position
             raise TypeError(f"{name}: expected True or False, got {type(flag).__name__}")
     if is_mask_weight and gamma is None:
         raise ValueError("gamma: expected the decay that is_mask_weight=True asks for, got None")
@@ -75,7 +80,7 @@ def causal_linear_decoder(
 
 
 def _log_decay(q: Array, k: Array, v: Array, gamma: Array | float, is_need_exp: bool) -> Array | float:
-    """What gamma means, as an array [H] of q's library, or a number."""
+    """The log-decay that gamma stands for: an array [H] of q's library, or a number."""
     if isinstance(gamma, np.generic):
         gamma = gamma.item()
     lib, _ = library_of(("q", "k", "v", "gamma"), q, k, v, gamma).at(q, None)
@@ -83,7 +88,7 @@ def _log_decay(q: Array, k: Array, v: Array, gamma: Array | float, is_need_exp: 
         if len(array.shape) != 4:
             raise ValueError(f"{name}: expected shape [B, H, N, D], got {list(array.shape)}")
     if not isinstance(gamma, (float, int)):
-        lib.export("gamma", gamma, False)  # refuses what must not be read, such as a tensor that requires gradients
+        lib.export("gamma", gamma, False)  # refuses arrays that must not be read
         gamma = lib.numpy(gamma)
     values, heads = _real("gamma", gamma), max(k.shape[1], v.shape[1])
     if values.shape not in ((), (heads,), (heads, 1), (heads, 1, 1)):

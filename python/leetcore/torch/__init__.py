@@ -1,4 +1,4 @@
-"""leetcore for PyTorch: differentiable operators (`torch.ops.leetcore`), layers in `nn`, models in `integrations`."""
+"""leetcore for PyTorch: differentiable operators, layers (`nn`) and models (`integrations`)."""
 
 import torch
 

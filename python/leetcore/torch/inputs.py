@@ -1,7 +1,7 @@
 """The inputs of the operators `torch.ops.leetcore.*`: one NamedTuple per operator.
 
-The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads is
-made from their names, types and defaults; kernels, gradients and rules receive the tuple.
+The fields of a NamedTuple are the only list of an operator's arguments. The schema that torch reads
+is made from their names, types and defaults; kernels, gradients and rules receive the tuple.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
+
+from ..options import Layout
 
 Updated = Annotated[Tensor, "updated in place"]
 
@@ -19,6 +21,7 @@ _TYPES_OF_SCHEMAS: dict[Any, str] = {
     float: "float",
     bool: "bool",
     str: "str",
+    Layout: "str",
     list[bool]: "bool[]",
 }
 
@@ -34,13 +37,16 @@ class ForwardInputs(NamedTuple):
     cu_seqlens: Tensor | None = None
     scale: float = 1.0
     return_state: bool = False
-    layout: str = "bhnd"
+    layout: Layout = "bhnd"
     method: str = "auto"
     tf32: bool = False  # whether precision is "tf32"
 
 
 class BackwardInputs(NamedTuple):
-    """Inputs of `linear_attention_backward`. Fields that `ForwardInputs` has too have the same values."""
+    """Inputs of `linear_attention_backward`.
+
+    Fields with names of `ForwardInputs` have the values of the forward pass.
+    """
 
     q: Tensor
     k: Tensor
@@ -51,7 +57,7 @@ class BackwardInputs(NamedTuple):
     d_o: Tensor | None
     d_final_state: Tensor | None
     scale: float
-    layout: str
+    layout: Layout
     tf32: bool
     wants: list[bool]  # which fields of `leetcore.Gradients` to compute
 
@@ -76,6 +82,12 @@ def schema(name: str, inputs: Any, results: str) -> str:
         for field, kind in get_type_hints(inputs, include_extras=True).items()
     )
     return f"{name}({', '.join(arguments)}) -> {results}"
+
+
+def tensor_fields(inputs: Any) -> tuple[str, ...]:
+    """The names of the inputs that are tensors or None."""
+    kinds = get_type_hints(inputs, include_extras=True).items()
+    return tuple(name for name, kind in kinds if _TYPES_OF_SCHEMAS[kind].startswith("Tensor"))
 
 
 def head_axis(layout: str) -> int:

@@ -1,8 +1,9 @@
-"""Padding: a masked token adds nothing to a state and lets nothing of it decay, wherever the token is.
+"""Padding: a masked token adds nothing to a state and does not decay it, wherever the token is.
 
-q, k and v of the token become 0 and its log_decay 0, so a masked call always has a log_decay for each token. A decay
-for each head would give the same numbers where all padding is at the start of the first call, but whether that is so
-is known to the values of the mask alone: reading them stops a GPU, and breaks the graph of torch.compile.
+q, k, v and log_decay of the token become 0, so a masked call always has one log_decay per token.
+One decay per head would give the same numbers if all padding were at the start of the first call.
+Only the values of the mask can tell, and reading them stops a GPU and breaks the graph of
+torch.compile.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ def masked_tokens(name: str, mask: Tensor, x: Tensor) -> Tensor:
 def hide(
     mask: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k [B, N, H, K], v [B, N, H, V] and a decay [], [H] or [B, N, H], where the mask [B, N] is False at padding.
+    """The inputs with zeros at padding; log_decay becomes [B, N, H].
 
-    Values are selected, not multiplied, so that NaN at padding does no harm.
+    Values are selected, not multiplied, so that NaN at padding has no effect.
+
+    Args:
+        mask: bool [B, N], False at padding.
+        q, k: [B, N, H, K].
+        v: [B, N, H, V].
+        log_decay: [], [H] or [B, N, H]. None: no decay.
     """
     q, k, v = (torch.where(mask[..., None, None], x, 0) for x in (q, k, v))
     if log_decay is None:

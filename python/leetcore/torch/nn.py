@@ -1,16 +1,17 @@
-"""Layers of causal linear attention: sequences in parallel, generation from a state, the same numbers either way.
+"""Layers of causal linear attention, for whole sequences and for generation from a state.
 
 Every layer maps [B, N, embed_dim] to the same shape:
 
     y = layer(x)                        # a whole sequence, as in training
     state = layer.new_state(B)          # generation:
-    y = layer(prompt, state)            # in one piece or in several; the state moves on
-    y = layer.step(x, state)            # [B, embed_dim], one token more; for inference, updates the state in place
+    y = layer(prompt, state)            # in one piece or in several; updates the state
+    y = layer.step(x, state)            # one more token, [B, embed_dim]; inference only
 
-    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in between
+    y = layer(x, mask=mask)             # mask [B, N] is False at padding, on either side or in
+    between
 
-state_dict() holds parameters only. Decays that are no parameters are made from the numbers the layer was built with,
-and stay float32 whatever .to(dtype) does to the rest.
+Both ways give the same numbers. state_dict() holds parameters only. Constant decays are computed
+from the arguments of the constructor, and stay float32 when .to(dtype) converts the parameters.
 """
 
 from __future__ import annotations
@@ -34,21 +35,23 @@ __all__ = ["GatedLinearAttention", "Lightning", "LinearAttention", "Retention", 
 
 @dataclass
 class State:
-    """What a layer keeps of the tokens it has seen.
+    """The state of a layer after the tokens it has processed.
 
-    memory: [B, H, K, V] ([S, H, K, V] with cu_seqlens), float32, or float64 in a float64 layer.
-    position: [], int64: how many tokens those are; [B] where a mask made their numbers differ.
+    Attributes:
+        memory: [B, H, K, V], or [S, H, K, V] with cu_seqlens; float32, or float64 in a float64
+            layer.
+        position: number of tokens processed, int64: [], or [B] if a mask made the numbers differ.
     """
 
     memory: Tensor
     position: Tensor
 
     def select(self, indices: Tensor) -> State:
-        """The state of some sequences, such as the beams that live on; a copy."""
+        """A copy of the state of some sequences, such as the beams that a search keeps."""
         return State(self.memory[indices], self.position[indices] if self.position.ndim else self.position)
 
     def detach(self) -> State:
-        """Without the history of gradients, for training on pieces of a long text."""
+        """The state detached from the autograd graph, for training on pieces of a long text."""
         return State(self.memory.detach(), self.position)
 
 
@@ -56,7 +59,7 @@ torch.serialization.add_safe_globals([State])  # lets torch.load read a saved St
 
 
 class ConstantDecay(nn.Module):
-    """A module with a decay that is no parameter: it stays float32, and follows the module's inputs to their device."""
+    """A module with a constant decay, which stays float32 and follows the inputs' device."""
 
     log_decay: Tensor | None
     _exact: Tensor | None
@@ -71,8 +74,8 @@ class ConstantDecay(nn.Module):
             self.log_decay = self._exact.to(device, copy=True)
 
     def _decay_on(self, device: torch.device) -> Tensor | None:
-        """The decay on the device of an input: parameters may have left "meta", or their first device, without it."""
-        if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the decay is where it is
+        """The decay on the device of an input. Parameters may have moved there without it."""
+        if isinstance(device, fx.Proxy):  # torch.fx traces the layer: the device is unknown
             return self.log_decay
         if self.log_decay is not None and self.log_decay.device != device:
             self._move_decay(device)
@@ -86,7 +89,10 @@ class ConstantDecay(nn.Module):
 
 
 class _Layer(ConstantDecay):
-    """What the layers share: the operator between `project`, x to q, k, v and a decay, and `finish`, o to y."""
+    """Base of the layers.
+
+    `project` makes q, k, v and a decay of x; `finish` makes y of the operator's o.
+    """
 
     def __init__(
         self, num_heads: int, key_dim: int, value_dim: int, scale: float, log_decay: npt.ArrayLike | None
@@ -98,12 +104,15 @@ class _Layer(ConstantDecay):
     def project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k [B, N, H, K], v [B, N, H, V] and log_decay of x [B, N, embed_dim].
 
-        position: [N] or [B, N], int64, the place of each token in its sequence. None: 0, 1, 2, ...
+        Args:
+            x: [B, N, embed_dim].
+            position: [N] or [B, N], int64, the index of each token in its sequence. None: 0, 1, 2,
+                ...
         """
         raise NotImplementedError
 
     def _positions(self, x: Tensor, state: State | None, shown: Tensor | None) -> Tensor | None:
-        """The places of the tokens x [B, N, embed_dim] after those of `state`, where only shown tokens [B, N] count."""
+        """The indices of the tokens x in their sequences. Masked tokens are not counted."""
         if state is None and shown is None:
             return None
         own = torch.arange(x.shape[1], device=x.device) if shown is None else (shown.cumsum(1) - 1).clamp(min=0)
@@ -122,14 +131,23 @@ class _Layer(ConstantDecay):
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """y of x, both [B, N, embed_dim], after the tokens of `state`, which then holds these too.
+        """Applies the layer to a sequence, or to its continuation if a state is given.
 
         Args:
-            x: the tokens; differentiable, and so is the new state's memory.
-            state: of `new_state`, or as an earlier call left it. None: x is all there is.
-            cu_seqlens: int32 or int64 [S + 1], the bounds of S sequences packed along N; B is 1.
-            mask: bool or integers [B, N], False or 0 at padding, anywhere. Padding leaves no trace: y of the other
-                tokens, the state and gradients are those of these tokens alone, and y of padding is 0.
+            x: [B, N, embed_dim], the tokens.
+            state: the state after the tokens before x, from `new_state` or from an earlier call.
+                The call updates it; its memory is differentiable. None: x begins the sequence.
+            cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along N, from 0
+                to N; B is 1.
+            mask: [B, N], bool or integers: False or 0 at padding, which may be anywhere. y of the
+                other tokens, the state and gradients are the same as without padding; y of padding
+                is 0.
+
+        Returns:
+            y [B, N, embed_dim].
+
+        Raises:
+            ValueError, TypeError: an argument breaks the rules above.
         """
         if isinstance(state, fx.Proxy):
             state = _require_none("state", state)
@@ -161,7 +179,18 @@ class _Layer(ConstantDecay):
         return self.finish(o, x)
 
     def step(self, x: Tensor, state: State) -> Tensor:
-        """y of one token more, both [B, embed_dim]. The state is updated in place; there are no gradients."""
+        """Applies the layer to one more token and updates the state in place; inference only.
+
+        Args:
+            x: [B, embed_dim], the token.
+            state: the state after the tokens before x.
+
+        Returns:
+            y [B, embed_dim].
+
+        Raises:
+            NotImplementedError: a gradient is required.
+        """
         x = x[:, None]
         q, k, v, log_decay = self.project(x, state.position[..., None])
         if log_decay is not None and log_decay.ndim == 3:
@@ -171,7 +200,7 @@ class _Layer(ConstantDecay):
         return self.finish(o[:, None], x)[:, 0]
 
     def new_state(self, batch_size: int) -> State:
-        """The state before the first token, for `batch_size` sequences, where the parameters are."""
+        """The state before the first token of `batch_size` sequences, on the parameters' device."""
         like = next(self.parameters())
         exact = torch.float64 if like.dtype is torch.float64 else torch.float32
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
@@ -185,17 +214,20 @@ class _Layer(ConstantDecay):
 
 
 class LinearAttention(_Layer):
-    """Linear attention as MiniMax-Text-01 has it (arXiv:2501.08313): y = W_o (sigmoid(W_g x) * norm(o)), with o of
-    q, k, v = silu(W_qkv x).
+    """Linear attention as in MiniMax-Text-01 (arXiv:2501.08313).
 
-    Parameters have the names and shapes of transformers' MiniMaxLightningAttention, so its weights load.
+    q, k, v = silu(W_qkv x) and y = W_o (sigmoid(W_g x) * norm(o)). Parameters have the names and
+    shapes of transformers' MiniMaxLightningAttention, so its weights load.
 
     Args:
-        embed_dim: of x and y.
-        num_heads: heads.
-        head_dim: of q, k and v; embed_dim / num_heads unless given.
-        log_decay: a number or [num_heads], see `leetcore.decay`; None: no decay.
-        eps: of the norm, over all heads together.
+        embed_dim: size of x and y.
+        num_heads: number of heads.
+        head_dim: size of q, k and v per head. None: embed_dim / num_heads.
+        log_decay: a number or [num_heads], <= 0; see `leetcore.decay`. None: no decay.
+        eps: epsilon of the norm, which is over all heads together.
+
+    Raises:
+        ValueError: embed_dim is no multiple of num_heads, or log_decay breaks the rule above.
     """
 
     def __init__(
@@ -225,10 +257,15 @@ class LinearAttention(_Layer):
 
 
 class Lightning(LinearAttention):
-    """`LinearAttention` with the decay of one layer of MiniMax-Text-01.
+    """`LinearAttention` with the decay of one layer of MiniMax-Text-01 (arXiv:2501.08313).
 
     Args:
-        layer, num_layers: which layer of how many; the decay depends on both. See `leetcore.decay.minimax`.
+        embed_dim: size of x and y.
+        num_heads: number of heads.
+        head_dim: size of q, k and v per head. None: embed_dim / num_heads.
+        layer: index of the layer, from 0. The decay depends on it; see `leetcore.decay.minimax`.
+        num_layers: number of layers of the model.
+        eps: epsilon of the norm, which is over all heads together.
     """
 
     def __init__(
@@ -246,20 +283,25 @@ class Lightning(LinearAttention):
 
 
 class Retention(_Layer):
-    """Multi-scale retention of RetNet (arXiv:2307.08621), y = W_o (silu(W_g x) * norm_each_head(o)), q and k rotated.
+    """Multi-scale retention of RetNet (arXiv:2307.08621).
+
+    y = W_o (silu(W_g x) * norm_each_head(o)), where q and k are rotated. Parameters have the names
+    and shapes of torchscale's MultiScaleRetention, so its weights load.
 
     Args:
-        embed_dim: of x and y.
-        num_heads: heads of the model; head h forgets by 1 - 2^(-5 - h) a token.
-        key_dim: of a head's q and k, even; embed_dim / num_heads unless given.
-        value_dim: of a head's v; twice key_dim unless given.
-        rotation: whose angles. Pair i of K / 2 turns by 10000^-x a token, with x = i / (K / 2 - 1) in "torchscale",
-            whose RetNet has these names of parameters, and x = i / (K / 2) in "rope".
-        heads: the heads that this layer computes, such as range(4, 8), in one process of a tensor-parallel model.
-            Their outputs y add up to y of the model. None: all.
-        eps: of the norm.
+        embed_dim: size of x and y.
+        num_heads: number of heads of the model. Head h decays by 1 - 2^(-5 - h) per token.
+        key_dim: size of q and k per head, even. None: embed_dim / num_heads.
+        value_dim: size of v per head. None: 2 * key_dim.
+        rotation: the angles of the rotation. Pair i of K / 2 turns by 10000^-x per token, with
+            x = i / (K / 2 - 1) for "torchscale" and x = i / (K / 2) for "rope".
+        heads: the heads that this layer computes, such as range(4, 8), in one process of a
+            tensor-parallel model. The sum of y over the processes is y of the model. None: all
+            heads.
+        eps: epsilon of the norm.
 
-    Parameters have the names and shapes of torchscale's MultiScaleRetention, so its weights load.
+    Raises:
+        ValueError: an argument breaks the rules above.
     """
 
     def __init__(
@@ -305,7 +347,7 @@ class Retention(_Layer):
         return y
 
     def _angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [.., N, 1, key_dim / 2] of the angles at a position, in float64 as positions may be large."""
+        """cos and sin [.., N, 1, key_dim / 2] of the angles, exact for large positions."""
         pairs = self.key_dim // 2
         steps = max(pairs - 1, 1) if self.rotation == "torchscale" else pairs
         exponents = torch.arange(pairs, dtype=torch.float64, device=position.device) / steps
@@ -314,15 +356,21 @@ class Retention(_Layer):
 
 
 class GatedLinearAttention(_Layer):
-    """Linear attention with a decay for each head and token, which depends on the token: gated linear attention
-    (arXiv:2312.06635) with a scalar gate, as in gated retention; y = W_o (silu(W_g x) * norm_each_head(o)).
+    """Gated linear attention (arXiv:2312.06635) with a scalar gate, as in gated retention.
+
+    y = W_o (silu(W_g x) * norm_each_head(o)). The decay of a head depends on the token.
 
     Args:
-        embed_dim: of x and y.
-        num_heads: heads.
-        key_dim, value_dim: of a head; embed_dim / num_heads / 2 and embed_dim / num_heads unless given.
-        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature; the larger, the longer the memory.
-        eps: of the norm.
+        embed_dim: size of x and y.
+        num_heads: number of heads.
+        key_dim: size of q and k per head. None: embed_dim / num_heads / 2.
+        value_dim: size of v per head. None: embed_dim / num_heads.
+        temperature: log_decay is log(sigmoid(W_a x + b)) / temperature. A larger temperature gives
+            a longer memory.
+        eps: epsilon of the norm.
+
+    Raises:
+        ValueError: embed_dim is no multiple of the number of heads, where a size is None.
     """
 
     def __init__(
@@ -359,7 +407,7 @@ class GatedLinearAttention(_Layer):
 
 
 def _require_none(name: str, value: fx.Proxy) -> None:
-    """Makes a traced graph require None for an argument whose value torch.fx does not know."""
+    """Makes a traced graph check that an argument, whose value torch.fx does not know, is None."""
     is_none = value.tracer.create_proxy("call_function", operator.is_, (value, None), {})
     torch._assert(is_none, f"{name}: expected None, as torch.fx traced the layer without it")
 
@@ -373,7 +421,7 @@ def _share(embed_dim: int, heads: int) -> int:
 
 
 def _constant(log_decay: npt.ArrayLike, heads: int) -> npt.NDArray[np.float32]:
-    """A decay that the caller gives a layer, as float32."""
+    """The caller's log_decay, checked, as float32."""
     if isinstance(log_decay, Tensor):
         if log_decay.requires_grad:
             raise ValueError(
@@ -387,12 +435,12 @@ def _constant(log_decay: npt.ArrayLike, heads: int) -> npt.NDArray[np.float32]:
     values = np.array(log_decay, np.float32)
     if values.shape not in ((), (heads,)):
         raise ValueError(f"log_decay: expected a number or shape [{heads}], got {list(values.shape)}")
-    if not (values <= 0).all():  # a GPU's are not checked in calls
+    if not (values <= 0).all():  # calls do not check values on a GPU
         raise ValueError(f"log_decay: expected values <= 0, got {values.max():g}")
     return values
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of neighbours turned by an angle each."""
+    """Pairs of neighbouring elements, each rotated by an angle."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

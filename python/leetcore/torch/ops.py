@@ -1,8 +1,9 @@
-"""The operators `torch.ops.leetcore.*`: the functions that call them, their kernels, and their definition.
+"""The operators `torch.ops.leetcore.*`: functions that call them, kernels, and definition.
 
-`linear_attention` is functional and differentiable, `linear_attention_backward` computes its gradients,
-`decode_step` updates a state in place. Each kernel calls the library once. `inputs.py` lists their
-arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap and flop.
+`linear_attention` is functional and differentiable, `linear_attention_backward` computes its
+gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
+lists their arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap
+and flop.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def linear_attention(
 ) -> Any:
     """Causal linear attention with exponential decay, as an operator of torch.
 
-    The operator is `leetcore.linear_attention` with gradients. torch.compile treats it as opaque and
-    keeps the graph whole. Gradients flow from o and from final_state to q, k, v, initial_state and
-    log_decay in any of its shapes. Gradients do not depend on the method. Second derivatives are not
-    available.
+    The operator is `leetcore.linear_attention` with gradients. torch.compile treats it as opaque
+    and keeps the graph whole. Gradients flow from o and from final_state to q, k, v, initial_state
+    and log_decay in any of its shapes. Gradients do not depend on the method. Second derivatives
+    are not available.
 
     Under autocast, q, k and v are cast to autocast's dtype, log_decay and initial_state to float32.
     torch.vmap adds its dimension to the batch.
@@ -50,14 +51,14 @@ def linear_attention(
         q: [B, Hq, N, K]. float64, float32, float16 or bfloat16, the same for q, k and v.
         k: [B, Hk, N, K].
         v: [B, Hv, N, V].
-        log_decay: natural log of the decay, <= 0: a number, [], [Hs], [B, Hs] or [B, Hs, N]; float32
-            (float64 too with float64 inputs). None: no decay.
+        log_decay: natural log of the decay, <= 0: a number, [], [Hs], [B, Hs] or [B, Hs, N];
+            float32 (float64 too with float64 inputs). None: no decay.
         scale: a number that multiplies the output.
-        initial_state: [B, Hs, K, V], or [S, Hs, K, V] with cu_seqlens; float32 (float64 with float64
-            inputs). None: zeros.
+        initial_state: [B, Hs, K, V], or [S, Hs, K, V] with cu_seqlens; float32 (float64 with
+            float64 inputs). None: zeros.
         return_state: whether to also return the state after the last token.
-        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along the token axis,
-            from 0 to N; B is 1.
+        cu_seqlens: [S + 1], int32 or int64: start offsets of S sequences packed along the token
+            axis, from 0 to N; B is 1.
         layout: "bhnd", or "bnhd" for [B, N, H, D] (and log_decay [B, N, Hs]).
         method: "auto" or a name of `leetcore.methods()`.
         precision: "ieee" (default) or "tf32", which lets GPUs round float32 products.
@@ -67,8 +68,8 @@ def linear_attention(
 
     Raises:
         ValueError, TypeError: an argument breaks the rules above.
-        NotImplementedError: no method, or not the named one, serves the problem. The backward pass raises
-            it for float64 on a GPU, and for K or V above 256 there.
+        NotImplementedError: no method, or not the named one, serves the problem. The backward pass
+            raises it for float64 on a GPU, and for K or V above 256 there.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
     if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
@@ -87,6 +88,7 @@ def linear_attention(
             method=method,
             precision=precision,
         )
+    # In the order of ForwardInputs: names would cost 1 us per call.
     o, final_state = _FORWARD(
         q,
         k,
@@ -94,11 +96,11 @@ def linear_attention(
         _decay(log_decay, q, k, v, 2 if is_bnhd(layout) else 1),
         initial_state,
         cu_seqlens,
-        scale=_number(scale),
-        return_state=return_state,
-        layout=layout,
-        method=method_name(method),
-        tf32=allows_tf32(precision),
+        _number(scale),
+        return_state,
+        layout,
+        method_name(method),
+        allows_tf32(precision),
     )
     return (o, final_state) if return_state else o
 
@@ -119,24 +121,24 @@ def decode_step(
     `linear_attention` with initial_state where a gradient is needed.
 
     Args:
-        q: [B, Hq, K], or [B, Hq, T, K] for T <= 64 tokens. float64, float32, float16 or bfloat16, the same
-            for q, k and v.
+        q: [B, Hq, K], or [B, Hq, T, K] for T <= 64 tokens. float64, float32, float16 or bfloat16,
+            the same for q, k and v.
         k: [B, Hk, K] or [B, Hk, T, K].
         v: [B, Hv, V] or [B, Hv, T, V].
         state: [slots, Hs, K, V], read and updated in place; float32 (float64 with float64 inputs),
             or float16 or bfloat16, which are rounded once per call.
         log_decay: a number, [], [Hs], [B, Hs] or [B, Hs, T], as in `linear_attention`.
         scale: a number that multiplies the output.
-        state_indices: [B], int32 or int64, the slot of each sequence, all different; -1 skips a sequence,
-            whose output is 0. None: sequence b uses slot b.
+        state_indices: [B], int32 or int64, the slot of each sequence, all different; -1 skips a
+            sequence, whose output is 0. None: sequence b uses slot b.
 
     Returns:
         o, [B, H, V] or [B, H, T, V], of q's dtype.
 
     Raises:
         ValueError, TypeError: an argument breaks the rules above.
-        NotImplementedError: an argument requires a gradient while gradients are enabled, or the call is
-            inside of torch.vmap.
+        NotImplementedError: an argument requires a gradient while gradients are enabled, or the
+            call is inside of torch.vmap.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
     if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
@@ -144,12 +146,15 @@ def decode_step(
         return handle_torch_function(
             decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
         )
-    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, scale=_number(scale))
+    o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
 
 
 def _stand_in(**tensors: Any) -> bool:
-    """Whether an argument stands in for a tensor, as torch.fx's proxies do. Raises TypeError for other objects."""
+    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
+
+    Raises TypeError for an object that is neither a tensor nor such a stand-in.
+    """
     found = False
     for name, value in tensors.items():
         if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
@@ -165,7 +170,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(scale: Any) -> Any:
-    """The scale as a float, or torch.compile's symbolic number. A tensor is refused: it would lose its gradient."""
+    """The scale as a float, or torch.compile's symbolic number.
+
+    A tensor is refused, because it would lose its gradient.
+    """
     if isinstance(scale, (float, torch.SymFloat, torch.SymInt)):
         return scale
     if isinstance(scale, Tensor):
@@ -193,7 +201,19 @@ def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) 
 
 
 def _forward(args: ForwardInputs) -> tuple[Tensor, Tensor]:
-    result = api.linear_attention(**_arguments(args))
+    result = api.linear_attention(
+        args.q,
+        args.k,
+        args.v,
+        args.log_decay,
+        initial_state=args.initial_state,
+        cu_seqlens=args.cu_seqlens,
+        scale=args.scale,
+        return_state=args.return_state,
+        layout=args.layout,
+        method=args.method,
+        precision="tf32" if args.tf32 else None,
+    )
     return result if args.return_state else (result, rules.absent(args.v))
 
 
@@ -204,20 +224,28 @@ def _backward(args: BackwardInputs) -> tuple[Tensor, ...]:
             "(x.float()), or tensors on the CPU (x.cpu())"
         )
     wants = [name for name, wanted in zip(api.Gradients._fields, args.wants, strict=True) if wanted]
-    gradients = api.linear_attention_backward(**_arguments(args) | {"wants": wants})
+    gradients = api.linear_attention_backward(
+        args.q,
+        args.k,
+        args.v,
+        args.log_decay,
+        d_o=args.d_o,
+        d_final_state=args.d_final_state,
+        initial_state=args.initial_state,
+        cu_seqlens=args.cu_seqlens,
+        scale=args.scale,
+        layout=args.layout,
+        precision="tf32" if args.tf32 else None,
+        wants=wants,
+    )
     return tuple(rules.absent(args.v) if d is None else d for d in gradients)
 
 
 def _decode(args: DecodeInputs) -> Tensor:
-    o: Tensor = api.decode_step(**args._asdict())
+    o: Tensor = api.decode_step(
+        args.q, args.k, args.v, args.state, args.log_decay, scale=args.scale, state_indices=args.state_indices
+    )
     return o
-
-
-def _arguments(args: ForwardInputs | BackwardInputs) -> dict[str, Any]:
-    """The inputs of an operator as arguments of `leetcore.linear_attention` or of its backward."""
-    arguments = args._asdict()
-    arguments["precision"] = "tf32" if arguments.pop("tf32") else None
-    return arguments
 
 
 # ---- the definition of the operators
@@ -288,10 +316,11 @@ def _define() -> torch.library.Library:
 
 def _with_tuple(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
     """A function of single inputs, as torch calls it, from a function of their NamedTuple."""
-    return lambda *single, **named: function(inputs(*single, **named))
+    return lambda *single: function(inputs(*single))
 
 
-# A second import in the same process uses the operators of the first, which live as long as their library.
+# A second import in the same process uses the operators of the first, which live as long as their
+# library.
 _namespace: Any = torch.ops.leetcore
 if not hasattr(_namespace, "library"):
     _namespace.library, _namespace.version = _define(), _core.version

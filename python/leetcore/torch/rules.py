@@ -24,6 +24,7 @@ def absent(like: Tensor) -> Tensor:
 
 
 def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Empty results of linear_attention."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens)
     heads = head_axis(args.layout)
@@ -39,6 +40,7 @@ def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
+    """Empty results of linear_attention_backward."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens, args.d_o, args.d_final_state)
     inputs = api.Gradients(q, k, v, args.log_decay, args.initial_state)
@@ -49,6 +51,7 @@ def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
 
 
 def decode_shapes(args: DecodeInputs) -> Tensor:
+    """An empty result of decode_step."""
     q, k, v = args.q, args.k, args.v
     _require_one_device(q, args.log_decay, k, v, args.state, args.state_indices)
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
@@ -57,8 +60,8 @@ def decode_shapes(args: DecodeInputs) -> Tensor:
 def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
     """Refuses tensors on several devices.
 
-    One tensor on the device "meta" is enough for torch to call the functions above, whose results would be
-    uninitialised memory.
+    One tensor on the device "meta" is enough for torch to call the functions above, whose results
+    would be uninitialised memory.
     """
     if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
         log_decay = None  # a number, which may be used with any device
@@ -67,15 +70,15 @@ def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | N
             raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
 
 
-# ---- autocast: q, k and v in its dtype, decays and states in float32
+# ---- autocast: q, k and v in its dtype, decays and initial states in float32
 
 
 def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
     """The autocast kernel of an operator on a type of device."""
 
     def cast(name: str, x: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
+        if not isinstance(x, Tensor) or not x.is_floating_point() or name == "state":
+            return x  # a state is updated in place: the update of a copy would be lost
         return x.to(dtype if name in ("q", "k", "v") else torch.float32)
 
     def kernel(*arguments: Any) -> Any:
@@ -93,6 +96,7 @@ def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
 
 
 def vmap_forward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """linear_attention of a batch of calls, as torch.library.register_vmap expects it."""
     size = info.batch_size
     args = _fold_all(ForwardInputs(*inputs), _dims(ForwardInputs, in_dims), size)
     o, final_state = _operators.linear_attention.default(*args)
@@ -103,6 +107,7 @@ def vmap_forward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 
 def vmap_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """linear_attention_backward of a batch of calls."""
     size, args, dims = info.batch_size, BackwardInputs(*inputs), _dims(BackwardInputs, in_dims)
     folded = _fold_all(args, dims, size)._replace(
         d_o=_fold(args.d_o, dims.d_o, size),
@@ -119,6 +124,7 @@ def vmap_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 
 def vmap_decode(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """Refuses a batch of calls of decode_step."""
     raise NotImplementedError("decode_step: expected no torch.vmap, as it updates a state in place; use its batch")
 
 
@@ -161,19 +167,22 @@ def _fold_decay(g: Any, dim: Any, size: int, B: int, Hs: int) -> Any:
     return g.flatten(0, 1)
 
 
-# ---- flop: as if every method worked in chunks of 64 tokens (cpp/kernels/chunk), so that a count depends on shapes
-# ---- only. torch passes shapes in place of tensors.
+# ---- flop, counted for chunks of 64 tokens (cpp/kernels/chunk) with any method, so that a count
+# ---- depends on shapes only. torch passes shapes in place of tensors.
 
 
 def forward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of linear_attention."""
     return _flop(ForwardInputs(*inputs, **named), 1, 1, 4)
 
 
 def backward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of linear_attention_backward."""
     return _flop(BackwardInputs(*inputs, **named), 3, 2, 10)
 
 
 def decode_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
+    """The flop count of decode_step."""
     args: Any = DecodeInputs(*inputs, **named)
     q, k, v = args.q, args.k, args.v
     T = q[2] if len(q) == 4 else 1

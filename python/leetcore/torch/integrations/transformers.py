@@ -1,8 +1,9 @@
 """MiniMax models of transformers with leetcore as their linear attention: `patch(model)`.
 
-The layer of transformers computes blocks of 256 tokens in the model's dtype, and walks token by token when it continues
-from a cache. The patched one calls the operator once in either case, and keeps states in float32 and decays exact.
-Padding leaves no trace in a state, wherever it is. Weights, configuration and cache stay as they are.
+The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a
+time when it continues from a cache. The patched layer calls the operator once in both cases. It
+keeps states in float32 and decays exact. Padding does not change a state. Weights, configuration
+and cache stay as they are.
 """
 
 from __future__ import annotations
@@ -29,27 +30,30 @@ except ImportError as error:
         + transformers.__version__
     ) from error
 
-_MOST_DECODED = 64  # tokens that decode_step takes
-_KEPT = "forward", "_old_forward"  # where hooks of accelerate keep, in the layer, the forward that they wrap
+_MOST_DECODED = 64  # the most tokens that decode_step takes
+# Attributes in which hooks of accelerate keep the layer's own forward.
+_KEPT = "forward", "_old_forward"
 _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx num_attention_heads num_hidden_layers"
 
 
 def patch(model: nn.Module) -> int:
-    """Lets every linear attention layer of a MiniMax model compute with leetcore, in place; `unpatch` undoes it.
+    """Makes every linear attention layer of a MiniMax model compute with leetcore, in place.
 
-    Prefill, continuation of a cache by any number of tokens, beam search and training work as before. Padding does not
-    decay a state. A cached state is float32, and updated in place by up to 64 tokens without gradients. Layers that are
-    patched already stay as they are.
+    Prefill, continuation of a cache by any number of tokens, beam search and training work as
+    before. Padding does not decay a state. A cached state is float32; a call of up to 64 tokens
+    without gradients updates it in place. Layers that are already patched stay as they are.
+    `unpatch` undoes the change.
 
     Args:
         model: MiniMaxForCausalLM or any module that contains MiniMaxLightningAttention.
 
     Returns:
-        How many layers compute with leetcore now.
+        The number of layers that compute with leetcore now.
 
     Raises:
-        ValueError: there is no such layer.
-        NotImplementedError: the layer of this version of transformers is not the one known here; what differs is named.
+        ValueError: the model has no such layer.
+        NotImplementedError: the layer of this version of transformers is not the one that leetcore
+            knows; the text names the difference.
     """
     layers: list[Any] = [layer for layer in model.modules() if type(layer) is MiniMaxLightningAttention]
     patched = sum(type(layer) is LightningAttention for layer in model.modules())
@@ -69,7 +73,11 @@ def patch(model: nn.Module) -> int:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives patched layers their own computation back; returns how many there were. States in caches stay float32."""
+    """Restores the computation of transformers in patched layers. States in caches stay float32.
+
+    Returns:
+        The number of layers that were patched.
+    """
     layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
     for layer in layers:
         _become(layer, MiniMaxLightningAttention)
@@ -78,7 +86,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
-    """MiniMaxLightningAttention by leetcore; `patch` makes it of existing layers."""
+    """MiniMaxLightningAttention computed by leetcore. `patch` turns existing layers into it."""
 
     def forward(
         self,
@@ -90,7 +98,10 @@ class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
         past_key_value: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output [B, N, C] and its state [B, H, D, D], which is also put into the cache."""
+        """The layer's output [B, N, C] and its state [B, H, D, D].
+
+        The state also replaces the one in the cache.
+        """
         for older in (past_key_values, past_key_value):
             cache = older if cache is None else cache
         N = hidden_states.shape[1]
@@ -128,7 +139,7 @@ def _is_forward_of(call: Any, kind: Any) -> bool:
 
 
 def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of transformers, 0 at padding in any dtype and maybe with earlier tokens, as bool [B, N]."""
+    """The mask of transformers, of any dtype and maybe with earlier tokens, as bool [B, N]."""
     if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
         raise ValueError(
             f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
@@ -138,7 +149,7 @@ def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
-    """The decays that versions of transformers are known to give the layer."""
+    """The decays that known versions of transformers give the layer."""
     heads, index, layers = layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers
     undivided = decay.minimax(heads, 0, 1) / (1 + 1e-5)
     return [
@@ -149,10 +160,10 @@ def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
 
 
 def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32]) -> float:
-    """How far slopes are from a decay; up to 1 where rounding may explain it.
+    """The distance between slopes and a decay, at most 1 if rounding may explain it.
 
-    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of a last layer multiples of 2^-24.
-    A slope may have been rounded twice.
+    bfloat16 changes a number by up to 2^-8 of it. float16 makes the smallest slopes of the last
+    layer multiples of 2^-24. A slope may have been rounded twice.
     """
     if slopes.shape != log_decay.shape:
         return float("inf")
@@ -160,7 +171,7 @@ def _distance(log_decay: npt.NDArray[np.float32], slopes: npt.NDArray[np.float32
 
 
 def _slopes(layer: Any) -> npt.NDArray[np.float32] | None:
-    """What the layer decays by; None where it is on the device "meta"."""
+    """The layer's slopes. None if they are on the device "meta"."""
     if layer.slope_rate.is_meta:
         return None
     slopes: npt.NDArray[np.float32] = layer.slope_rate.detach().flatten().float().cpu().numpy()
@@ -168,13 +179,13 @@ def _slopes(layer: Any) -> npt.NDArray[np.float32] | None:
 
 
 def _log_decay(layer: Any) -> npt.NDArray[np.float32]:
-    """The decay that is closest to the layer's slopes, without their rounding."""
+    """The known decay that is closest to the layer's rounded slopes."""
     slopes, known = _slopes(layer), _log_decays(layer)
     return known[0] if slopes is None else min(known, key=lambda log_decay: _distance(log_decay, slopes))
 
 
 def _differences(layer: Any) -> list[str]:
-    """What the patch relies on and the installed transformers does not have."""
+    """The things that the patch needs and the installed transformers lacks, one sentence each."""
     found = [f"it has no {name}" for name in _ATTRIBUTES.split() if not hasattr(layer, name)]
     found += [
         f"MiniMaxCache has no {name}"

@@ -1,5 +1,5 @@
-// decay_walks.cu - walks for dq and dk that also give what d log_decay is made of: see gradient_walks.h.
-#include "gradient_walks.h"
+// decay_gradients.cu - walks for dq and dk that also write the products for d log_decay.
+#include "launch.h"
 
 namespace lc::cuda {
 
@@ -7,7 +7,7 @@ using Launcher = GradientLauncher<Aim::decays>;
 
 const char* decays_refuse(const Problem& p) { return Launcher{p}.refuses(); }
 
-void walk_decays(const Problem& p, int passes, const GradientWalks& walks) { Launcher{p}.run(passes, walks); }
+void walk_decays(const Problem& p, int concurrent, const GradientWalks& walks) { Launcher{p}.run(concurrent, walks); }
 
 int decay_slices(const Problem& p) { return Launcher{p}.slices(p.K, /*wide=*/false).count; }
 

@@ -1,6 +1,6 @@
-// chunks.cu - forward walks: see walks.h.
-#include "cost.h"
-#include "walks.h"
+// forward.cu - launches walks for outputs, and predicts what they cost.
+#include "../cost.h"
+#include "launch.h"
 
 namespace lc::cuda {
 namespace {
@@ -47,8 +47,10 @@ const char* walk_refuses(const Problem& p) {
 }
 
 void walk(const Problem& p, const Walk& w) {
-  // Where blocks of one state would write what others still read, its q heads come one after the other.
-  const int times = w.alone ? 1 : heads_per_block(p), parts = w.alone || times > 1 ? 1 : int(group(p));
+  // If a block would write a state that other blocks still read, the q heads of a state run one
+  // after another.
+  const int times = w.states_only ? 1 : heads_per_block(p);
+  const int parts = w.states_only || times > 1 ? 1 : int(group(p));
   const int64_t heads = heads_of(p, w);
   const bool wide = is_wide(p, heads);
   const Slices slices = slices_of(p, heads);
@@ -56,8 +58,8 @@ void walk(const Problem& p, const Walk& w) {
     using Kernel = decltype(kernel);
     const int depth = stages<Kernel>(limits(p.device.id));
     for (int i = 0; i < times; ++i) {
-      const Pass pass = pass_of(p, w, slices, parts, i, i + 1 == times);
-      start<Kernel>(p, dim3(pass.blocks), threads(slices, wide), Kernel::shared_bytes(depth), {{pass}, depth});
+      const Task task = task_of(p, w, slices, parts, i, i + 1 == times);
+      start<Kernel>(p, dim3(task.blocks), threads(slices, wide), Kernel::Shape::shared_bytes(depth), {{task}, depth});
     }
   });
 }
