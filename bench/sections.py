@@ -3,7 +3,6 @@ set."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import lab
 import leetcore
 import torch
 from lab import DTYPES, DecodeProblem, Problem, Session, TrainingProblem
+from leetcore.bench import results as of
 from leetcore.bench.machine import extra_memory
 from leetcore.bench.problems import Shape
 from leetcore.bench.session import Row
@@ -120,6 +120,6 @@ def isa(session: Session) -> None:
             if done.returncode:
                 session.facts.setdefault("failed", {})[f"isa {name}"] = done.stderr.strip().splitlines()[-1]
                 continue
-            child = json.loads(path.read_text())
+            child = of.read(path)
         assert child["isa"] == name, "the child measured another instruction set"
         session.imported += [row | {"section": f"isa {name}"} for row in child["rows"]]
