@@ -137,8 +137,8 @@ ctest: build/ctest/build.ninja
 	cmake --build build/ctest -j $(JOBS)
 	$(call ctest,ctest) -LE 'slow|cuda'
 
-# The C and C++ tests with the address and undefined-behaviour sanitizers. The library has the generic
-# instruction set and the best one of this machine.
+# The C and C++ tests with the address and undefined-behaviour sanitizers. The library has the
+# generic instruction set and the best one of this machine.
 without_isa := $(if $(shell grep -m 1 -o avx512vl /proc/cpuinfo 2>/dev/null),avx2,avx512)
 sanitize: build/sanitize/build.ninja
 	cmake --build build/sanitize -j $(JOBS)

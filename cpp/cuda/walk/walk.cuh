@@ -152,8 +152,8 @@ struct ChunkWalk {
     }
   }
 
-  // Computes half of 16 rows of A, from (i0, j0) on. The tiles are derived from the stage again, since
-  // keeping their addresses from strip to strip takes registers.
+  // Computes half of 16 rows of A, from (i0, j0) on. The tiles are derived from the stage again,
+  // since keeping their addresses from strip to strip takes registers.
   static SIMT_DEV void score(const Block& b, sptr<E> stage, const ChunkDecay& decay, int i0, int j0, sptr<float> sums) {
     using Own = typename Shape::Own;
     const Tiles chunk = Block::tiles(stage);
