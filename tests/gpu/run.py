@@ -1,9 +1,10 @@
-"""`make gpu`: builds leetcore on a machine with an NVIDIA GPU and no network, tests it there and measures it.
+"""`make gpu`: builds leetcore on a machine with an NVIDIA GPU and no network, tests it there and
+measures it.
 
-Stages run one after another, each for a limited time, even if an earlier stage failed. The commands of
-a stage run at the same time. Logs are in build/gpu/logs, results in bench/results/gpu-NAME.json and
-.md. The machine's own Python needs torch, numpy, nanobind, scikit-build-core, pytest, click and rich;
-CMake, ninja and nvcc are needed too. This program imports only the standard library.
+Stages run one after another, each for a limited time, even if an earlier stage failed. The commands
+of a stage run at the same time. Logs are in build/gpu/logs, results in bench/results/gpu-NAME.json
+and .md. The machine's own Python needs torch, numpy, nanobind, scikit-build-core, pytest, click and
+rich; CMake, ninja and nvcc are needed too. This program imports only the standard library.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ TAIL = 25  # lines that are shown of a failed command's log
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands by name, a summary of their logs, and a pattern that a log contains if the stage passed."""
+    """Commands by name, a summary of their logs, and a pattern that a log contains if the stage
+    passed.
+    """
 
     name: str
     limit_s: float
@@ -66,7 +69,7 @@ class Outcome:
     note: str
 
 
-# ---------------------------------------------------------------------------------------------------- the stages
+# ---- the stages ----------------------------------------------------------------------------------
 
 
 def build(machine: Machine, limit_s: float) -> dict[str, list[str]]:
@@ -145,7 +148,7 @@ STAGES = (  # their limits add up to BUDGET_S
     Stage("bench", 120, bench, measured),
 )
 
-# ---------------------------------------------------------------------------------------------------- running them
+# ---- running them --------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
@@ -223,7 +226,7 @@ def run_all(stages: Sequence[Stage], machine: Machine, budget_s: float) -> list[
     return outcomes
 
 
-# ---------------------------------------------------------------------------------------------------- results
+# ---- results -------------------------------------------------------------------------------------
 
 
 def summary(outcomes: list[Outcome]) -> str:
@@ -233,7 +236,9 @@ def summary(outcomes: list[Outcome]) -> str:
 
 
 def record(outcomes: list[Outcome], machine: Machine, since: float) -> str:
-    """Adds the stages to the results that the benchmark wrote since `since`. Returns where they are."""
+    """Adds the stages to the results that the benchmark wrote since `since`. Returns where they
+    are.
+    """
     output = machine.output
     if not output.exists() or output.stat().st_mtime < since:
         return "no results: the benchmark wrote none"
@@ -245,7 +250,9 @@ def record(outcomes: list[Outcome], machine: Machine, since: float) -> str:
 
 
 def architecture_of(capability: str) -> str:
-    """CMake's name of capability "9.0": with instructions that only this architecture has, if it has any."""
+    """CMake's name of capability "9.0": with instructions that only this architecture has, if it
+    has any.
+    """
     number = capability.replace(".", "")
     return f"{number}a-real" if int(number) >= 90 else f"{number}-real"
 

@@ -766,7 +766,8 @@ TEST_F(Emulated, GradientsHaveOneRow) {
     Call call(spec);
     call.args.method = method;
     EXPECT_EQ(LC_UNSUPPORTED, call.run());
-    EXPECT_NE(nullptr, std::strstr(lc_last_error(), "does not compute gradients; method chunk does, and its gradients are valid"));
+    EXPECT_NE(nullptr, std::strstr(lc_last_error(),
+                                   "does not compute gradients; method chunk does, and its gradients are valid"));
   }
   spec.dtype = kF64;
   Call call(spec);

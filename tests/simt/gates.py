@@ -1,9 +1,9 @@
 """Checks the kernels of CUDA binaries without a GPU: python gates.py BINARY...
 
-Every kernel, on every architecture, must have no spills (no stack frame, no local memory; see SPILLED),
-no static shared memory, registers for kMaxThreads threads and kMinBlocks blocks, and the instructions
-that it was written for (MEANT). The program reads cuobjdump's listings of the code, and of the PTX for
-the launch bounds, so the build needs at least one virtual architecture.
+Every kernel, on every architecture, must have no spills (no stack frame, no local memory; see
+SPILLED), no static shared memory, registers for kMaxThreads threads and kMinBlocks blocks, and the
+instructions that it was written for (MEANT). The program reads cuobjdump's listings of the code,
+and of the PTX for the launch bounds, so the build needs at least one virtual architecture.
 """
 
 import re
@@ -22,7 +22,8 @@ RESERVED = {"sm_80": 0, "sm_90a": 1024}  # bytes of a block's shared memory that
 SPILLED = {r"ChunkWalk<.*, 256, 16, .*[12]>": 24, r"ChunkWalk<float, float, 128, 16, .*2>": 24}
 
 # Kernels by a pattern in their name, and the instructions that they must contain.
-#   HMMA: the matrix unit; LDSM: ldmatrix; LDGSTS: cp.async; SHFL: a shuffle; MUFU.EX2: ex2.approx; DFMA: float64
+#   HMMA: the matrix unit; LDSM: ldmatrix; LDGSTS: cp.async; SHFL: a shuffle;
+#   MUFU.EX2: ex2.approx; DFMA: float64
 MEANT = {
     r"RecurrentForward<": {"SHFL"},
     r"RecurrentForward<double>": {"DFMA"},
@@ -67,7 +68,9 @@ def short_names(kernels):
 
 
 def resources(text):
-    """{(architecture, kernel): {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}} of --dump-resource-usage."""
+    """{(architecture, kernel): {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}} of
+    --dump-resource-usage.
+    """
     found, architecture, kernel = {}, None, None
     for line in text.splitlines():
         if m := re.match(r"arch = (\w+)", line):
