@@ -1,5 +1,7 @@
 // check.cpp - makes a Problem of lc_args. All validation is here, with all sentences that refuse an
 // argument. A sentence begins with the argument's name and says what was given and what is allowed.
+//
+// One file: all refusals are in one place.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>

@@ -1,4 +1,7 @@
-"""Arrays of every library: the result is of the same library, without copies or conversions."""
+"""Arrays of every library: the result is of the same library, without copies or conversions.
+
+One file: every test runs for every library.
+"""
 
 import gc
 import os

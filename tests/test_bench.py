@@ -1,5 +1,8 @@
 """`leetcore check`, `bench` and `plot`: they find wrong results, keep what was measured, and read
-their own files."""
+their own files.
+
+One file: one small run is the input of most tests.
+"""
 
 import csv
 import importlib.util

@@ -1,6 +1,7 @@
 """Every CUDA method on a real GPU, through torch. `make gpu` runs these tests.
 
 Results and scratch are NaN before each call (conftest.py), on the stream that the call is put on.
+One file: the tests share a GPU, its inputs and its checks.
 """
 
 import importlib.util

@@ -146,6 +146,13 @@ def test_prose_is_wrapped_at_100_columns():
     assert not long, f"{len(long)} lines, of {len({x.split(':')[0] for x in long})} files: {long[:20]}"
 
 
+def test_a_long_file_says_why_it_is_one_file():
+    programs = [p for p in TEXTS if p.suffix not in {".md", ".toml"}]
+    long = [p for p in programs if len(p.read_text().splitlines()) > 500]
+    assert len(long) > 5
+    assert not [relative(p) for p in long if "one file" not in "".join(p.open().readlines()[:20]).lower()]
+
+
 def test_array_frameworks_are_imported_where_they_are_served():
     frameworks = r"^\s*(?:import|from)\s+(torch|jax|cupy|ml_dtypes)\b"
     bad = [

@@ -1,4 +1,7 @@
-"""leetcore.torch: the operators with gradients, transforms, compilation, tracing and autocast."""
+"""leetcore.torch: the operators with gradients, transforms, compilation, tracing and autocast.
+
+One file: the parts of torch are tested on the same three operators and inputs.
+"""
 
 import functools
 import importlib

@@ -1,5 +1,5 @@
 // tile.cuh - the tile verbs of the GPU, on the primitives of simt.h. Only this file knows lanes,
-// swizzles and the layout of fragments.
+// swizzles and the layout of fragments, so it is one file: its verbs share this knowledge.
 //
 // A Shared tile is in shared memory. A Strip is some rows of a matrix, held by one warp as float32
 // sums. The left side of a product consists of pieces of 16 x 16: rows of a Shared tile (operand),

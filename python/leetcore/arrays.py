@@ -1,6 +1,6 @@
 """The array libraries: how each exports, allocates and takes back arrays.
 
-No other module knows them.
+No other module knows them, so this is one file: each library is a short class.
 
 A `Library` returns the `Place` of a call's arrays: the host, or a GPU and its stream. On a GPU the
 host waits for nothing. The stream is the caller's, else the library's current one. The library

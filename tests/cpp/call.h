@@ -1,5 +1,5 @@
 // call.h - the parts that C++ tests share: tensors that own guarded memory, whole calls to run or
-// to spoil, and the definition of the operator.
+// to spoil, and the definition of the operator. One file: a call consists of all these parts.
 #pragma once
 #include <leetcore/leetcore.h>
 

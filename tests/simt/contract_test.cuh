@@ -1,7 +1,8 @@
 // contract_test.cuh - the contract of every primitive of simt.h: a kernel, and the words that it
 // has to write. The same source runs in the emulator (contract_test.cpp) and on a GPU
 // (contract_test.cu), so that both implementations keep the same contracts. Unless a case tests
-// rounding, its numbers are integers, for which even mma is exact.
+// rounding, its numbers are integers, for which even mma is exact. One file: test_rules.py looks
+// here for the contract of each primitive.
 #pragma once
 #include <algorithm>
 #include <array>

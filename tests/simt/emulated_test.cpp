@@ -1,6 +1,6 @@
 // emulated_test.cpp - tests every CUDA row of lc_method() in the emulator, through lc_run, against
 // the definition, under several schedules and with every access of a kernel checked. Outputs and
-// workspace are filled with NaN before each call.
+// workspace are filled with NaN before each call. One file: its tests share one fixture.
 #include <gtest/gtest.h>
 
 #include <map>

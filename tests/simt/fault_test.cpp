@@ -1,6 +1,6 @@
 // fault_test.cpp - tests of the emulator: small kernels with one fault each. Every schedule must
 // find the fault and count it in the right counter; the same kernel without the fault must have no
-// reports.
+// reports. One file: a list of small kernels.
 #include <gtest/gtest.h>
 
 #include <vector>

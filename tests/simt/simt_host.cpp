@@ -1,5 +1,5 @@
 // simt_host.cpp - implements the emulator of simt_host.h: fibers, the scheduler, the shadow of
-// shared and global memory, cp.async and the matrix unit.
+// shared and global memory, cp.async and the matrix unit. One file: its parts share the scheduler.
 #include <algorithm>
 #include <csignal>
 #include <cstdarg>

@@ -8,7 +8,7 @@
 //   B H N ((C+1)(3K+2V) + 10KV) flop; 2KV more in all segments except the last one;
 //   2KV more if segments are tasks. Scratch: K V per segment, and a segment's states per worker.
 //   phases: states at ends of segments, by pieces of columns; families of states, or their segments
-//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635
+//   Lightning Attention-2, arXiv:2401.04658; GLA, arXiv:2312.06635. One file: one worker's steps
 #include "chunk_backward.h"
 
 #include "../../cpu/cost.h"
