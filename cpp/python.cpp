@@ -4,7 +4,8 @@
 // arrays, copies those whose last dimension is not contiguous, makes empty ones, and turns results
 // into arrays of the library.
 //
-// One file: nanobind's headers take most of its compile time, so two files would take twice as long.
+// One file: nanobind's headers take most of its compile time, so two files would take twice as
+// long.
 #include <leetcore/leetcore.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -1,5 +1,6 @@
 // check_test.cpp - every rule for arguments. A call that breaks a rule is refused by the argument's
-// name, and nothing is written; a call that keeps all rules is computed. One file: check.cpp is one.
+// name, and nothing is written; a call that keeps all rules is computed.
+// One file, as check.cpp is one.
 #include <gtest/gtest.h>
 
 #include <functional>

@@ -93,7 +93,7 @@ def contract(machine: Machine, limit_s: float) -> dict[str, list[str]]:
 
 
 def methods(machine: Machine, limit_s: float) -> dict[str, list[str]]:
-    """One process per method: a method that breaks the device's context would break the others too."""
+    """One process per method, as a method that breaks the context would break the others too."""
     return {method: [program("gpu_method_test"), method] for method in machine.methods}
 
 
@@ -263,7 +263,7 @@ def slug(gpu: str) -> str:
 
 
 def query() -> tuple[str, str]:
-    """Name and capability of the first GPU. Raises SystemExit with the reason if there is no GPU."""
+    """Name and capability of the first GPU. Raises SystemExit with a reason without one."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -93,7 +93,7 @@ def launch_bounds(ptx):
 
 
 def instructions(sass):
-    """{(architecture, kernel): names of its instructions}, with and without their first modifier."""
+    """{(architecture, kernel): names of instructions}, with and without the first modifier."""
     found, architecture, names = {}, None, set()
     for line in sass.splitlines():
         if m := re.match(r"\s*code for (\w+)", line):
