@@ -8,9 +8,8 @@
 
 namespace lc::LC_ISA {
 
-constexpr int C = 64;  // tokens of a chunk
-constexpr int kBand =
-    16;  // rows of scores that are computed up to the same column; a whole number of vectors in every type
+constexpr int C = 64;      // tokens of a chunk
+constexpr int kBand = 16;  // rows of scores computed up to the same column; whole vectors in every type
 
 // The sizes of the products in the chunks of one sequence.
 struct ChunkWork {
