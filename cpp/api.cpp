@@ -143,8 +143,7 @@ const char* lc_build_info(void) {
   static thread_local std::string text;
   const lc_status status = guarded([&] {
     text = "version=" + std::to_string(LC_VERSION_MAJOR) + "." + std::to_string(LC_VERSION_MINOR) + "." +
-           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::isa().name +
-           "\nisas=";
+           std::to_string(LC_VERSION_PATCH) + "\ncompiler=" LC_COMPILER "\nisa=" + lc::isa().name + "\nisas=";
     const char* separator = "";
     for (const lc::Isa& isa : lc::isas()) {
       text += separator + std::string(isa.name);
