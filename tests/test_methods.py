@@ -143,6 +143,11 @@ def test_candidates_say_what_decides():
         assert (choice.op, choice.chosen.method, choice.decided_by) == (op, method, "only")
         assert all(c.correction == 1 for c in choice.all if c.refusal is None)
     assert leetcore.candidates(q[:, :, 0], k[:, :, 0], v[:, :, 0], op="decode").chosen.method == "recurrent"
+    one = [x[:, :, 0] for x in (q, k, v)]
+    pools = [leetcore.candidates(*one, op="decode", state=np.zeros((5, 2, 8, 12), t)) for t in ("f4", "f2")]
+    assert pools[0].chosen.least_bytes > pools[1].chosen.least_bytes  # a state of 16 bits is shorter
+    with pytest.raises(ValueError, match=r"^state: expected shape \[slots, 2, 8, 12\], got"):
+        leetcore.candidates(*one, op="decode", state=np.zeros((5, 2, 8, 13), "f4"))
 
 
 def test_candidates_know_the_final_state():
@@ -160,6 +165,8 @@ def test_candidates_know_the_final_state():
         ({"layout": "nbhd"}, ValueError, "layout: expected 'bhnd' or 'bnhd'"),
         ({"op": "backward", "method": "scan"}, NotImplementedError, "'scan' does not serve this problem"),
         ({"op": "decode"}, ValueError, "q: expected at most 64 tokens to decode, got 70"),
+        ({"op": "decode", "initial_state": np.ones(3)}, ValueError, 'initial_state: op "decode" has none'),
+        ({"state": np.ones(3)}, ValueError, 'state: only op "decode" takes it; expected None'),
     ],
     ids=str,
 )

@@ -79,6 +79,7 @@ def candidates(
     op: Op = "forward",
     scale: float = 1.0,
     initial_state: Array | None = None,
+    state: Array | None = None,
     return_state: bool = False,
     cu_seqlens: Array | None = None,
     layout: Layout = "bhnd",
@@ -88,12 +89,12 @@ def candidates(
     """What each method answers to a call, and which one the call takes. Nothing is computed.
 
     Args:
-        q, k, v, log_decay, scale, cu_seqlens, layout, method, precision: as in
+        q, k, v, log_decay, scale, initial_state, cu_seqlens, layout, method, precision: as in
             `leetcore.linear_attention`; q, k and v of a decode step may be [B, H, K].
         op: "forward" (`linear_attention`), "backward" (`linear_attention_backward` with d_o, of
             every argument that is given) or "decode" (`decode_step`).
-        initial_state: as in `linear_attention`. With op="decode": the pool of states; None stands
-            for a float32 pool (float64 with float64 inputs) with a slot per sequence.
+        state: for op="decode", the pool as in `leetcore.decode_step`; None stands for a float32 pool
+            (float64 with float64 inputs) with a slot per sequence.
         return_state: whether the call returns the final state; with op="backward": whether
             d_final_state is given.
 
@@ -105,8 +106,12 @@ def candidates(
     """
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
+    if op == "decode" and initial_state is not None:
+        raise ValueError('initial_state: op "decode" has none, as it updates state; expected None')
+    if op != "decode" and state is not None:
+        raise ValueError(f'state: only op "decode" takes it; expected None with op {op!r}')
     log_decay = float(log_decay) if isinstance(log_decay, np.generic) else log_decay
-    arrays = (q, k, v, log_decay, initial_state, cu_seqlens)
+    arrays = (q, k, v, log_decay, state if op == "decode" else initial_state, cu_seqlens)
     lib, queue = library_of(_ARRAYS, *arrays).at(q, None)
     mine = registered.get(method_name(method))
     settings = options(scale, "auto" if mine else method, layout, precision, queue)
@@ -134,6 +139,7 @@ def explain(
     op: Op = "forward",
     scale: float = 1.0,
     initial_state: Array | None = None,
+    state: Array | None = None,
     return_state: bool = False,
     cu_seqlens: Array | None = None,
     layout: Layout = "bhnd",
@@ -156,6 +162,7 @@ def explain(
         op=op,
         scale=scale,
         initial_state=initial_state,
+        state=state,
         return_state=return_state,
         cu_seqlens=cu_seqlens,
         layout=layout,
