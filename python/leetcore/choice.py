@@ -93,8 +93,8 @@ def candidates(
             `leetcore.linear_attention`; q, k and v of a decode step may be [B, H, K].
         op: "forward" (`linear_attention`), "backward" (`linear_attention_backward` with d_o, of
             every argument that is given) or "decode" (`decode_step`).
-        state: for op="decode", the pool as in `leetcore.decode_step`; None stands for a float32 pool
-            (float64 with float64 inputs) with a slot per sequence.
+        state: for op="decode", the pool as in `leetcore.decode_step`; None stands for a float32
+            pool (float64 with float64 inputs) with a slot per sequence.
         return_state: whether the call returns the final state; with op="backward": whether
             d_final_state is given.
 
@@ -109,7 +109,7 @@ def candidates(
     if op == "decode" and initial_state is not None:
         raise ValueError('initial_state: op "decode" has none, as it updates state; expected None')
     if op != "decode" and state is not None:
-        raise ValueError(f'state: only op "decode" takes it; expected None with op {op!r}')
+        raise ValueError(f'state: only op "decode" takes it; expected None with op "{op}"')
     log_decay = float(log_decay) if isinstance(log_decay, np.generic) else log_decay
     arrays = (q, k, v, log_decay, state if op == "decode" else initial_state, cu_seqlens)
     lib, queue = library_of(_ARRAYS, *arrays).at(q, None)
