@@ -48,7 +48,7 @@ def core():
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, core):
-    for module in ("api", "arrays", "methods"):
+    for module in ("api", "arrays", "choice", "methods"):
         monkeypatch.setattr(sys.modules[f"leetcore.{module}"], "_core", core)
     monkeypatch.setattr(leetcore.arrays, "_of_type", dict(leetcore.arrays._of_type))
     fake_gpu.install(monkeypatch)
