@@ -85,10 +85,7 @@ def headline() -> str:
             for row in rows
             if (least := goals.best(r for r in goals.same_problem(results, row) if r["kind"] == "rival"))
         ]
-        lines.append(
-            f"- with the backward pass **{percent(ratios)}** of the time and {percent(memory)} of the memory of the"
-            " fastest torch code"
-        )
+        lines.append(f"- with the backward pass, **{percent(ratios)}** of the time and {percent(memory)} of the memory")
     if rows := goals.find(results, "growth", H=8):
         first, last = (f(rows, key=lambda row: row["N"]) for f in (min, max))
         ratio = goals.work_seconds(results, last) / goals.work_seconds(results, first)
