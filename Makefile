@@ -187,7 +187,6 @@ format: .venv/test
 	clang-format -i $(c_files)
 
 # Writes docs/api/ from the docstrings.
-.PHONY: docs
 docs: .venv/test
 	python docs/api.py
 
@@ -233,4 +232,4 @@ system:
 	if [ $$(id -u) != 0 ]; then echo "These Debian packages are missing:$$missing" >&2; exit 1; fi; \
 	$$get $$missing || { apt-get update --quiet && $$get $$missing; }
 
-.PHONY: run test quick $(STAGES) versions-oldest versions-newest train generate bench gpu cbench format clean system
+.PHONY: run test quick $(STAGES) versions-oldest versions-newest train generate bench gpu cbench docs format clean system

@@ -25,7 +25,7 @@ from leetcore.bench.ceilings import Ceilings
 from leetcore.bench.problems import Case, Shape
 from leetcore.bench.session import Row, Session
 from leetcore.bench.speed import collect
-from leetcore.bench.timing import CPU, clock, interleave
+from leetcore.bench.timing import Timer, clock, interleave
 
 HERE = Path(__file__).parent
 # B, H, K, V that differ from the grid's: other head counts, unequal and odd dims.
@@ -66,10 +66,9 @@ def measure(session: Session, shape: Shape, dtype: str, decay: str) -> None:
     for name, row in rows.items():
         row.call = lambda name=name: leetcore.linear_attention(**given, method=name, out=out)
         clock(row.call)
-    # No ceiling beside each sample, as there is a session-wide one: the rows of a round are
-    # compared with each other.
+    # The samples share one ceiling, since only rows of the same round are compared.
     matmul, copy = session.ceilings.matmul(), session.ceilings.copy()
-    timer = type(CPU)(clock, SAMPLE_S, 0.0)
+    timer = Timer(clock, SAMPLE_S, 0.0)
     interleave(list(rows.values()), session.rounds, lambda: matmul, lambda: copy, timer=timer)
     chosen = leetcore.cost("auto", **vars(shape), dtype=dtype, per_token=decay == "token").method
     ratios = {

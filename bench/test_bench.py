@@ -159,7 +159,7 @@ def test_a_rival_that_raises_is_left_out() -> None:
 def sampled(section: str, shape: str, work: float, seconds: float, method: str = "chunk") -> dict[str, Any]:
     kind = "rival" if method.startswith("torch") else "leetcore"
     row = Row(method, kind, Shape.parse(shape), "float32", "alibi", section, work=work, dense_work=work)
-    row.seconds, row.beside, row.copy = [seconds] * 3, [1e9] * 3, [1.0] * 3
+    row.seconds, row.ceilings, row.copy = [seconds] * 3, [1e9] * 3, [1.0] * 3
     return complete(row.to_json())
 
 

@@ -150,7 +150,7 @@ def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.Gp
 def row(method: str, us: float, shape: str = "8,32,2048,128,128", section: str = "forward", **fields: Any) -> Any:
     kind = "rival" if method.startswith("fla") else "leetcore"
     made = Row(method, kind, Shape.parse(shape), "bfloat16", "alibi", section, work=1e6, unit="bytes", **fields)
-    made.seconds, made.beside, made.copy = [1e-6 * us] * 3, [4.3e12] * 3, [4.3e12] * 3
+    made.seconds, made.ceilings, made.copy = [1e-6 * us] * 3, [4.3e12] * 3, [4.3e12] * 3
     return complete(made.to_json())
 
 

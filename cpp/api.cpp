@@ -237,7 +237,8 @@ int lc_thread_count(int32_t framework, const char** source) {
   const char* from = "LEETCORE_NUM_THREADS, which is not a number";
   guarded([&] {
     const lc::ThreadCount threads = lc::thread_count(framework);
-    count = threads.count, from = threads.source;
+    count = threads.count;
+    from = threads.source;
   });
   if (source) *source = from;
   return count;

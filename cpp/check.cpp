@@ -1,5 +1,5 @@
 // check.cpp - makes a Problem of lc_args. All validation is here, with all sentences that refuse an
-// argument. A sentence begins with the argument's name and says what was given and what is allowed.
+// argument. Such a sentence names the argument first, then the rule, then the given value.
 //
 // One file: all refusals are in one place.
 #include <algorithm>

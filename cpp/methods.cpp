@@ -85,6 +85,12 @@ const char* undeclared(const Serves& serves, Features missing) {
   }
 }
 
+const char* refusal(const Method& m, const Problem& p, Features features) {
+  if (elsewhere(m, p)) return "is for another device";
+  if (const Features missing = features.without(m.serves.features)) return undeclared(m.serves, missing);
+  return m.refuses(p);
+}
+
 // Only forward passes on the CPU were measured.
 Prediction predict(const Method& m, const Problem& p, const Tuning& table, const GridPosition& at) {
   const Cost cost = m.cost(p);
@@ -108,11 +114,7 @@ std::string names(Features features) {
   return text;
 }
 
-const char* refusal(const Method& m, const Problem& p) {
-  if (elsewhere(m, p)) return "is for another device";
-  if (const Features missing = asked(p).without(m.serves.features)) return undeclared(m.serves, missing);
-  return m.refuses(p);
-}
+const char* refusal(const Method& m, const Problem& p) { return refusal(m, p, asked(p)); }
 
 Prediction predict(const Method& m, const Problem& p) {
   const Tuning& table = tuning();
@@ -129,10 +131,11 @@ Choice choose(const Problem& p, const char* name) {
 
   const Tuning& table = tuning();
   const GridPosition at = locate(table, p);
+  const Features features = asked(p);
   Choice best = {};
   int serving = 0;
   for (const Method* m : methods()) {
-    if ((name && !named(*m, name)) || refusal(*m, p)) continue;
+    if ((name && !named(*m, name)) || refusal(*m, p, features)) continue;
     ++serving;
     const Prediction prediction = predict(*m, p, table, at);
     if (best.method && best.prediction.microseconds <= prediction.microseconds) continue;
@@ -148,7 +151,7 @@ Choice choose(const Problem& p, const char* name) {
   bool found = !name;
   for (const Method* m : methods()) {
     if (elsewhere(*m, p)) continue;
-    const char* why = refusal(*m, p);
+    const char* why = refusal(*m, p, features);
     known += std::string(", ") + m->info.name;
     reasons += std::string("\n  ") + m->info.name + ": " + (why ? why : "serves it");
     found = found || named(*m, name);

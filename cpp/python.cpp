@@ -26,6 +26,7 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 #if defined(__GLIBC__)
 #include <cxxabi.h>
 #endif
@@ -118,8 +119,10 @@ struct Library {
   bool plain;  // arrays export themselves, and results need no conversion
   explicit Library(nb::object library) : object(std::move(library)), plain(nb::cast<bool>(object.attr("plain"))) {}
 
-  nb::object empty(const nb::tuple& shape, nb::handle like, int float_bits = 0) const {
-    return call("empty", shape, like, float_bits);
+  nb::object empty(const std::vector<int64_t>& shape, nb::handle like, int float_bits = 0) const {
+    const nb::tuple sizes = nb::steal<nb::tuple>(PyTuple_New(Py_ssize_t(shape.size())));
+    for (size_t i = 0; i < shape.size(); ++i) PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(shape[i]));
+    return call("empty", sizes, like, float_bits);
   }
   nb::object result(nb::object array) const { return plain ? array : call("result", array); }
 
@@ -150,7 +153,8 @@ class Argument {
   void number(double x, bool f64) {
     present_ = true;
     tensor_ = {};
-    single_ = float(x), double_ = x;
+    single_ = float(x);
+    double_ = x;
     tensor_.data = f64 ? static_cast<void*>(&double_) : &single_;
     tensor_.device = {LC_CPU, 0};
     tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
@@ -165,7 +169,9 @@ class Argument {
       shape_[i] = i == 2 ? 1 : tensor_.shape[from];
       strides_[i] = i == 2 ? dense : tensor_.strides[from];
     }
-    tensor_.ndim = 4, tensor_.shape = shape_, tensor_.strides = strides_;
+    tensor_.ndim = 4;
+    tensor_.shape = shape_;
+    tensor_.strides = strides_;
   }
 
  private:
@@ -252,13 +258,22 @@ struct Call {
   Call& operator=(const Call&) = delete;
 
   void fill() {
-    args.q = q.tensor(), args.k = k.tensor(), args.v = v.tensor(), args.log_decay = log_decay.tensor();
-    args.initial_state = initial_state.tensor(), args.cu_seqlens = cu_seqlens.tensor();
+    args.q = q.tensor();
+    args.k = k.tensor();
+    args.v = v.tensor();
+    args.log_decay = log_decay.tensor();
+    args.initial_state = initial_state.tensor();
+    args.cu_seqlens = cu_seqlens.tensor();
     args.state_indices = state_indices.tensor();
-    args.o = o.tensor(), args.final_state = final_state.tensor();
-    args.d_o = d_o.tensor(), args.d_final_state = d_final_state.tensor();
-    args.d_q = d_q.tensor(), args.d_k = d_k.tensor(), args.d_v = d_v.tensor();
-    args.d_log_decay = d_log_decay.tensor(), args.d_initial_state = d_initial_state.tensor();
+    args.o = o.tensor();
+    args.final_state = final_state.tensor();
+    args.d_o = d_o.tensor();
+    args.d_final_state = d_final_state.tensor();
+    args.d_q = d_q.tensor();
+    args.d_k = d_k.tensor();
+    args.d_v = d_v.tensor();
+    args.d_log_decay = d_log_decay.tensor();
+    args.d_initial_state = d_initial_state.tensor();
   }
 
   // Checks everything except values. After it the shapes are known to fit.
@@ -274,7 +289,7 @@ struct Call {
     Argument scratch;
     if (args.q->device.type == LC_CPU) return run_on_host();
     if (args.workspace_bytes) {
-      scratch.write(lib, "workspace", lib.empty(nb::make_tuple((args.workspace_bytes + 3) / 4), like, 32));
+      scratch.write(lib, "workspace", lib.empty({int64_t((args.workspace_bytes + 3) / 4)}, like, 32));
       args.workspace = scratch.get().data;
     }
     check(run_unlocked(), args.op == LC_DECODE);
@@ -287,7 +302,8 @@ struct Call {
     if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
     for (int tries = 1;; ++tries) {
       const Scratch scratch = host_scratch(args.workspace_bytes);
-      args.workspace = scratch.memory, args.workspace_bytes = scratch.bytes;
+      args.workspace = scratch.memory;
+      args.workspace_bytes = scratch.bytes;
       const lc_status status = run_unlocked();
       if (status != LC_MEMORY || tries == 100) return check(status, args.op == LC_DECODE);
       check_structure();
@@ -301,19 +317,24 @@ struct Call {
     return status;
   }
 
-  int64_t heads(int axis) const { return std::max({args.q->shape[axis], args.k->shape[axis], args.v->shape[axis]}); }
+  // The shape of o and of its gradient. v has it too, except that o has the most heads.
+  std::vector<int64_t> output_shape() const {
+    std::vector<int64_t> shape(args.v->shape, args.v->shape + 4);
+    for (const lc_tensor* t : {args.q, args.k})
+      shape[head_axis()] = std::max(shape[head_axis()], t->shape[head_axis()]);
+    return shape;
+  }
 
   // The shape of initial_state, final_state and their gradients.
-  std::array<int64_t, 4> state_dims() const {
-    const int axis = options.bnhd ? 2 : 1;
+  std::vector<int64_t> state_shape() const {
     const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->shape[0] - 1 : args.q->shape[0];
-    return {sequences, std::max(args.k->shape[axis], args.v->shape[axis]), args.k->shape[3], args.v->shape[3]};
-  }
-  nb::tuple state_shape() const {
-    const auto [S, Hs, K, V] = state_dims();
-    return nb::make_tuple(S, Hs, K, V);
+    return {sequences, std::max(args.k->shape[head_axis()], args.v->shape[head_axis()]), args.k->shape[3],
+            args.v->shape[3]};
   }
   int state_bits() const { return is_f64(*args.q) ? 64 : 32; }
+
+ private:
+  int head_axis() const { return options.bnhd ? 2 : 1; }
 };
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
@@ -325,11 +346,8 @@ nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   c.o.write(c.lib, "out", out);
   c.check_structure();
 
-  const bool bnhd = c.options.bnhd;
-  const int axis = bnhd ? 2 : 1;
   if (out.is_none()) {
-    const int64_t B = c.args.q->shape[0], H = c.heads(axis), N = c.args.q->shape[3 - axis], V = c.args.v->shape[3];
-    out = c.lib.empty(bnhd ? nb::make_tuple(B, N, H, V) : nb::make_tuple(B, H, N, V), v);
+    out = c.lib.empty(c.output_shape(), v);
     c.o.write(c.lib, "out", out);
   }
   nb::object state;
@@ -356,16 +374,14 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
   c.d_o.read(c.lib, "d_o", d_o);
   c.d_final_state.read(c.lib, "d_final_state", d_final_state);
   nb::object made[5];
-  const auto make = [&](int i, Argument& gradient, const char* name, const nb::tuple& shape, nb::handle like,
+  const auto make = [&](int i, Argument& gradient, const char* name, const std::vector<int64_t>& shape, nb::handle like,
                         int float_bits) {
     if (!wants[i]) return;
     made[i] = c.lib.empty(shape, like, float_bits);
     gradient.write(c.lib, name, made[i]);
   };
   const auto shape_of = [](const lc_tensor* t) {
-    nb::list sizes;
-    for (int i = 0; t && i < t->ndim; ++i) sizes.append(t->shape[i]);
-    return nb::tuple(sizes);
+    return t ? std::vector<int64_t>(t->shape, t->shape + t->ndim) : std::vector<int64_t>();
   };
   const bool number = !c.args.log_decay || is_number(log_decay);
   make(0, c.d_q, "d_q", shape_of(c.args.q), q, 0);
@@ -392,8 +408,9 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
     for (Argument* a : {&c.q, &c.k, &c.v, &c.o}) a->insert_token();
   c.check_structure();
   if (out.is_none()) {
-    const int64_t B = c.args.q->shape[0], H = c.heads(1), T = c.args.q->shape[2], V = c.args.v->shape[3];
-    out = c.lib.empty(one_token ? nb::make_tuple(B, H, V) : nb::make_tuple(B, H, T, V), v);
+    std::vector<int64_t> shape = c.output_shape();
+    if (one_token) shape.erase(shape.begin() + 2);
+    out = c.lib.empty(shape, v);
     c.o.write(c.lib, "out", out);
     if (one_token) c.o.insert_token();
   }
@@ -406,18 +423,13 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
 class Shapes {
  public:
   explicit Shapes(lc_device device) : device_(device) {}
-  const lc_tensor* make(std::initializer_list<int64_t> shape, lc_dtype dtype) {
+  const lc_tensor* make(const std::vector<int64_t>& shape, lc_dtype dtype) {
     Tensor& t = all_[used_++];
     std::copy(shape.begin(), shape.end(), t.shape);
     t.c = {reinterpret_cast<void*>(used_ << 58), device_, int32_t(shape.size()), dtype, t.shape, nullptr, 0};
     return &t.c;
   }
-  const lc_tensor* like(const lc_tensor& x) {
-    Tensor& t = all_[used_++];
-    std::copy(x.shape, x.shape + x.ndim, t.shape);
-    t.c = {reinterpret_cast<void*>(used_ << 58), device_, x.ndim, x.dtype, t.shape, nullptr, 0};
-    return &t.c;
-  }
+  const lc_tensor* like(const lc_tensor& x) { return make({x.shape, x.shape + x.ndim}, x.dtype); }
 
  private:
   struct Tensor {
@@ -445,31 +457,22 @@ struct Question {
     c.initial_state.read(c.lib, "initial_state", initial_state);
     c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
     c.check_structure();
-    const lc_dtype exact = {LC_FLOAT, uint8_t(c.state_bits()), 1};
-    const auto state = [&] {
-      const auto [S, Hs, K, V] = c.state_dims();
-      return made.make({S, Hs, K, V}, exact);
-    };
     if (op == LC_FORWARD) {
-      if (return_state) c.args.final_state = state();
+      if (return_state) c.args.final_state = exact_state();
       return;
     }
     c.args.op = LC_BACKWARD;
-    c.args.d_o = output();
-    if (return_state) c.args.d_final_state = state();
+    c.args.d_o = made.make(c.output_shape(), c.args.q->dtype);
+    if (return_state) c.args.d_final_state = exact_state();
     c.args.d_q = made.like(*c.args.q);
     c.args.d_k = made.like(*c.args.k);
     c.args.d_v = made.like(*c.args.v);
     if (c.args.log_decay) c.args.d_log_decay = made.like(*c.args.log_decay);
-    if (c.args.initial_state) c.args.d_initial_state = state();
+    if (c.args.initial_state) c.args.d_initial_state = exact_state();
   }
 
  private:
-  const lc_tensor* output() {
-    const int axis = c.options.bnhd ? 2 : 1;
-    const int64_t B = c.args.q->shape[0], H = c.heads(axis), N = c.args.q->shape[3 - axis], V = c.args.v->shape[3];
-    return c.options.bnhd ? made.make({B, N, H, V}, c.args.q->dtype) : made.make({B, H, N, V}, c.args.q->dtype);
-  }
+  const lc_tensor* exact_state() { return made.make(c.state_shape(), {LC_FLOAT, uint8_t(c.state_bits()), 1}); }
 
   // The pool has a slot for each sequence, or is the given one.
   void decode(nb::handle state) {
@@ -477,10 +480,8 @@ struct Question {
       for (Argument* a : {&c.q, &c.k, &c.v}) a->insert_token();
     c.final_state.write(c.lib, "state", state);
     c.fill();
-    const lc_tensor &q = *c.args.q, &k = *c.args.k, &v = *c.args.v;
-    if (c.args.final_state || q.ndim != 4 || k.ndim != 4 || v.ndim != 4) return;
-    const lc_dtype exact = {LC_FLOAT, uint8_t(c.state_bits()), 1};
-    c.args.final_state = made.make({q.shape[0], std::max(k.shape[1], v.shape[1]), k.shape[3], v.shape[3]}, exact);
+    const auto fits = [](const lc_tensor* t) { return t->ndim == 4; };
+    if (!c.args.final_state && fits(c.args.q) && fits(c.args.k) && fits(c.args.v)) c.args.final_state = exact_state();
   }
 };
 

@@ -351,7 +351,7 @@ def results_of(seconds, **changes):
         row = session.Row(
             method, "rival" if "torch" in method else "leetcore", Shape(1, 8, N, 64, 64), "float32", "alibi"
         )
-        row.seconds, row.beside = [0.98 * t, t, 1.02 * t], [1e11] * 3
+        row.seconds, row.ceilings = [0.98 * t, t, 1.02 * t], [1e11] * 3
         if row.kind == "leetcore":
             row.cost = leetcore.cost(method, H=8, N=N, K=64)
             row.work = row.cost.flop
@@ -464,7 +464,7 @@ def test_interleaving_is_round_robin_and_rotates():
 
     rows = [row("a"), row("b"), row("c")]
     timing.interleave(rows, 3, lambda: 2.0, lambda: 3.0)
-    assert all(len(r.seconds) == len(r.beside) == len(r.copy) == 3 and set(r.beside) == {2.0} for r in rows)
+    assert all(len(r.seconds) == len(r.ceilings) == len(r.copy) == 3 and set(r.ceilings) == {2.0} for r in rows)
     runs = "".join(a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b)
     assert runs == "abc" + "abc" + "bca" + "cab"  # how long they take; then three rounds
 

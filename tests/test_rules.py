@@ -134,9 +134,7 @@ FOLDERS = ("cpp", "python/leetcore", "tests", "bench", "examples", "docs", "cmak
 TEXTS = [
     p
     for p in (*ROOT.iterdir(), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*")))
-    if p.is_file()
-    and not {"results", "lib"} & {*p.parts}
-    and (p.suffix in SUFFIXES or p.name in {"CMakeLists.txt", "Makefile"})
+    if p.is_file() and "results" not in p.parts and (p.suffix in SUFFIXES or p.name in {"CMakeLists.txt", "Makefile"})
 ]
 
 

@@ -75,27 +75,19 @@ LC_INLINE void map(Tile<T, M, N>& c, F&& f) {
 // matrix (operand_t). X decides which instructions multiply. Today it is the accumulator's type,
 // and the instruction is the vector FMA. Another kind of operand is another X with an mma of its
 // own.
-template <class X>
-struct Rows {
+template <class X, bool kTransposed>
+struct Operand {
   using Kind = X;
   const X* data;
   int64_t ld;
-  LC_INLINE X at(int i, int l) const { return data[i * ld + l]; }
+  LC_INLINE X at(int i, int l) const { return kTransposed ? data[l * ld + i] : data[i * ld + l]; }
 };
 template <class X>
-LC_INLINE Rows<X> operand(const X* data, int64_t ld) {
+LC_INLINE Operand<X, false> operand(const X* data, int64_t ld) {
   return {data, ld};
 }
-
 template <class X>
-struct Columns {
-  using Kind = X;
-  const X* data;
-  int64_t ld;
-  LC_INLINE X at(int i, int l) const { return data[l * ld + i]; }
-};
-template <class X>
-LC_INLINE Columns<X> operand_t(const X* data, int64_t ld) {
+LC_INLINE Operand<X, true> operand_t(const X* data, int64_t ld) {
   return {data, ld};
 }
 

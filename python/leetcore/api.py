@@ -13,7 +13,7 @@ from . import _core
 from .arrays import Array, Stream, library_of, threads_of_framework
 from .choice import candidates
 from .methods import registered, run_registered
-from .options import Layout, Precision, is_bnhd, options, real
+from .options import Layout, Precision, is_bnhd, options, plain, real
 
 
 class Gradients(NamedTuple):
@@ -98,11 +98,22 @@ def linear_attention(
         NotImplementedError: no method serves the call, or the named method does not.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
-    log_decay = _scalar(log_decay)
+    log_decay = plain(log_decay)
     arrays = (q, k, v, log_decay, initial_state, cu_seqlens, out)
     lib, queue = library_of(_FORWARD, *arrays).at(q, stream)
     if registered and method in registered:
-        candidates(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, layout=layout)
+        candidates(
+            q,
+            k,
+            v,
+            log_decay,
+            scale=scale,
+            initial_state=initial_state,
+            return_state=return_state,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+            method=method,
+        )
         return run_registered(
             registered[method],
             q,
@@ -167,7 +178,7 @@ def linear_attention_backward(
         ValueError, TypeError, RuntimeError: as `linear_attention`.
         NotImplementedError: float64 on a GPU, or K or V above 256 there.
     """
-    log_decay = _scalar(log_decay)
+    log_decay = plain(log_decay)
     arrays = (q, k, v, log_decay, initial_state, cu_seqlens, d_o, d_final_state)
     lib, queue = library_of(_BACKWARD, *arrays).at(q, stream)
     if wants is None:
@@ -211,7 +222,7 @@ def decode_step(
     Returns:
         o, [B, H, V] or [B, H, T, V]. Raises as `linear_attention`.
     """
-    log_decay = _scalar(log_decay)
+    log_decay = plain(log_decay)
     arrays = (q, k, v, state, log_decay, state_indices, out)
     lib, queue = library_of(_DECODE, *arrays).at(q, stream)
     return _core.decode(lib, *arrays, options(scale, stream=queue))
@@ -253,8 +264,3 @@ def num_threads() -> int:
     torch and OpenMP. `build_info()["threads_source"]` names the source.
     """
     return _core.thread_count(threads_of_framework())[0]
-
-
-def _scalar(value: Any) -> Any:
-    """A scalar of numpy as a float: log_decay may be one, and it is no array."""
-    return float(value) if isinstance(value, np.generic) else value

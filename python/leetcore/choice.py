@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from . import _core, tuning
 from .arrays import Array, library_of
 from .methods import registered
-from .options import Layout, Precision, method_name, options
+from .options import Layout, Precision, method_name, options, plain
 
 Op = Literal["forward", "backward", "decode"]
 _OPS = ("forward", "backward", "decode")  # in the order of lc_op
@@ -110,7 +108,7 @@ def candidates(
         raise ValueError('initial_state: op "decode" has none, as it updates state; expected None')
     if op != "decode" and state is not None:
         raise ValueError(f'state: only op "decode" takes it; expected None with op "{op}"')
-    log_decay = float(log_decay) if isinstance(log_decay, np.generic) else log_decay
+    log_decay = plain(log_decay)
     arrays = (q, k, v, log_decay, state if op == "decode" else initial_state, cu_seqlens)
     lib, queue = library_of(_ARRAYS, *arrays).at(q, None)
     mine = registered.get(method_name(method))
@@ -118,9 +116,9 @@ def candidates(
     index, decided_by, table, rows = _core.candidates(lib, _OPS.index(op), *arrays, return_state, settings)
     answers = [Candidate(*row) for row in rows]
     chosen = answers[index]
+    states = return_state or initial_state is not None
+    per_token = len(getattr(log_decay, "shape", ())) == 3
     for function in registered.values():
-        states = return_state or initial_state is not None
-        per_token = len(getattr(log_decay, "shape", ())) == 3
         answer = Candidate(function.row.name, "python", function.refusal(op == "forward", states, per_token))
         answers.append(answer)
         if function is mine:

@@ -209,15 +209,9 @@ def run_registered(
     bnhd: bool,
     out: Array | None,
 ) -> Any:
-    """linear_attention by a registered function. Shapes and dtypes have been validated."""
-    (lib, _), name = library_of(("q",), q).at(q, None), method.row.name
-    refusal = method.refusal(
-        forward=True,
-        states=initial_state is not None or return_state,
-        per_token=len(getattr(log_decay, "shape", ())) == 3,
-    )
-    if refusal:
-        raise NotImplementedError(f"method: {name!r} {refusal}")
+    """linear_attention by a registered function. `leetcore.candidates` has validated the
+    call."""
+    lib, _ = library_of(("q",), q).at(q, None)
     Q, K, V = (lib.numpy(x).swapaxes(1, 2) if bnhd else lib.numpy(x) for x in (q, k, v))
     (B, _, N, _), dims = Q.shape, (K.shape[3], V.shape[3])
     Hs = max(K.shape[1], V.shape[1])

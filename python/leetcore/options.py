@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from .arrays import threads_of_framework
 
 Layout = Literal["bhnd", "bnhd"]
@@ -53,6 +55,11 @@ def real(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         pass
     raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy as a float, any other value as it is: log_decay may be either."""
+    return float(value) if isinstance(value, np.generic) else value
 
 
 def method_name(method: Any) -> str:

@@ -35,7 +35,10 @@ static lc_tensor f32(float* data, int32_t ndim, int64_t* dims) {
 static lc_args tiny(void) {
   lc_args a;
   memset(&a, 0, sizeof a);
-  tq = f32(q, 4, shape), tk = f32(k, 4, shape), tv = f32(v, 4, shape), to = f32(o, 4, shape);
+  tq = f32(q, 4, shape);
+  tk = f32(k, 4, shape);
+  tv = f32(v, 4, shape);
+  to = f32(o, 4, shape);
   tstate = f32(state, 4, state_shape);
   tdecay = f32(log_decay, 1, decay_shape);
   log_decay[0] = (float)log(0.5);
@@ -43,7 +46,12 @@ static lc_args tiny(void) {
   a.struct_size = sizeof a;
   a.op = LC_FORWARD;
   a.scale = 1;
-  a.q = &tq, a.k = &tk, a.v = &tv, a.log_decay = &tdecay, a.o = &to, a.final_state = &tstate;
+  a.q = &tq;
+  a.k = &tk;
+  a.v = &tv;
+  a.log_decay = &tdecay;
+  a.o = &to;
+  a.final_state = &tstate;
   return a;
 }
 
@@ -123,7 +131,8 @@ static void statuses(void) {
     int64_t dims[4] = {1, 1, N, D};
     a = tiny();
     a.final_state = NULL;
-    tq = f32(x, 4, dims), tk = f32(x, 4, dims), tv = f32(x, 4, dims), to = f32(y, 4, dims);
+    tq = tk = tv = f32(x, 4, dims);
+    to = f32(y, 4, dims);
     a.method = "parallel";
     y[0] = -1;
     CHECK(lc_workspace(&a, &bytes) == LC_OK && bytes > 64);
@@ -336,12 +345,14 @@ static void interrupts(void) {
     a.struct_size = sizeof a;
     a.scale = 1;
     a.method = "parallel";
-    tq = f32(x, 4, dims), to = f32(y, 4, dims);
+    tq = f32(x, 4, dims);
+    to = f32(y, 4, dims);
     a.q = a.k = a.v = &tq;
     a.o = &to;
     tstate = f32(s, 4, state_dims);
     if (i == 2) a.final_state = &tstate; /* after a barrier */
-    a.interrupt = ask, a.interrupt_context = &asked;
+    a.interrupt = ask;
+    a.interrupt_context = &asked;
     caller = pthread_self();
     answer = i;
     asked = asked_elsewhere = 0;

@@ -379,6 +379,15 @@ struct Spec {
   lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; bits 0: the dtype of states
   bool d_o = true;            // LC_BACKWARD: whether d_o is given
   unsigned wants = 31;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state
+
+  Spec() = default;
+  Spec(lc_dtype inputs, int64_t tokens, int64_t key_dim, int64_t value_dim)
+      : N(tokens), K(key_dim), V(value_dim), dtype(inputs) {}
+  void heads(int64_t of_q, int64_t of_k, int64_t of_v) {
+    Hq = of_q;
+    Hk = of_k;
+    Hv = of_v;
+  }
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Spec& s) {

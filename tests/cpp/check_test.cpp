@@ -260,7 +260,7 @@ TEST(Refuses, LogDecayShapes) {
 TEST(Refuses, HeadCountsThatDoNotDivide) {
   const auto heads = [](int64_t Hq, int64_t Hk, int64_t Hv) {
     Spec spec = with_states();
-    spec.Hq = Hq, spec.Hk = Hk, spec.Hv = Hv;
+    spec.heads(Hq, Hk, Hv);
     return spec;
   };
   struct {
@@ -512,8 +512,10 @@ TEST(Refuses, SizesThatOverflow) {
   // With these strides the extent has more than 127 bits.
   invalid(spec,
           [&](Call& c) {
-            for (Tensor* t : {&c.q, &c.k, &c.v, &c.o})
-              t->shape[2] = huge / 4, t->strides[2] = std::numeric_limits<int64_t>::max();
+            for (Tensor* t : {&c.q, &c.k, &c.v, &c.o}) {
+              t->shape[2] = huge / 4;
+              t->strides[2] = std::numeric_limits<int64_t>::max();
+            }
           },
           "q", {});
   for (const Named& t : kTokenTensors)
@@ -527,7 +529,12 @@ TEST(Refuses, PositiveOrNanLogDecay) {
       for (bool bnhd : {false, true}) {
         for (bool strided : {false, true}) {
           Spec spec;
-          spec.B = 3, spec.N = 7, spec.dtype = inputs, spec.decay = decay, spec.bnhd = bnhd, spec.strided = strided;
+          spec.B = 3;
+          spec.N = 7;
+          spec.dtype = inputs;
+          spec.decay = decay;
+          spec.bnhd = bnhd;
+          spec.strided = strided;
           std::vector<Position> positions;
           Call call(spec);
           for_each_element(call.log_decay, [&](const Position& i) { positions.push_back(i); });

@@ -30,11 +30,7 @@ Counts run(const Spec& spec, const char* method, int threads) {
 }
 
 Spec shape(lc_dtype dtype, int64_t N, int64_t K, int64_t V) {
-  Spec spec;
-  spec.dtype = dtype;
-  spec.N = N;
-  spec.K = K;
-  spec.V = V;
+  Spec spec(dtype, N, K, V);
   spec.gamma = 0.9;
   spec.decay = Decay::head;
   return spec;

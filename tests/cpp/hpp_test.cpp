@@ -160,7 +160,10 @@ TEST(Hpp, Backward) {
   float q = 2, k = 3, v = 5, d_o = 7, g = -1, initial = 0, d_q = 0, d_k = 0, d_v = 0, d_g = -1, d_initial = 0;
   const auto one = [](float& x) { return Tensor(&x, {1, 1, 1, 1}); };
   leetcore::Gradients gradients;
-  gradients.d_o = one(d_o), gradients.d_q = one(d_q), gradients.d_k = one(d_k), gradients.d_v = one(d_v);
+  gradients.d_o = one(d_o);
+  gradients.d_q = one(d_q);
+  gradients.d_k = one(d_k);
+  gradients.d_v = one(d_v);
   gradients.d_log_decay = Tensor(&d_g, {1}), gradients.d_initial_state = one(d_initial);
   leetcore::Options options;
   options.initial_state = one(initial);

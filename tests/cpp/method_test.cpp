@@ -81,8 +81,7 @@ TEST_F(Methods, TokensAndHeadDims) {
   for (lc_dtype dtype : kInputs)
     for (int64_t N : kTokens)
       for (const auto& dims : head_dims) {
-        Spec spec;
-        spec.dtype = dtype, spec.N = N, spec.K = dims[0], spec.V = dims[1];
+        Spec spec(dtype, N, dims[0], dims[1]);
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -95,8 +94,9 @@ TEST_F(Methods, Decays) {
       for (double gamma : {0.0, 0.5, 1.0, kMixed})
         for (int64_t N : {int64_t{65}, int64_t{130}}) {
           if (decay == Decay::none && gamma != 1) continue;
-          Spec spec;
-          spec.dtype = dtype, spec.decay = decay, spec.gamma = gamma, spec.N = N, spec.K = 16, spec.V = 8;
+          Spec spec(dtype, N, 16, 8);
+          spec.decay = decay;
+          spec.gamma = gamma;
           spec.initial = spec.final = true;
           check(spec);
         }
@@ -108,8 +108,9 @@ TEST_F(Methods, SteepDecays) {
   for (lc_dtype dtype : kInputs)
     for (double slope : {2.9, 20.0, 87.0, 1000.0})
       for (Decay decay : {Decay::head, Decay::token}) {
-        Spec spec;
-        spec.dtype = dtype, spec.decay = decay, spec.gamma = std::exp(-slope), spec.N = 130, spec.K = 16, spec.V = 8;
+        Spec spec(dtype, 130, 16, 8);
+        spec.decay = decay;
+        spec.gamma = std::exp(-slope);
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -119,9 +120,10 @@ TEST_F(Methods, States) {
   for (lc_dtype dtype : kInputs)
     for (int64_t N : {0, 1, 65})
       for (int states = 0; states < 5; ++states) {
-        Spec spec;
-        spec.dtype = dtype, spec.N = N, spec.K = 9, spec.V = 20;
-        spec.initial = states & 1, spec.final = states & 2, spec.in_place = states == 4;
+        Spec spec(dtype, N, 9, 20);
+        spec.initial = states & 1;
+        spec.final = states & 2;
+        spec.in_place = states == 4;
         check(spec);
       }
   EXPECT_GT(served_, 0);
@@ -134,10 +136,13 @@ TEST_F(Methods, PackedSequences) {
            {Index{0, 130}, Index{0, 0, 1, 64, 130, 130}, Index{0, 63, 63, 128, 129, 130}, Index{0, 0}, Index{0}})
         for (Decay decay : {Decay::head, Decay::token})
           for (bool bnhd : {false, true}) {
-            Spec spec;
-            spec.dtype = dtype, spec.B = 1, spec.N = cu.back(), spec.K = 16, spec.V = 12, spec.cu = cu,
+            Spec spec(dtype, cu.back(), 16, 12);
+            spec.B = 1;
+            spec.cu = cu;
             spec.cu_dtype = cu_dtype;
-            spec.decay = decay, spec.initial = spec.final = true, spec.bnhd = bnhd;
+            spec.decay = decay;
+            spec.initial = spec.final = true;
+            spec.bnhd = bnhd;
             check(spec);
           }
   EXPECT_GT(served_, 0);
@@ -150,9 +155,11 @@ TEST_F(Methods, GroupedHeads) {
     for (const auto& h : heads)
       for (Decay decay : {Decay::head, Decay::batch, Decay::token})
         for (bool bnhd : {false, true}) {
-          Spec spec;
-          spec.dtype = dtype, spec.Hq = h[0], spec.Hk = h[1], spec.Hv = h[2], spec.decay = decay, spec.bnhd = bnhd;
-          spec.N = 65, spec.K = 8, spec.V = 16, spec.initial = spec.final = true;
+          Spec spec(dtype, 65, 8, 16);
+          spec.heads(h[0], h[1], h[2]);
+          spec.decay = decay;
+          spec.bnhd = bnhd;
+          spec.initial = spec.final = true;
           check(spec);
         }
   EXPECT_GT(served_, 0);
@@ -164,9 +171,11 @@ TEST_F(Methods, Layouts) {
       for (bool bnhd : {false, true})
         for (bool strided : {false, true})
           for (Decay decay : {Decay::head, Decay::token}) {
-            Spec spec;
-            spec.dtype = dtype, spec.N = N, spec.K = 13, spec.V = 32, spec.bnhd = bnhd, spec.strided = strided;
-            spec.decay = decay, spec.initial = spec.final = true;
+            Spec spec(dtype, N, 13, 32);
+            spec.bnhd = bnhd;
+            spec.strided = strided;
+            spec.decay = decay;
+            spec.initial = spec.final = true;
             check(spec);
           }
   EXPECT_GT(served_, 0);
@@ -176,8 +185,9 @@ TEST_F(Methods, Layouts) {
 TEST_F(Methods, ManyThreads) {
   for (lc_dtype dtype : kInputs)
     for (const auto& [B, H, N] : {std::tuple{2, 4, 130}, std::tuple{1, 1, 600}, std::tuple{1, 3, 200}}) {
-      Spec spec;
-      spec.dtype = dtype, spec.B = B, spec.Hq = spec.Hk = spec.Hv = H, spec.N = N, spec.K = 64, spec.V = 64;
+      Spec spec(dtype, N, 64, 64);
+      spec.heads(H, H, H);
+      spec.B = B;
       spec.initial = spec.final = true;
       check(spec);
     }
@@ -190,10 +200,16 @@ TEST_F(Methods, Decode) {
         for (const Index& indices : {Index{}, Index{6, 0, 3}, Index{-1, 2, -1}})
           for (bool strided : {false, true}) {
             if ((pool == kF64) != (dtype == kF64)) continue;
-            Spec spec;
-            spec.op = LC_DECODE, spec.dtype = dtype, spec.pool = pool, spec.B = 3, spec.slots = 7,
-            spec.indices = indices, spec.index_dtype = indices.empty() || indices[0] < 0 ? kI32 : kI64;
-            spec.Hq = 4, spec.N = N, spec.K = 24, spec.V = 40, spec.strided = strided, spec.bnhd = strided;
+            Spec spec(dtype, N, 24, 40);
+            spec.op = LC_DECODE;
+            spec.pool = pool;
+            spec.B = 3;
+            spec.slots = 7;
+            spec.indices = indices;
+            spec.index_dtype = indices.empty() || indices[0] < 0 ? kI32 : kI64;
+            spec.Hq = 4;
+            spec.strided = strided;
+            spec.bnhd = strided;
             spec.decay = N == 1 ? Decay::head : Decay::token;
             check(spec);
           }

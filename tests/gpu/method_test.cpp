@@ -310,18 +310,14 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
   for (lc_dtype pool : kInputs)
     for (int64_t N : {1, 5, 8, 64}) {
       if ((pool == kF64) != (dtype == kF64)) continue;
-      Spec spec;
+      Spec spec(dtype, N, 64, 80);
       spec.op = LC_DECODE;
-      spec.dtype = dtype;
       spec.pool = pool;
       spec.B = 3;
       spec.slots = 7;
       spec.indices = {6, 0, 3};
       spec.index_dtype = pool == dtype ? kI64 : kI32;
       spec.Hq = 4;
-      spec.N = N;
-      spec.K = 64;
-      spec.V = 80;
       spec.strided = N == 5;
       all.push_back(spec);
     }

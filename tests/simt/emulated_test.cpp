@@ -137,18 +137,15 @@ constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
 // Every row serves each of its dtypes. This is the smallest call with a second chunk.
 TEST_F(Emulated, EveryRowServes) {
-  const std::set<std::string> wide = {"recurrent", "parallel"};
   for (lc_dtype dtype : kInputs) {
-    Spec spec;
-    spec.dtype = dtype;
-    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-    spec.N = 65;
-    spec.K = spec.V = 16;
+    Spec spec(dtype, 65, 16, 16);
+    spec.heads(1, 1, 1);
+    spec.B = 1;
     spec.initial = spec.final = true;
     served_.clear();
     check(spec);
     for (int i = 0; const lc_method_info* method = lc_method(i); ++i)
-      if (!std::strcmp(method->device, "cuda") && (dtype != kF64 || wide.count(method->name))) {
+      if (!std::strcmp(method->device, "cuda") && (dtype != kF64 || std::strstr(lc_method_serves(i), "float64"))) {
         EXPECT_EQ(1, served_[method->name]) << method->name << " " << name(dtype);
       }
   }
@@ -158,12 +155,8 @@ TEST_F(Emulated, EveryRowServes) {
 TEST_F(Emulated, Schedules) {
   for (lc_dtype dtype : kInputs)
     for (Decay decay : {Decay::head, Decay::token}) {
-      Spec spec;
-      spec.dtype = dtype;
+      Spec spec(dtype, 200, 40, 24);
       spec.B = 1;
-      spec.N = 200;
-      spec.K = 40;
-      spec.V = 24;
       spec.decay = decay;
       if (decay == Decay::head) {
         spec.K = 9;
@@ -179,12 +172,9 @@ TEST_F(Emulated, TokensAndHeadDims) {
   for (lc_dtype dtype : kInputs)
     for (int64_t N : {1, 63, 64, 65, 130})
       for (const auto& dims : head_dims) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-        spec.N = N;
-        spec.K = dims[0];
-        spec.V = dims[1];
+        Spec spec(dtype, N, dims[0], dims[1]);
+        spec.heads(1, 1, 1);
+        spec.B = 1;
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -192,13 +182,9 @@ TEST_F(Emulated, TokensAndHeadDims) {
 
 TEST_F(Emulated, LargeHeadDims) {
   for (lc_dtype dtype : kInputs) {
-    Spec spec;
-    spec.dtype = dtype;
+    Spec spec(dtype, 70, 256, 256);
+    spec.heads(1, 1, 1);
     spec.B = 1;
-    spec.Hq = spec.Hk = spec.Hv = 1;
-    spec.N = 70;
-    spec.K = 256;
-    spec.V = 256;
     spec.initial = spec.final = true;
     check(spec);
   }
@@ -211,14 +197,9 @@ TEST_F(Emulated, OneProcessor) {
       for (int64_t K : {40, 256}) {
         device.processors = 1;
         simt::device() = device;
-        Spec spec;
-        spec.dtype = dtype;
+        Spec spec(dtype, 35, K, 72);
+        spec.heads(2, 1, 1);
         spec.B = 1;
-        spec.Hq = 2;
-        spec.Hk = spec.Hv = 1;
-        spec.N = 35;
-        spec.K = K;
-        spec.V = 72;
         spec.decay = Decay::token;
         spec.in_place = true;
         check(spec);
@@ -230,12 +211,8 @@ TEST_F(Emulated, SmallCaches) {
   for (lc_dtype dtype : kInputs)
     for (int kilobytes : {1, 40, 200}) {
       simt::device().l2_bytes = kilobytes * 1024;
-      Spec spec;
-      spec.dtype = dtype;
+      Spec spec(dtype, 70, 7, 19);
       spec.Hq = 4;
-      spec.N = 70;
-      spec.K = 7;
-      spec.V = 19;
       spec.initial = spec.final = true;
       check(spec);
     }
@@ -244,12 +221,9 @@ TEST_F(Emulated, SmallCaches) {
 // More than 128 chunks, which take a third round of merges in the tree of recursive.
 TEST_F(Emulated, LongSequences) {
   for (Decay decay : {Decay::head, Decay::token}) {
-    Spec spec;
-    spec.dtype = kF32;
-    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-    spec.N = 8300;
-    spec.K = 4;
-    spec.V = 8;
+    Spec spec(kF32, 8300, 4, 8);
+    spec.heads(1, 1, 1);
+    spec.B = 1;
     spec.decay = decay;
     spec.gamma = 1 - 1e-4;
     spec.initial = spec.final = true;
@@ -268,11 +242,7 @@ TEST_F(Emulated, Decays) {
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
       for (double gamma : {0., 0.5, 1 - 1e-6, 1., kMixed}) {
         if (decay == Decay::none && gamma != 1) continue;
-        Spec spec;
-        spec.dtype = dtype;
-        spec.N = 140;
-        spec.K = 8;
-        spec.V = 16;
+        Spec spec(dtype, 140, 8, 16);
         spec.decay = decay;
         spec.gamma = gamma;
         spec.initial = spec.final = true;
@@ -285,13 +255,8 @@ TEST_F(Emulated, GroupedHeads) {
   for (const auto& h : heads)
     for (Decay decay : {Decay::batch, Decay::token})
       for (bool in_place : {false, true}) {
-        Spec spec;
-        spec.Hq = h[0];
-        spec.Hk = h[1];
-        spec.Hv = h[2];
-        spec.N = 70;
-        spec.K = 16;
-        spec.V = 16;
+        Spec spec(kF32, 70, 16, 16);
+        spec.heads(h[0], h[1], h[2]);
         spec.decay = decay;
         spec.final = !in_place;
         spec.in_place = in_place;
@@ -303,11 +268,7 @@ TEST_F(Emulated, Layouts) {
   for (lc_dtype dtype : kInputs)
     for (bool bnhd : {false, true})
       for (bool strided : {false, true}) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.N = 70;
-        spec.K = 24;
-        spec.V = 40;
+        Spec spec(dtype, 70, 24, 40);
         spec.bnhd = bnhd;
         spec.strided = strided;
         spec.decay = bnhd == strided ? Decay::token : Decay::head;
@@ -320,14 +281,11 @@ TEST_F(Emulated, PackedSequences) {
   for (lc_dtype cu : {kI32, kI64})
     for (const Index& bounds : {Index{0, 0, 5, 5, 141, 230}, Index{0, 230}, Index{0, 64, 128, 230}})
       for (Decay decay : {Decay::head, Decay::token}) {
-        Spec spec;
+        Spec spec(kF32, 230, 8, 16);
         spec.B = 1;
-        spec.N = 230;
         spec.cu = bounds;
         spec.cu_dtype = cu;
         spec.decay = decay;
-        spec.K = 8;
-        spec.V = 16;
         spec.initial = spec.final = true;
         check(spec);
       }
@@ -339,12 +297,8 @@ TEST_F(Emulated, Segments) {
   left_out_ = {"parallel"};  // quadratic
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
     for (Decay decay : {Decay::head, Decay::token}) {
-      Spec spec;
-      spec.dtype = gamma == 0.5 ? kF32 : kBf16;
+      Spec spec(gamma == 0.5 ? kF32 : kBf16, 700, 8, 16);
       spec.B = 1;
-      spec.N = 700;
-      spec.K = 8;
-      spec.V = 16;
       spec.decay = decay;
       spec.gamma = gamma;
       spec.initial = spec.final = true;
@@ -352,24 +306,16 @@ TEST_F(Emulated, Segments) {
     }
   for (const Index& bounds : {Index{0, 0, 300, 300, 310, 950, 1000}, Index{0, 1000}, Index{0, 256, 512, 1000}})
     for (Decay decay : {Decay::head, Decay::token}) {
-      Spec spec;
-      spec.dtype = kBf16;
+      Spec spec(kBf16, 1000, 8, 16);
       spec.B = 1;
-      spec.N = 1000;
       spec.cu = bounds;
       spec.decay = decay;
-      spec.K = 8;
-      spec.V = 16;
       spec.initial = spec.final = true;
       check(spec);
     }
   for (bool in_place : {false, true}) {
-    Spec spec;
-    spec.dtype = kBf16;
+    Spec spec(kBf16, 520, 16, 16);
     spec.Hq = 4;
-    spec.N = 520;
-    spec.K = 16;
-    spec.V = 16;
     spec.decay = Decay::token;
     spec.final = !in_place;
     spec.in_place = in_place;
@@ -387,12 +333,9 @@ TEST_F(Emulated, Devices) {
       for (int64_t K : {128, 256}) {
         simt::device() = device;
         simt::device().processors = processors;
-        Spec spec;
-        spec.dtype = dtype;
-        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-        spec.N = 130;
-        spec.K = K;
-        spec.V = 144;
+        Spec spec(dtype, 130, K, 144);
+        spec.heads(1, 1, 1);
+        spec.B = 1;
         spec.final = true;
         check(spec);
       }
@@ -402,12 +345,9 @@ TEST_F(Emulated, Devices) {
 
 TEST_F(Emulated, NoBankConflicts) {
   for (lc_dtype dtype : {kF16, kBf16}) {
-    Spec spec;
-    spec.dtype = dtype;
-    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-    spec.N = 130;
-    spec.K = 128;
-    spec.V = 64;
+    Spec spec(dtype, 130, 128, 64);
+    spec.heads(1, 1, 1);
+    spec.B = 1;
     check(spec);
   }
   EXPECT_GT(simt::report().ldmatrix_phases, 0);
@@ -417,12 +357,9 @@ TEST_F(Emulated, NoBankConflicts) {
 // States and scores that exceed the range of float16.
 TEST_F(Emulated, LargeStates) {
   for (lc_dtype dtype : {kF16, kBf16}) {
-    Spec spec;
-    spec.dtype = dtype;
-    spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-    spec.N = 200;
-    spec.K = 64;
-    spec.V = 16;
+    Spec spec(dtype, 200, 64, 16);
+    spec.heads(1, 1, 1);
+    spec.B = 1;
     spec.decay = Decay::none;
     spec.scale = 1e-6;
     spec.initial = spec.final = true;
@@ -435,12 +372,9 @@ TEST_F(Emulated, LargeStates) {
 TEST_F(Emulated, RoundingOfLongSequences) {
   for (lc_dtype dtype : {kF32, kF16, kBf16})
     for (double gamma : {1 - 1e-6, 1.}) {
-      Spec spec;
-      spec.dtype = dtype;
-      spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-      spec.N = 8192;
-      spec.K = 16;
-      spec.V = 16;
+      Spec spec(dtype, 8192, 16, 16);
+      spec.heads(1, 1, 1);
+      spec.B = 1;
       spec.decay = gamma == 1 ? Decay::token : Decay::head;
       spec.gamma = gamma;
       spec.final = true;
@@ -462,18 +396,14 @@ TEST_F(Emulated, Decode) {
           for (bool strided : {false, true}) {
             if ((pool == kF64) != (dtype == kF64)) continue;
             if (N == 64 && strided == indices.empty()) continue;
-            Spec spec;
+            Spec spec(dtype, N, 22, 40);
             spec.op = LC_DECODE;
-            spec.dtype = dtype;
             spec.pool = pool;
             spec.B = 3;
             spec.slots = 5;
             spec.indices = indices;
             spec.index_dtype = N == 3 ? kI64 : kI32;
             spec.Hq = N == 3 ? 4 : 2;
-            spec.N = N;
-            spec.K = 22;
-            spec.V = 40;
             spec.strided = strided;
             spec.bnhd = strided;
             spec.decay = N == 1 ? Decay::head : Decay::token;
@@ -489,14 +419,10 @@ TEST_F(Emulated, DecodeHeadDims) {
     for (int64_t B : {1, 300})
       for (const auto& dims : head_dims) {
         if (B > 1 && dims[0] * dims[1] > 100) continue;
-        Spec spec;
+        Spec spec(dtype, 1, dims[0], dims[1]);
+        spec.heads(2, 2, 2);
         spec.op = LC_DECODE;
-        spec.dtype = dtype;
         spec.B = B;
-        spec.Hq = spec.Hk = spec.Hv = 2;
-        spec.N = 1;
-        spec.K = dims[0];
-        spec.V = dims[1];
         check(spec);
       }
 }
@@ -504,11 +430,10 @@ TEST_F(Emulated, DecodeHeadDims) {
 // A rounding error of the decay would be raised to the number of tokens.
 TEST_F(Emulated, DecodesManyTokensOfSlowStates) {
   constexpr int kCalls = 24, kTokens = 64;
-  Spec spec;
+  Spec spec(kF32, kCalls * kTokens, 8, 8);
+  spec.heads(1, 1, 1);
   spec.device = {LC_CUDA, 0};
-  spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-  spec.N = kCalls * kTokens;
-  spec.K = spec.V = 8;
+  spec.B = 1;
   spec.gamma = 1 - 1e-6;
   spec.in_place = true;
   Call call(spec);
@@ -535,15 +460,10 @@ TEST_F(Emulated, DecodeDevices) {
     for (lc_dtype dtype : kInputs)
       for (int64_t K : {256, 1100}) {
         simt::device() = device;
-        Spec spec;
+        Spec spec(dtype, 2, K, 136);
+        spec.heads(2, 1, 1);
         spec.op = LC_DECODE;
-        spec.dtype = dtype;
         spec.B = 1;
-        spec.Hq = 2;
-        spec.Hk = spec.Hv = 1;
-        spec.N = 2;
-        spec.K = K;
-        spec.V = 136;
         spec.decay = Decay::token;
         served_.clear();
         check(spec);
@@ -566,12 +486,9 @@ TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (int64_t N : {1, 63, 64, 65, 130})
       for (const auto& dims : head_dims) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-        spec.N = N;
-        spec.K = dims[0];
-        spec.V = dims[1];
+        Spec spec(dtype, N, dims[0], dims[1]);
+        spec.heads(1, 1, 1);
+        spec.B = 1;
         spec.initial = spec.final = N != 65;
         spec.decay = N == 63 ? Decay::head : Decay::token;
         check_gradients(spec);
@@ -581,12 +498,8 @@ TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
 TEST_F(Emulated, GradientSchedules) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (Decay decay : {Decay::none, Decay::head, Decay::token}) {
-      Spec spec;
-      spec.dtype = dtype;
+      Spec spec(dtype, 330, 40, 24);
       spec.B = 1;
-      spec.N = 330;
-      spec.K = 40;
-      spec.V = 24;
       spec.decay = decay;
       spec.initial = spec.final = true;
       check_gradients(spec, std::size(kSchedules));
@@ -598,12 +511,9 @@ TEST_F(Emulated, GradientsOfLargeHeadDims) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (Decay decay : {Decay::none, Decay::head, Decay::token})
       for (const auto& dims : head_dims) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-        spec.N = 70;
-        spec.K = dims[0];
-        spec.V = dims[1];
+        Spec spec(dtype, 70, dims[0], dims[1]);
+        spec.heads(1, 1, 1);
+        spec.B = 1;
         spec.decay = decay;
         spec.initial = spec.final = true;
         check_gradients(spec);
@@ -615,11 +525,7 @@ TEST_F(Emulated, GradientsOfDecays) {
     for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::batch, Decay::token})
       for (double gamma : {0., 1e-4, 0.5, 1 - 1e-6, 1., kMixed}) {
         if (decay == Decay::none && gamma != 1) continue;
-        Spec spec;
-        spec.dtype = dtype;
-        spec.N = 140;
-        spec.K = 8;
-        spec.V = 16;
+        Spec spec(dtype, 140, 8, 16);
         spec.decay = decay;
         spec.gamma = gamma;
         spec.initial = spec.final = true;
@@ -631,13 +537,9 @@ TEST_F(Emulated, GradientsOfDecays) {
 TEST_F(Emulated, SomeGradients) {
   for (unsigned wants = 1; wants < 32; ++wants)
     for (int given = 0; given < 4; ++given) {
-      Spec spec;
+      Spec spec(kF32, 300, 4, 8);
+      spec.heads(2, 1, 1);
       spec.B = 1;
-      spec.Hq = 2;
-      spec.Hk = spec.Hv = 1;
-      spec.N = 300;
-      spec.K = 4;
-      spec.V = 8;
       spec.decay = wants & 1 ? Decay::token : Decay::head;
       spec.wants = wants;
       spec.initial = given & 1;
@@ -652,14 +554,8 @@ TEST_F(Emulated, GradientsOfGroupedHeads) {
   for (lc_dtype dtype : {kF32, kBf16})
     for (const auto& h : heads)
       for (Decay decay : {Decay::batch, Decay::token}) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.Hq = h[0];
-        spec.Hk = h[1];
-        spec.Hv = h[2];
-        spec.N = 270;
-        spec.K = 16;
-        spec.V = 8;
+        Spec spec(dtype, 270, 16, 8);
+        spec.heads(h[0], h[1], h[2]);
         spec.decay = decay;
         spec.initial = spec.final = true;
         check_gradients(spec);
@@ -670,11 +566,7 @@ TEST_F(Emulated, GradientLayouts) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (bool bnhd : {false, true})
       for (bool strided : {false, true}) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.N = 70;
-        spec.K = 24;
-        spec.V = 40;
+        Spec spec(dtype, 70, 24, 40);
         spec.bnhd = bnhd;
         spec.strided = strided;
         spec.decay = bnhd == strided ? Decay::token : Decay::head;
@@ -687,12 +579,8 @@ TEST_F(Emulated, GradientLayouts) {
 TEST_F(Emulated, GradientsOfSegments) {
   for (double gamma : {0., 0.5, 0.95, 1 - 1e-6, 1., kMixed})
     for (Decay decay : {Decay::head, Decay::token}) {
-      Spec spec;
-      spec.dtype = gamma == 0.5 ? kF32 : kBf16;
+      Spec spec(gamma == 0.5 ? kF32 : kBf16, gamma == 0.95 ? 2200 : 700, 8, 16);
       spec.B = 1;
-      spec.N = gamma == 0.95 ? 2200 : 700;
-      spec.K = 8;
-      spec.V = 16;
       spec.decay = decay;
       spec.gamma = gamma;
       spec.initial = spec.final = true;
@@ -701,15 +589,11 @@ TEST_F(Emulated, GradientsOfSegments) {
   for (lc_dtype cu : {kI32, kI64})
     for (const Index& bounds : {Index{0, 0, 300, 300, 310, 1450, 1500}, Index{0, 1500}, Index{0, 256, 512, 1500}})
       for (Decay decay : {Decay::head, Decay::token}) {
-        Spec spec;
-        spec.dtype = cu == kI32 ? kBf16 : kF32;
+        Spec spec(cu == kI32 ? kBf16 : kF32, 1500, 8, 16);
         spec.B = 1;
-        spec.N = 1500;
         spec.cu = bounds;
         spec.cu_dtype = cu;
         spec.decay = decay;
-        spec.K = 8;
-        spec.V = 16;
         spec.initial = spec.final = true;
         check_gradients(spec);
       }
@@ -722,12 +606,9 @@ TEST_F(Emulated, GradientsOfLongSequences) {
   for (lc_dtype dtype : kOnMatrixUnit)
     for (Decay decay : {Decay::head, Decay::token})
       for (double gamma : {0.9, 1 - 1e-4, 1.}) {
-        Spec spec;
-        spec.dtype = dtype;
-        spec.B = spec.Hq = spec.Hk = spec.Hv = 1;
-        spec.N = 4200;
-        spec.K = 8;
-        spec.V = 16;
+        Spec spec(dtype, 4200, 8, 16);
+        spec.heads(1, 1, 1);
+        spec.B = 1;
         spec.decay = decay;
         spec.gamma = gamma;
         spec.final = true;
@@ -742,14 +623,9 @@ TEST_F(Emulated, GradientDevices) {
         if (device.shared_block == simt::kAda.shared_block && K == 256) continue;
         simt::device() = device;
         simt::device().processors = K == 128 ? 1 : 100;
-        Spec spec;
-        spec.dtype = dtype;
+        Spec spec(dtype, 100, 40, K);
+        spec.heads(2, 1, 1);
         spec.B = 1;
-        spec.Hq = 2;
-        spec.Hk = spec.Hv = 1;
-        spec.N = 100;
-        spec.K = 40;
-        spec.V = K;
         spec.decay = Decay::token;
         spec.final = true;
         check_gradients(spec);

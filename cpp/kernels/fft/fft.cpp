@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kShortest = 32;  // points of a transform
 constexpr int kChunk = 64;         // tokens of a product with a state
 
-// Points of the transform for n tokens, so many that the sum of two positions never wraps around.
+// Points of the transform for n tokens. The sum of two positions is below this number.
 int64_t points(int64_t n) {
   int64_t m = kShortest;
   while (m < 2 * n) m *= 2;

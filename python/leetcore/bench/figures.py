@@ -130,7 +130,7 @@ def _groups(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[A
         yield value, list(group)
 
 
-def _beside(figure: Figure, axes: Any, where: Literal["upper", "center"] = "center", **options: Any) -> None:
+def _side_legend(figure: Figure, axes: Any, where: Literal["upper", "center"] = "center", **options: Any) -> None:
     """Draws the legend at the right of the axes, where there are no data."""
     handles, labels = axes.get_legend_handles_labels()
     loc: Any = f"outside right {where}"
@@ -188,7 +188,7 @@ def time(found: Measurements, styles: Styles) -> Figures:
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of a call (s)")
         axes.set_title(title, loc="left")
         _lengths_axis(axes, lengths)
-        _beside(figure, axes, title="method: fitted growth")
+        _side_legend(figure, axes, title="method: fitted growth")
         yield _name("time", name), figure
 
 
@@ -206,7 +206,7 @@ def throughput(found: Measurements, styles: Styles) -> Figures:
         axes.set(xscale="log", yscale="log", xlabel="length of the sequence N (tokens)", ylabel="tokens per second")
         axes.set_title(title, loc="left")
         _lengths_axis(axes, lengths)
-        _beside(figure, axes)
+        _side_legend(figure, axes)
         yield _name("throughput", name), figure
 
 
@@ -287,7 +287,7 @@ def _bars(problems: list[Problem], styles: Styles, title: str) -> Figure:
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_title(title, loc="left")
-    _beside(figure, axes, "upper")
+    _side_legend(figure, axes, "upper")
     return figure
 
 
@@ -357,7 +357,7 @@ def roofline(found: Measurements, styles: Styles) -> Figures:
             ylabel="rate (Gflop/s)",
         )
         axes.set_title(_title(dtype, _decay(decay)), loc="left")
-        _beside(figure, axes)
+        _side_legend(figure, axes)
         yield _name("roofline", dtype, decay), figure
 
 
@@ -397,5 +397,5 @@ def error(found: Measurements, styles: Styles) -> Figures:
             axes.set_xticks(range(len(decays)), decays, rotation=60, ha="right", rotation_mode="anchor")
             axes.set_title(_title(dtype, what, f"N = {N}" if N else ""), loc="left")
         both[0].set_ylabel("worst relative error")
-        _beside(figure, both[0])
+        _side_legend(figure, both[0])
         yield _name("error", dtype, f"N{N}" if N else ""), figure

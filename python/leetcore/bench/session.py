@@ -48,7 +48,7 @@ class Row:
     peers: list[str] = field(default_factory=list)  # shapes whose rate this row is compared with
     took: float = math.inf  # seconds of one call at the gate
     seconds: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)  # the ceiling before and after each sample, in units per second
+    ceilings: list[float] = field(default_factory=list)  # the ceiling before and after each sample, in units per second
     copy: list[float] = field(default_factory=list)  # bytes/s of a copy in the same round
     host: list[float] = field(default_factory=list)  # on a GPU: seconds until a call returns
     peak_bytes: int | None = None  # memory that a call needs besides its inputs, results included
@@ -69,7 +69,7 @@ class Row:
             "peers",
         )
         model = {} if self.cost is None else self.cost._asdict()
-        fractions = [self.work / t / c for t, c in zip(self.seconds, self.beside, strict=True)] if self.work else []
+        fractions = [self.work / t / c for t, c in zip(self.seconds, self.ceilings, strict=True)] if self.work else []
         return {
             **{name: getattr(self, name) for name in names},
             **vars(self.shape),
@@ -81,7 +81,7 @@ class Row:
             "wrong_seconds": self.took if self.status == "wrong" else None,
             "seconds": stats(self.seconds),
             "fraction": stats(fractions),
-            "ceiling": stats(self.beside),
+            "ceiling": stats(self.ceilings),
             "copy": stats(self.copy),
             "host_seconds": stats(self.host),
         }

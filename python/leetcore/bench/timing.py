@@ -21,14 +21,14 @@ Call = Callable[[], Any]
 class Sampled(Protocol):
     """What `interleave` samples: a call, and the lists that it appends to.
 
-    seconds: per call. beside: the ceiling measured around the sample. copy: the bandwidth of the
-    round.
+    seconds has the time per call of each sample, ceilings the ceiling around it, and copy the
+    bandwidth of a copy in its round.
     """
 
     call: Call | None
     status: str
     seconds: list[float]
-    beside: list[float]
+    ceilings: list[float]
     copy: list[float]
 
 
@@ -124,7 +124,7 @@ def interleave(
                     continue
                 after = ceiling()
                 row.seconds.append(seconds)
-                row.beside.append((before + after) / 2)
+                row.ceilings.append((before + after) / 2)
                 row.copy.append(copied)
                 before = after
             tick()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from ..options import Layout
+from ..options import Layout, is_bnhd
 
 Updated = Annotated[Tensor, "updated in place"]
 
@@ -92,4 +92,4 @@ def tensor_fields(inputs: Any) -> tuple[str, ...]:
 
 def head_axis(layout: str) -> int:
     """The axis of heads in q, k and v."""
-    return 2 if layout == "bnhd" else 1
+    return 2 if is_bnhd(layout) else 1

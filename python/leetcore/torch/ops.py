@@ -18,9 +18,9 @@ from torch.overrides import handle_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core, api
-from ..options import Layout, Precision, allows_tf32, is_bnhd, method_name, real
+from ..options import Layout, Precision, allows_tf32, method_name, real
 from . import autograd, rules
-from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, schema
+from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, head_axis, schema
 
 
 def linear_attention(
@@ -93,7 +93,7 @@ def linear_attention(
         q,
         k,
         v,
-        _decay(log_decay, q, k, v, 2 if is_bnhd(layout) else 1),
+        _decay(log_decay, q, k, v, head_axis(layout)),
         initial_state,
         cu_seqlens,
         _number(scale),
