@@ -197,14 +197,31 @@ def gated_rms_norm(
 
 
 class RMSNormGated(nn.Module):
-    """`gated_rms_norm` with a weight, as the norm of a Mamba-2 layer."""
+    """`gated_rms_norm` with a weight, with the arguments of mamba_ssm's RMSNorm.
 
-    def __init__(self, channels: int, group_size: int, eps: float, norm_before_gate: bool) -> None:
+    Args:
+        hidden_size: number of channels.
+        eps: epsilon of the norm.
+        group_size: number of channels that are normed together. None: all.
+        norm_before_gate: whether the norm precedes the gate.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.group_size, self.eps, self.norm_before_gate = group_size, eps, norm_before_gate
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """The norm of x [.., C] with the gate silu(z); z is [.., C] or None."""
         return gated_rms_norm(
             x, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
         )
@@ -304,7 +321,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(width if D_has_hdim else heads))
         if rmsnorm:
-            self.norm = RMSNormGated(width, width // ngroups, eps, norm_before_gate)
+            self.norm = RMSNormGated(width, eps, width // ngroups, norm_before_gate)
         self.out_proj = nn.Linear(width, d_model, bias=bias)
 
     def forward(

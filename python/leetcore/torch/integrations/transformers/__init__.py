@@ -18,7 +18,7 @@ from .minimax import LightningAttention
 
 __all__ = ["LightningAttention", "patch", "unpatch"]
 
-_FAMILIES = minimax, mamba2
+_FAMILIES: tuple[Any, ...] = (minimax, mamba2)
 
 
 def patch(model: nn.Module) -> int:
@@ -44,11 +44,11 @@ def patch(model: nn.Module) -> int:
     """
     modules: list[Any] = list(model.modules())
     found = [(family, layer) for family in _FAMILIES for layer in modules if family.is_served(layer)]
-    patched = sum(family.is_patched(layer) for family in _FAMILIES for layer in modules)
+    patched: int = sum(family.is_patched(layer) for family in _FAMILIES for layer in modules)
     if not found and not patched:
         raise ValueError(
-            f"model: expected one with layers MiniMaxLightningAttention, got {type(model).__name__}; the Mamba-2 layers "
-            "that can be patched are " + ", ".join(mamba2.MIXERS.values())
+            f"model: expected one with layers MiniMaxLightningAttention, got {type(model).__name__}; the Mamba-2 "
+            "layers that can be patched are " + ", ".join(mamba2.MIXERS.values())
         )
     for family, layer in found:
         if differences := family.differences(layer):

@@ -17,17 +17,17 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import cache_utils
 
 from ...mamba2 import Parts, mix, mix_step
+from ...packing import Packed, one_row, packed
 from .layers import become, has_replaced_forward, masked_tokens
 
 try:
     from transformers.integrations.accelerate import force_accelerate_hooks
 except ImportError:  # `differences` refuses to patch
-    force_accelerate_hooks = None
+    force_accelerate_hooks = None  # type: ignore[assignment]
 
 # The modules of transformers.models that have Mamba-2 layers, and the class of the layer.
 MIXERS = {
@@ -38,14 +38,13 @@ MIXERS = {
     "nemotron_h": "NemotronHMamba2Mixer",
     "zamba2": "Zamba2MambaMixer",
 }
-# What the forward of a mixer reads of the mixer in transformers 5.24. FalconH1's own are at the
-# end.
-_READ = (
+# What the forward of a mixer in transformers 5.24 reads of the mixer. The last three names are of
+# FalconH1.
+_ATTRIBUTES = (
     "in_proj conv1d dt_bias A_log D norm out_proj num_heads head_dim n_groups ssm_state_size intermediate_size "
-    "conv_dim conv_kernel_size activation time_step_limit chunk_size layer_idx training float to "
-    "mamba_rms_norm mup_vector ssm_in_multiplier"
-).split()
-_ATTRIBUTES = _READ[: _READ.index("training")]
+    "conv_dim conv_kernel_size activation time_step_limit chunk_size layer_idx"
+)
+_READ = f"{_ATTRIBUTES} training float to mamba_rms_norm mup_vector ssm_in_multiplier"
 _OF_CACHES = "get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"
 
 
@@ -73,7 +72,7 @@ def unpatch(layer: Any) -> None:
 def differences(layer: Any) -> list[str]:
     """The things that the patch needs and the installed transformers lacks, one sentence each."""
     forward = type(layer).forward
-    found = [f"it has no {name}" for name in _ATTRIBUTES if not hasattr(layer, name)]
+    found = [f"it has no {name}" for name in _ATTRIBUTES.split() if not hasattr(layer, name)]
     found += [f"Cache has no {name}" for name in _OF_CACHES if not hasattr(cache_utils.Cache, name)]
     taken = inspect.signature(forward).parameters
     found += [
@@ -83,7 +82,7 @@ def differences(layer: Any) -> list[str]:
     found += [
         f"its forward reads {name}, which leetcore does not know"
         for name in read
-        if hasattr(layer, name) and name not in _READ
+        if hasattr(layer, name) and name not in _READ.split()
     ]
     if force_accelerate_hooks is None:
         found.append("transformers.integrations.accelerate has no force_accelerate_hooks")
@@ -135,19 +134,19 @@ class Mixer(nn.Module):
             self.n_groups,
             tuple(self.time_step_limit),
         )
-        conv_state = state = None
+        conv_state: Any = None
+        state: Any = None
         if cache is not None:
             conv_state = cache.get_conv_state(self.layer_idx)
             state = cache.get_recurrent_state(self.layer_idx)
-        packed = _packed(options, x)
-        if packed is not None:
+        rows = packed(options.get("seq_idx"), options.get("cu_seqlens"), x.shape[:2])
+        if rows is not None:
+            name = "cu_seqlens" if options.get("cu_seqlens") is not None else "seq_idx"
             if mask is not None:
-                raise ValueError(
-                    f"attention_mask: expected None with {packed.name}, as packed sequences have no padding"
-                )
+                raise ValueError(f"{name}: expected None with an attention_mask, as packed sequences have no padding")
             if state is not None:
-                raise ValueError(f"{packed.name}: expected None where a cache continues earlier tokens")
-            y = self._mix_packed(parts, xBC, dt, gate, packed, cache)
+                raise ValueError(f"{name}: expected None where a cache continues earlier tokens, got sequences")
+            y = self._mix_packed(parts, xBC, dt, gate, rows, cache)
         elif state is not None and N == 1 and mask is None and not _has_gradient(xBC, state, conv_state, self):
             gate = None if gate is None else gate[:, 0]
             y = mix_step(parts, xBC[:, 0], dt[:, 0], gate, conv_state=conv_state, state=state)[:, None]
@@ -179,16 +178,16 @@ class Mixer(nn.Module):
             cache.update_recurrent_state(state, self.layer_idx)
 
     def _mix_packed(
-        self: Any, parts: Parts, xBC: Tensor, dt: Tensor, gate: Tensor | None, packed: _Packed, cache: Any
+        self: Any, parts: Parts, xBC: Tensor, dt: Tensor, gate: Tensor | None, rows: Packed, cache: Any
     ) -> Tensor:
         """`mix` of packed rows. The cache receives the states of the last sequence of each row."""
-        xBC, dt = xBC.flatten(0, 1)[None], dt.flatten(0, 1)[None]
-        gate = None if gate is None else gate.flatten(0, 1)[None]
-        sequences = packed.cu_seqlens.shape[0] - 1
-        conv_state = None if cache is None else xBC.new_zeros(sequences, self.conv_dim, self.conv_kernel_size)
-        y, conv_state, state = mix(parts, xBC, dt, gate, conv_state=conv_state, cu_seqlens=packed.cu_seqlens)
+        xBC, dt, gate = one_row(xBC), one_row(dt), None if gate is None else one_row(gate)
+        conv_state = None
+        if cache is not None:
+            conv_state = xBC.new_zeros(rows.cu_seqlens.shape[0] - 1, self.conv_dim, self.conv_kernel_size)
+        y, conv_state, state = mix(parts, xBC, dt, gate, conv_state=conv_state, cu_seqlens=rows.cu_seqlens)
         if conv_state is not None and state is not None:
-            self._keep(cache, conv_state[packed.last], state[packed.last])
+            self._keep(cache, conv_state[rows.last], state[rows.last])
         return y
 
 
@@ -201,33 +200,6 @@ class _FalconH1(Mixer):
 
     def _gates_scan(self: Any) -> bool:
         return not self.mamba_rms_norm
-
-
-class _Packed:
-    """Packed rows as one row of sequences.
-
-    Attributes:
-        name: the argument that the caller gave.
-        cu_seqlens: [S + 1], the start offsets of all sequences.
-        last: [B], the index of the last sequence of each row.
-    """
-
-    def __init__(self, name: str, cu_seqlens: Tensor, last: Tensor) -> None:
-        self.name, self.cu_seqlens, self.last = name, cu_seqlens, last
-
-
-def _packed(options: dict[str, Any], x: Tensor) -> _Packed | None:
-    """The packed sequences that a call names by cu_seqlens or by seq_idx."""
-    cu_seqlens, seq_idx = options.get("cu_seqlens"), options.get("seq_idx")
-    if cu_seqlens is not None:
-        return _Packed("cu_seqlens", cu_seqlens, torch.tensor([cu_seqlens.shape[0] - 2]))
-    if seq_idx is None:
-        return None
-    if seq_idx.shape != x.shape[:2]:
-        raise ValueError(f"seq_idx: expected shape {list(x.shape[:2])}, got {list(seq_idx.shape)}")
-    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
-    starts = begins.flatten().nonzero().flatten()
-    return _Packed("seq_idx", F.pad(starts, (0, 1), value=begins.numel()), begins.sum(1).cumsum(0) - 1)
 
 
 def _has_gradient(xBC: Tensor, state: Tensor, conv_state: Tensor, layer: nn.Module) -> bool:
