@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import decay
-from .mamba2 import Mamba2, Mamba2State
+from .mamba2_layer import Mamba2, Mamba2State
 from .masks import hide, masked_tokens
 from .ops import decode_step, linear_attention
 

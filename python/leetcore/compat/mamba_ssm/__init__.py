@@ -17,7 +17,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ...torch.mamba2 import RMSNormGated
+from ...torch.mamba2_layer import RMSNormGated
 from ..causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .functions import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, rmsnorm_fn, selective_state_update
 from .layer import Mamba2

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...torch import ssd, ssd_step
-from ...torch.mamba2 import gated_rms_norm
+from ...torch.mamba2_layer import gated_rms_norm
 from ...torch.packing import one_row, packed
 from ..causal_conv1d import causal_conv1d_fn, has_gradient, write_states
 

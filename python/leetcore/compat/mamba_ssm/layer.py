@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...torch.mamba2 import Mamba2 as _Mamba2
-from ...torch.mamba2 import mix, mix_step
+from ...torch.mamba2_layer import Mamba2 as _Mamba2
+from ...torch.mamba2_layer import mix, mix_step
 from ...torch.packing import one_row, packed
 from ..causal_conv1d import write_states
 

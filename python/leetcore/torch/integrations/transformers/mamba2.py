@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
-from ...mamba2 import Parts, mix, mix_step
+from ...mamba2_layer import Parts, mix, mix_step
 from ...packing import Packed, one_row, packed
 from .layers import become, has_replaced_forward, masked_tokens
 
