@@ -66,8 +66,8 @@ void check_log_decay_values(const lc_tensor& t) {
 void scalars(const lc_args& a) {
   if (a.op != LC_FORWARD && a.op != LC_BACKWARD && a.op != LC_DECODE)
     fail(LC_INVALID, "op: expected LC_FORWARD, LC_BACKWARD or LC_DECODE, got %d", a.op);
-  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
-    fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
+  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32 | LC_DT_SOFTPLUS))
+    fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD, LC_ALLOW_TF32 and LC_DT_SOFTPLUS, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
   if (a.num_threads < 0) fail(LC_INVALID, "num_threads: expected 0 or more, got %d", a.num_threads);
   if (!std::isfinite(a.scale)) fail(LC_INVALID, "scale: expected a finite number, got %g", a.scale);
@@ -144,6 +144,8 @@ void decay(Checker& c, const lc_args& a) {
   if (!t) return;
   const Dim b{"B", p.B}, hs{"Hs", p.Hs};
   const Dims forms[] = {{}, {hs}, {b, hs}, {b, hs, {"N", p.N}}};
+  if (a.dt && (t->ndim < 0 || t->ndim > 2))
+    fail(LC_INVALID, "log_decay: expected a scalar, [Hs] or [B, Hs], as dt is given, got %d dimensions", t->ndim);
   if (t->ndim < 0 || t->ndim > 3)
     fail(LC_INVALID, "log_decay: expected a scalar, [Hs], [B, Hs] or [B, Hs, N], got %d dimensions", t->ndim);
   c.shape("log_decay", *t, forms[t->ndim], t->ndim == 3);
@@ -151,8 +153,60 @@ void decay(Checker& c, const lc_args& a) {
     p.decay_type = type_among("log_decay", *t, {Type::f32, Type::f64});
   else
     p.decay_type = type_among("log_decay", *t, {Type::f32});
-  p.decay = t->ndim == 3 ? Decay::per_token : Decay::constant;
+  p.decay = t->ndim == 3 || a.dt ? Decay::per_token : Decay::constant;
   p.log_decay = c.decay_view("log_decay", *t);
+}
+
+// The type of a tensor that may have the dtype of q or float32.
+Type parameter_type(const char* name, const lc_tensor& t, const Problem& p) {
+  return p.type == Type::f32 ? type_among(name, t, {Type::f32}) : type_among(name, t, {p.type, Type::f32});
+}
+
+// The lengths of tokens: dt, its bias and its limits.
+void token_lengths(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  if (!a.dt) {
+    if (a.dt_bias) fail(LC_INVALID, "dt_bias: expected NULL, as dt is absent");
+    if (a.flags & LC_DT_SOFTPLUS) fail(LC_INVALID, "flags: expected no LC_DT_SOFTPLUS, as dt is absent");
+    return;
+  }
+  c.shape("dt", *a.dt, {{"B", p.B}, {"Hs", p.Hs}, {"N", p.N}}, true);
+  p.dt_type = parameter_type("dt", *a.dt, p);
+  c.memory("dt", *a.dt, false);
+  p.dt = c.view(*a.dt, true);
+  if (const lc_tensor* t = a.dt_bias) {
+    c.shape("dt_bias", *t, {{"Hs", p.Hs}});
+    p.dt_bias_type = parameter_type("dt_bias", *t, p);
+    c.memory("dt_bias", *t, false);
+    p.dt_bias = c.view(*t, false);
+    p.dt_bias.stride[1] = p.dt_bias.stride[0];
+    p.dt_bias.stride[0] = 0;
+  }
+  p.softplus = a.flags & LC_DT_SOFTPLUS;
+  p.dt_min = a.dt_min;
+  p.dt_max = a.dt_max == 0 ? HUGE_VAL : a.dt_max;
+  if (!(p.dt_min >= 0 && p.dt_min <= p.dt_max))
+    fail(LC_INVALID, "dt_min: expected 0 <= dt_min <= dt_max, got %g and %g", a.dt_min, a.dt_max);
+}
+
+// What the output takes besides the state: skip and gate.
+void output_terms(Checker& c, const lc_args& a, const Dims& output) {
+  Problem& p = c.p;
+  for (const auto& [name, t] : {std::pair{"skip", a.skip}, std::pair{"gate", a.gate}})
+    if (p.op == LC_BACKWARD) c.absent(name, t, "LC_FORWARD or LC_DECODE");
+  if (const lc_tensor* t = a.skip) {
+    if (t->ndim != 1 && t->ndim != 2) fail(LC_INVALID, "skip: expected [H] or [H, V], got %d dimensions", t->ndim);
+    Dims dims{{"H", p.H}, {"V", p.V}};
+    dims.rank = t->ndim;
+    c.shape("skip", *t, dims);
+    p.skip_type = parameter_type("skip", *t, p);
+    c.memory("skip", *t, false);
+    const View w = c.view(*t, false);
+    p.skip.data = w.data;
+    p.skip.stride[1] = w.stride[0];
+    p.skip.stride[3] = w.stride[1];
+  }
+  if (a.gate) p.gate = c.tensor("gate", *a.gate, output, p.type, " like q", true);
 }
 
 // Returns the number of sequences.
@@ -178,13 +232,11 @@ void pool(Checker& c, const lc_args& a) {
   Problem& p = c.p;
   c.absent("initial_state", a.initial_state, "LC_FORWARD or LC_BACKWARD (LC_DECODE updates final_state in place)");
   const lc_tensor& t = c.required("final_state", a.final_state);
-  c.shape("final_state", t, {{"slots", -1}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}});
+  const Dims dims{{"slots", -1}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}};
   if (p.type == Type::f64)
-    p.state_type = type_among("final_state", t, {Type::f64}, state_reason(p));
+    p.final_state = c.state("final_state", t, dims, p.state_type, {Type::f64}, state_reason(p));
   else
-    p.state_type = type_among("final_state", t, {Type::f32, Type::f16, Type::bf16});
-  c.memory("final_state", t);
-  p.final_state = c.view(t, false);
+    p.final_state = c.state("final_state", t, dims, p.state_type, {Type::f32, Type::f16, Type::bf16}, "");
   p.slots = t.shape[0];
   if (const lc_tensor* i = a.state_indices) {
     c.shape("state_indices", *i, {{"B", p.B}});
@@ -200,7 +252,7 @@ void pool(Checker& c, const lc_args& a) {
 void states(Checker& c, const lc_args& a, const Dims& state) {
   Problem& p = c.p;
   const auto view = [&](const char* name, const lc_tensor& t) {
-    return c.tensor(name, t, state, p.state_type, state_reason(p), false);
+    return c.state(name, t, state, p.state_type, {p.state_type}, state_reason(p));
   };
   c.absent("state_indices", a.state_indices, "LC_DECODE");
   if (a.initial_state) p.initial_state = view("initial_state", *a.initial_state);
@@ -240,16 +292,26 @@ void gradients(Checker& c, const lc_args& a, const Dims& output, const Dims& sta
   for (const auto& d : all) {
     if (p.op != LC_BACKWARD) c.absent(d.name, d.tensor, "LC_BACKWARD");
     if (!d.tensor) continue;
-    *d.view = d.is_state ? c.tensor(d.name, *d.tensor, d.dims, p.state_type, state_reason(p), false)
+    *d.view = d.is_state ? c.state(d.name, *d.tensor, d.dims, p.state_type, {p.state_type}, state_reason(p))
                          : c.tensor(d.name, *d.tensor, d.dims, p.type, " like q", true);
   }
-  if (p.op != LC_BACKWARD) return c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+  if (p.op != LC_BACKWARD) {
+    c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+    return c.absent("d_dt", a.d_dt, "LC_BACKWARD");
+  }
   decay_gradient(c, a);
+  if (a.d_dt) {
+    if (!a.dt) fail(LC_INVALID, "d_dt: expected NULL, as dt is absent");
+    c.shape("d_dt", *a.d_dt, {b, {"Hs", p.Hs}, n}, true);
+    type_among("d_dt", *a.d_dt, {p.dt_type}, " like dt");
+    c.memory("d_dt", *a.d_dt, false);
+    p.d_dt = c.view(*a.d_dt, true);
+  }
   c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
   if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");
-  if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state)
+  if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state && !a.d_dt)
     fail(LC_INVALID,
-         "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state), got none");
+         "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state, d_dt), got none");
 }
 
 // Written tensors overlap neither themselves nor other arguments; final_state may be initial_state.
@@ -260,7 +322,8 @@ void outputs_apart(const Checker& c, const lc_args& a) {
                                                               {"d_k", a.d_k},
                                                               {"d_v", a.d_v},
                                                               {"d_log_decay", a.d_log_decay},
-                                                              {"d_initial_state", a.d_initial_state}};
+                                                              {"d_initial_state", a.d_initial_state},
+                                                              {"d_dt", a.d_dt}};
   for (const auto& [name, t] : written) {
     if (!t || empty(*t)) continue;
     c.distinct(name, *t);
@@ -283,10 +346,12 @@ Checker structure(const lc_args& a) {
   dims(c, a);
   inputs(c, a);
   decay(c, a);
+  token_lengths(c, a);
   const int64_t sequences = packed(c, a);
   const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}};
   const Dims output{{"B", p.B}, {"H", p.H}, {"N", p.N}, {"V", p.V}};
   p.op == LC_DECODE ? pool(c, a) : states(c, a, state);
+  output_terms(c, a, output);
   gradients(c, a, output, state);
   if (a.o) p.o = c.tensor("o", *a.o, output, p.type, " like q", true);
   outputs_apart(c, a);

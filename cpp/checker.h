@@ -194,6 +194,21 @@ class TensorChecker {
     return view(t, swap);
   }
 
+  // A state, of which either of the last two dimensions is contiguous. Sets `type`, one of `types`.
+  View state(const char* name, const lc_tensor& t, const Dims& dims, Type& type, std::initializer_list<Type> types,
+             const char* reason) {
+    shape(name, t, dims);
+    type = type_among(name, t, types, reason);
+    memory(name, t, false);
+    View w = view(t, false);
+    const bool transposed = w.stride[3] != 1 && t.shape[3] > 1 && !empty(t);
+    if (transposed && t.shape[2] > 1 && w.stride[2] != 1)
+      fail(LC_INVALID, "%s: expected one of the last two dimensions to be contiguous, got strides %lld and %lld", name,
+           static_cast<long long>(w.stride[2]), static_cast<long long>(w.stride[3]));
+    if (transposed) w.stride[2] = 1;
+    return w;
+  }
+
   // log_decay or its gradient, of rank 0 to 3, with the axes [b, h, n, -].
   View decay_view(const char* name, const lc_tensor& t) {
     memory(name, t, false);
