@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "checker.h"
 #include "cost.h"
 #include "problem.h"
 #include "thread_count.h"
@@ -31,255 +32,10 @@ namespace {
 
 constexpr int64_t kMostHeadDim = 8192, kMostDecodeTokens = 64;
 
-// ---- words --------------------------------------------------------------------------------------
-
-std::string shape_text(const lc_tensor& t) {
-  std::string s = "[";
-  for (int i = 0; i < t.ndim; ++i) s += (i ? ", " : "") + std::to_string(t.shape[i]);
-  return s + "]";
-}
-
-std::string dtype_text(lc_dtype d) {
-  // The names of DLPack's codes, in order. From the eighth code on, the code alone determines the
-  // number of bits.
-  const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const char* small[] = {"float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz", "float8_e4m3fn",
-                         "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",    "float8_e8m0fnu",
-                         "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
-  std::string s = d.code < 7    ? kinds[d.code] + std::to_string(d.bits)
-                  : d.code < 18 ? small[d.code - 7]
-                                : "code " + std::to_string(d.code);
-  if (d.lanes != 1) s += " in " + std::to_string(d.lanes) + " lanes";
-  return s;
-}
-
-std::string device_text(lc_device d) {
-  if (d.type == LC_CPU) return "the CPU";
-  if (d.type == LC_CUDA) return "CUDA device " + std::to_string(d.id);
-  return "a device of type " + std::to_string(d.type);
-}
-
-const char* type_text(Type t) {
-  constexpr const char* names[] = {"float64", "float32", "float16", "bfloat16"};
-  return names[int(t)];
-}
-
-constexpr lc_dtype kDtypes[] = {{LC_FLOAT, 64, 1}, {LC_FLOAT, 32, 1}, {LC_FLOAT, 16, 1}, {LC_BFLOAT, 16, 1}};
-
-bool same(lc_dtype a, lc_dtype b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
-
-Type type_among(const char* name, const lc_tensor& t, std::initializer_list<Type> allowed, const char* reason = "") {
-  std::string list;
-  for (Type type : allowed) {
-    if (same(t.dtype, kDtypes[int(type)])) return type;
-    list += std::string(list.empty() ? "" : type == *(allowed.end() - 1) ? " or " : ", ") + type_text(type);
-  }
-  fail(LC_DTYPE, "%s: expected dtype %s%s, got %s", name, list.c_str(), reason, dtype_text(t.dtype).c_str());
-}
-
-// ---- tensors ------------------------------------------------------------------------------------
-
-// One expected dimension: a size, or a letter that stands for any size of at least `least`.
-struct Dim {
-  const char* letter = "";
-  int64_t size = -1;  // -1: any size
-  int64_t least = 0;
-};
-
-// An expected shape.
-struct Dims {
-  Dim at[4];
-  int rank;
-  Dims(std::initializer_list<Dim> list) : at{}, rank(int(list.size())) { std::copy(list.begin(), list.end(), at); }
-};
-
-// A tensor and the range of addresses [low, high) of its elements.
-struct Extent {
-  const char* name;
-  const lc_tensor* tensor;
-  __int128 low, high;
-};
-
-int64_t stride_of(const lc_tensor& t, int i) {
-  if (t.strides) return t.strides[i];
-  int64_t dense = 1;
-  for (int j = t.ndim - 1; j > i; --j)
-    if (__builtin_mul_overflow(dense, t.shape[j], &dense)) return INT64_MAX;  // memory() refuses it
-  return dense;
-}
-
-bool empty(const lc_tensor& t) {
-  for (int i = 0; i < t.ndim; ++i)
-    if (!t.shape[i]) return true;
-  return false;
-}
-
-class Checker {
- public:
-  explicit Checker(const lc_args& args) : bnhd(args.flags & LC_LAYOUT_BNHD) {}
-
-  const bool bnhd;
+// The tensors of a call, and the Problem that is made of them.
+struct Checker : TensorChecker {
+  explicit Checker(const lc_args& args) : TensorChecker(args.flags & LC_LAYOUT_BNHD, "q") {}
   Problem p = {};
-
-  const lc_tensor& required(const char* name, const lc_tensor* t) {
-    if (!t) fail(LC_INVALID, "%s: required, but absent", name);
-    return *t;
-  }
-
-  void absent(const char* name, const lc_tensor* t, const char* who) {
-    if (t) fail(LC_INVALID, "%s: only %s takes it; expected NULL", name, who);
-  }
-
-  // Checks rank and sizes; dims are in the order of the default layout.
-  void shape(const char* name, const lc_tensor& t, Dims dims, bool swap = false) {
-    if (swap && bnhd) std::swap(dims.at[1], dims.at[2]);
-    bool good = t.ndim == dims.rank && (t.shape || !t.ndim);
-    for (int i = 0; good && i < dims.rank; ++i)
-      good = t.shape[i] >= std::max<int64_t>(0, dims.at[i].least) &&
-             (dims.at[i].size < 0 || t.shape[i] == dims.at[i].size);
-    if (good) return;
-    std::string want = "[";
-    for (int i = 0; i < dims.rank; ++i)
-      want +=
-          (i ? ", " : "") + (dims.at[i].size < 0 ? std::string(dims.at[i].letter) : std::to_string(dims.at[i].size));
-    if (t.ndim < 0 || t.ndim > 16 || (!t.shape && t.ndim))
-      fail(LC_INVALID, "%s: expected shape %s], got no valid shape (ndim %d)", name, want.c_str(), t.ndim);
-    std::string least;
-    for (int i = 0; least.empty() && t.ndim == dims.rank && i < dims.rank; ++i)
-      if (dims.at[i].size < 0 && t.shape[i] < dims.at[i].least)
-        least = std::string("; ") + dims.at[i].letter + " is at least " + std::to_string(dims.at[i].least);
-    fail(LC_INVALID, "%s: expected shape %s], got %s%s", name, want.c_str(), shape_text(t).c_str(), least.c_str());
-  }
-
-  // Checks device, address and strides of a tensor whose shape was checked.
-  void memory(const char* name, const lc_tensor& t, bool contiguous_last = true) {
-    const bool host_scalar = t.ndim == 0 && !std::strcmp(name, "log_decay");  // its gradient is on the device
-    if (host_scalar ? t.device.type != LC_CPU
-                    : t.device.type != p.device.type || (t.device.type != LC_CPU && t.device.id != p.device.id))
-      fail(LC_INVALID, "%s: expected on %s%s, got %s", name, host_scalar ? "the CPU" : device_text(p.device).c_str(),
-           host_scalar ? " as every scalar" : " like q", device_text(t.device).c_str());
-    if (empty(t)) return;
-    const int64_t item = t.dtype.bits / 8;
-    constexpr int64_t kMost = INT64_MAX / 16;
-    __int128 low = 0, high = item;
-    bool far = false;
-    for (int i = 0; i < t.ndim && !far; ++i) {
-      if (t.shape[i] < 2) continue;  // the stride is not used
-      const int64_t stride = stride_of(t, i);
-      far = stride > kMost || stride < -kMost;
-      const __int128 reach = far ? 0 : __int128(t.shape[i] - 1) * stride * item;
-      (reach < 0 ? low : high) += reach;
-    }
-    if (far || high - low > kMost || -low > kMost)
-      fail(LC_INVALID, "%s: expected an extent below 2^59 bytes, got shape %s with larger strides", name,
-           shape_text(t).c_str());
-    if (!t.data) fail(LC_INVALID, "%s: expected data, got NULL for shape %s", name, shape_text(t).c_str());
-    const uintptr_t first = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-    if (first % uintptr_t(item))
-      fail(LC_INVALID, "%s: expected an address that is a multiple of %d, as a copy has, got %p", name, int(item),
-           reinterpret_cast<void*>(first));
-    const int last = t.ndim - 1;
-    if (contiguous_last && last >= 0 && t.shape[last] > 1 && stride_of(t, last) != 1)
-      fail(LC_INVALID, "%s: expected a contiguous last dimension, got stride %lld", name,
-           static_cast<long long>(stride_of(t, last)));
-    extents[count++] = {name, &t, __int128(first) + low, __int128(first) + high};
-  }
-
-  // The tensor with the axes [b, h, n, d] of View, whatever the layout.
-  View view(const lc_tensor& t, bool swap) const {
-    View w;
-    const bool none = empty(t);  // strides and offset of an empty tensor have no meaning and were not checked
-    w.data = none ? t.data : static_cast<char*>(t.data) + t.byte_offset;
-    for (int i = 0; i < t.ndim; ++i)
-      w.stride[swap && bnhd && (i == 1 || i == 2) ? 3 - i : i] = t.shape[i] > 1 && !none ? stride_of(t, i) : 0;
-    return w;
-  }
-
-  View tensor(const char* name, const lc_tensor& t, const Dims& dims, Type type, const char* reason, bool swap) {
-    shape(name, t, dims, swap);
-    type_among(name, t, {type}, reason);
-    memory(name, t);
-    return view(t, swap);
-  }
-
-  // log_decay or its gradient, of rank 0 to 3, with the axes [b, h, n, -].
-  View decay_view(const char* name, const lc_tensor& t) {
-    memory(name, t, false);
-    View w = view(t, t.ndim == 3);
-    if (t.ndim == 1) w.stride[1] = w.stride[0], w.stride[0] = 0;
-    return w;
-  }
-
-  int64_t heads(const lc_tensor& t) const { return t.shape[bnhd ? 2 : 1]; }
-
-  // Refuses a written tensor two of whose elements share memory.
-  void distinct(const char* name, const lc_tensor& t) const {
-    std::pair<int64_t, int64_t> steps[4];  // stride, size
-    int n = 0;
-    for (int i = 0; i < t.ndim; ++i)
-      if (t.shape[i] > 1) steps[n++] = {std::llabs(stride_of(t, i)), t.shape[i]};
-    for (int i = 1; i < n; ++i)
-      for (int j = i; j > 0 && steps[j] < steps[j - 1]; --j) std::swap(steps[j], steps[j - 1]);
-    __int128 reach = 0;
-    for (int i = 0; i < n; ++i) {
-      const auto [stride, size] = steps[i];
-      if (stride <= reach)
-        fail(LC_INVALID, "%s: expected elements that do not overlap, as it is written; got shape %s with stride %lld",
-             name, shape_text(t).c_str(), static_cast<long long>(stride));
-      reach += __int128(stride) * (size - 1);
-    }
-  }
-
-  // Refuses a written tensor that shares memory with another argument. The argument `except` may be
-  // the same tensor.
-  void apart(const char* name, const char* except) const {
-    const Extent* mine = extents;
-    while (std::strcmp(mine->name, name)) ++mine;
-    for (int i = 0; i < count; ++i) {
-      const Extent& other = extents[i];
-      if (&other == mine || other.high <= mine->low || mine->high <= other.low) continue;
-      if (!std::strcmp(other.name, except) && identical(*mine->tensor, *other.tensor)) continue;
-      if (!interleaved(*mine, other))
-        fail(LC_INVALID, "%s: expected memory of its own, as it is written; got an overlap with %s", name, other.name);
-    }
-  }
-
-  Extent extents[sizeof(lc_args) / sizeof(const lc_tensor*)];  // lc_args has fewer pointers
-  int count = 0;
-
- private:
-  static bool identical(const lc_tensor& x, const lc_tensor& y) {
-    bool good = static_cast<char*>(x.data) + x.byte_offset == static_cast<char*>(y.data) + y.byte_offset;
-    for (int i = 0; i < x.ndim; ++i) good = good && (x.shape[i] == 1 || stride_of(x, i) == stride_of(y, i));
-    return good;
-  }
-
-  // Whether x and y are columns of one buffer, like q, k and v of a fused projection. Modulo a row
-  // length P, the addresses of a tensor whose strides are multiples of P, or stay within a row, are
-  // one interval. Tensors whose intervals are disjoint share no memory.
-  static bool interleaved(const Extent& x, const Extent& y) {
-    for (const Extent* e : {&x, &y}) {
-      const lc_tensor& t = *e->tensor;
-      for (int i = 0; i < t.ndim; ++i) {
-        if (t.shape[i] < 2 || !stride_of(t, i)) continue;
-        const int64_t period = std::llabs(stride_of(t, i)) * (t.dtype.bits / 8);
-        const int64_t distance = int64_t(((y.low - x.low) % period + period) % period);
-        if (distance >= width(*x.tensor, period) && distance + width(*y.tensor, period) <= period) return true;
-      }
-    }
-    return false;
-  }
-
-  static __int128 width(const lc_tensor& t, int64_t period) {
-    const int64_t item = t.dtype.bits / 8;
-    __int128 bytes = item;
-    for (int i = 0; i < t.ndim; ++i) {
-      if (t.shape[i] < 2) continue;  // the stride is not used
-      const int64_t step = std::llabs(stride_of(t, i)) * item;
-      if (step % period) bytes += __int128(step) * (t.shape[i] - 1);
-    }
-    return bytes;
-  }
 };
 
 // ---- values that the host can read --------------------------------------------------------------
@@ -305,40 +61,13 @@ void check_log_decay_values(const lc_tensor& t) {
     }
 }
 
-void check_cu_seqlens_values(const Problem& p) {
-  const auto refuse = [&](const char* rule, int64_t i) {
-    fail(LC_INVALID, "cu_seqlens: expected %s, got %lld at [%lld]", rule, static_cast<long long>(cu_seqlen(p, i)),
-         static_cast<long long>(i));
-  };
-  if (cu_seqlen(p, 0) != 0) refuse("0 as the first value", 0);
-  for (int64_t i = 1; i <= p.B; ++i)
-    if (cu_seqlen(p, i) < cu_seqlen(p, i - 1)) refuse("values that do not decrease", i);
-  if (cu_seqlen(p, p.B) != p.N)
-    refuse(("the number of tokens, " + std::to_string(p.N) + ", as the last value").c_str(), p.B);
-}
-
-void check_state_indices_values(const Problem& p) {
-  std::vector<bool> taken(size_t(p.slots));
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t i = slot(p, b);
-    if (i < -1 || i >= p.slots)
-      fail(LC_INVALID, "state_indices: expected -1 or a slot below %lld, got %lld at [%lld]",
-           static_cast<long long>(p.slots), static_cast<long long>(i), static_cast<long long>(b));
-    if (i < 0) continue;
-    if (taken[size_t(i)])
-      fail(LC_INVALID, "state_indices: expected slots that differ, got %lld again at [%lld]", static_cast<long long>(i),
-           static_cast<long long>(b));
-    taken[size_t(i)] = true;
-  }
-}
-
 // ---- the whole call -----------------------------------------------------------------------------
 
 void scalars(const lc_args& a) {
   if (a.op != LC_FORWARD && a.op != LC_BACKWARD && a.op != LC_DECODE)
     fail(LC_INVALID, "op: expected LC_FORWARD, LC_BACKWARD or LC_DECODE, got %d", a.op);
-  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32))
-    fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD and LC_ALLOW_TF32, got %u", a.flags);
+  if (a.flags & ~uint32_t(LC_LAYOUT_BNHD | LC_ALLOW_TF32 | LC_DT_SOFTPLUS))
+    fail(LC_INVALID, "flags: expected a sum of LC_LAYOUT_BNHD, LC_ALLOW_TF32 and LC_DT_SOFTPLUS, got %u", a.flags);
   if (a.reserved) fail(LC_INVALID, "reserved: expected 0, got %u", a.reserved);
   if (a.num_threads < 0) fail(LC_INVALID, "num_threads: expected 0 or more, got %d", a.num_threads);
   if (!std::isfinite(a.scale)) fail(LC_INVALID, "scale: expected a finite number, got %g", a.scale);
@@ -356,7 +85,7 @@ void dims(Checker& c, const lc_args& a) {
   const lc_tensor &q = c.required("q", a.q), &k = c.required("k", a.k), &v = c.required("v", a.v);
   c.shape("q", q, {{"B", -1}, {"Hq", -1, 1}, {"N", -1}, {"K", -1, 1}}, true);
   p.op = lc_op(a.op);
-  p.device = q.device;
+  p.device = c.device = q.device;
   p.scale = a.scale;
   p.tf32 = a.flags & LC_ALLOW_TF32;
   p.B = q.shape[0];
@@ -415,6 +144,8 @@ void decay(Checker& c, const lc_args& a) {
   if (!t) return;
   const Dim b{"B", p.B}, hs{"Hs", p.Hs};
   const Dims forms[] = {{}, {hs}, {b, hs}, {b, hs, {"N", p.N}}};
+  if (a.dt && (t->ndim < 0 || t->ndim > 2))
+    fail(LC_INVALID, "log_decay: expected a scalar, [Hs] or [B, Hs], as dt is given, got %d dimensions", t->ndim);
   if (t->ndim < 0 || t->ndim > 3)
     fail(LC_INVALID, "log_decay: expected a scalar, [Hs], [B, Hs] or [B, Hs, N], got %d dimensions", t->ndim);
   c.shape("log_decay", *t, forms[t->ndim], t->ndim == 3);
@@ -422,15 +153,60 @@ void decay(Checker& c, const lc_args& a) {
     p.decay_type = type_among("log_decay", *t, {Type::f32, Type::f64});
   else
     p.decay_type = type_among("log_decay", *t, {Type::f32});
-  p.decay = t->ndim == 3 ? Decay::per_token : Decay::constant;
+  p.decay = t->ndim == 3 || a.dt ? Decay::per_token : Decay::constant;
   p.log_decay = c.decay_view("log_decay", *t);
 }
 
-// The width in bits of a tensor of int32 or int64.
-int32_t integer_bits(const char* name, const lc_tensor& t) {
-  if (!same(t.dtype, {LC_INT, 32, 1}) && !same(t.dtype, {LC_INT, 64, 1}))
-    fail(LC_DTYPE, "%s: expected dtype int32 or int64, got %s", name, dtype_text(t.dtype).c_str());
-  return t.dtype.bits;
+// The type of a tensor that may have the dtype of q or float32.
+Type parameter_type(const char* name, const lc_tensor& t, const Problem& p) {
+  return p.type == Type::f32 ? type_among(name, t, {Type::f32}) : type_among(name, t, {p.type, Type::f32});
+}
+
+// The lengths of tokens: dt, its bias and its limits.
+void token_lengths(Checker& c, const lc_args& a) {
+  Problem& p = c.p;
+  if (!a.dt) {
+    if (a.dt_bias) fail(LC_INVALID, "dt_bias: expected NULL, as dt is absent");
+    if (a.flags & LC_DT_SOFTPLUS) fail(LC_INVALID, "flags: expected no LC_DT_SOFTPLUS, as dt is absent");
+    return;
+  }
+  c.shape("dt", *a.dt, {{"B", p.B}, {"Hs", p.Hs}, {"N", p.N}}, true);
+  p.dt_type = parameter_type("dt", *a.dt, p);
+  c.memory("dt", *a.dt, false);
+  p.dt = c.view(*a.dt, true);
+  if (const lc_tensor* t = a.dt_bias) {
+    c.shape("dt_bias", *t, {{"Hs", p.Hs}});
+    p.dt_bias_type = parameter_type("dt_bias", *t, p);
+    c.memory("dt_bias", *t, false);
+    p.dt_bias = c.view(*t, false);
+    p.dt_bias.stride[1] = p.dt_bias.stride[0];
+    p.dt_bias.stride[0] = 0;
+  }
+  p.softplus = a.flags & LC_DT_SOFTPLUS;
+  p.dt_min = a.dt_min;
+  p.dt_max = a.dt_max == 0 ? HUGE_VAL : a.dt_max;
+  if (!(p.dt_min >= 0 && p.dt_min <= p.dt_max))
+    fail(LC_INVALID, "dt_min: expected 0 <= dt_min <= dt_max, got %g and %g", a.dt_min, a.dt_max);
+}
+
+// What the output takes besides the state: skip and gate.
+void output_terms(Checker& c, const lc_args& a, const Dims& output) {
+  Problem& p = c.p;
+  for (const auto& [name, t] : {std::pair{"skip", a.skip}, std::pair{"gate", a.gate}})
+    if (p.op == LC_BACKWARD) c.absent(name, t, "LC_FORWARD or LC_DECODE");
+  if (const lc_tensor* t = a.skip) {
+    if (t->ndim != 1 && t->ndim != 2) fail(LC_INVALID, "skip: expected [H] or [H, V], got %d dimensions", t->ndim);
+    Dims dims{{"H", p.H}, {"V", p.V}};
+    dims.rank = t->ndim;
+    c.shape("skip", *t, dims);
+    p.skip_type = parameter_type("skip", *t, p);
+    c.memory("skip", *t, false);
+    const View w = c.view(*t, false);
+    p.skip.data = w.data;
+    p.skip.stride[1] = w.stride[0];
+    p.skip.stride[3] = w.stride[1];
+  }
+  if (a.gate) p.gate = c.tensor("gate", *a.gate, output, p.type, " like q", true);
 }
 
 // Returns the number of sequences.
@@ -456,13 +232,11 @@ void pool(Checker& c, const lc_args& a) {
   Problem& p = c.p;
   c.absent("initial_state", a.initial_state, "LC_FORWARD or LC_BACKWARD (LC_DECODE updates final_state in place)");
   const lc_tensor& t = c.required("final_state", a.final_state);
-  c.shape("final_state", t, {{"slots", -1}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}});
+  const Dims dims{{"slots", -1}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}};
   if (p.type == Type::f64)
-    p.state_type = type_among("final_state", t, {Type::f64}, state_reason(p));
+    p.final_state = c.state("final_state", t, dims, p.state_type, {Type::f64}, state_reason(p));
   else
-    p.state_type = type_among("final_state", t, {Type::f32, Type::f16, Type::bf16});
-  c.memory("final_state", t);
-  p.final_state = c.view(t, false);
+    p.final_state = c.state("final_state", t, dims, p.state_type, {Type::f32, Type::f16, Type::bf16}, "");
   p.slots = t.shape[0];
   if (const lc_tensor* i = a.state_indices) {
     c.shape("state_indices", *i, {{"B", p.B}});
@@ -478,7 +252,7 @@ void pool(Checker& c, const lc_args& a) {
 void states(Checker& c, const lc_args& a, const Dims& state) {
   Problem& p = c.p;
   const auto view = [&](const char* name, const lc_tensor& t) {
-    return c.tensor(name, t, state, p.state_type, state_reason(p), false);
+    return c.state(name, t, state, p.state_type, {p.state_type}, state_reason(p));
   };
   c.absent("state_indices", a.state_indices, "LC_DECODE");
   if (a.initial_state) p.initial_state = view("initial_state", *a.initial_state);
@@ -518,16 +292,26 @@ void gradients(Checker& c, const lc_args& a, const Dims& output, const Dims& sta
   for (const auto& d : all) {
     if (p.op != LC_BACKWARD) c.absent(d.name, d.tensor, "LC_BACKWARD");
     if (!d.tensor) continue;
-    *d.view = d.is_state ? c.tensor(d.name, *d.tensor, d.dims, p.state_type, state_reason(p), false)
+    *d.view = d.is_state ? c.state(d.name, *d.tensor, d.dims, p.state_type, {p.state_type}, state_reason(p))
                          : c.tensor(d.name, *d.tensor, d.dims, p.type, " like q", true);
   }
-  if (p.op != LC_BACKWARD) return c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+  if (p.op != LC_BACKWARD) {
+    c.absent("d_log_decay", a.d_log_decay, "LC_BACKWARD");
+    return c.absent("d_dt", a.d_dt, "LC_BACKWARD");
+  }
   decay_gradient(c, a);
+  if (a.d_dt) {
+    if (!a.dt) fail(LC_INVALID, "d_dt: expected NULL, as dt is absent");
+    c.shape("d_dt", *a.d_dt, {b, {"Hs", p.Hs}, n}, true);
+    type_among("d_dt", *a.d_dt, {p.dt_type}, " like dt");
+    c.memory("d_dt", *a.d_dt, false);
+    p.d_dt = c.view(*a.d_dt, true);
+  }
   c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
   if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");
-  if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state)
+  if (!a.d_q && !a.d_k && !a.d_v && !a.d_log_decay && !a.d_initial_state && !a.d_dt)
     fail(LC_INVALID,
-         "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state), got none");
+         "d_q: expected at least one gradient to write (d_q, d_k, d_v, d_log_decay, d_initial_state, d_dt), got none");
 }
 
 // Written tensors overlap neither themselves nor other arguments; final_state may be initial_state.
@@ -538,7 +322,8 @@ void outputs_apart(const Checker& c, const lc_args& a) {
                                                               {"d_k", a.d_k},
                                                               {"d_v", a.d_v},
                                                               {"d_log_decay", a.d_log_decay},
-                                                              {"d_initial_state", a.d_initial_state}};
+                                                              {"d_initial_state", a.d_initial_state},
+                                                              {"d_dt", a.d_dt}};
   for (const auto& [name, t] : written) {
     if (!t || empty(*t)) continue;
     c.distinct(name, *t);
@@ -561,10 +346,12 @@ Checker structure(const lc_args& a) {
   dims(c, a);
   inputs(c, a);
   decay(c, a);
+  token_lengths(c, a);
   const int64_t sequences = packed(c, a);
   const Dims state{{a.cu_seqlens ? "S" : "B", sequences}, {"Hs", p.Hs}, {"K", p.K}, {"V", p.V}};
   const Dims output{{"B", p.B}, {"H", p.H}, {"N", p.N}, {"V", p.V}};
   p.op == LC_DECODE ? pool(c, a) : states(c, a, state);
+  output_terms(c, a, output);
   gradients(c, a, output, state);
   if (a.o) p.o = c.tensor("o", *a.o, output, p.type, " like q", true);
   outputs_apart(c, a);

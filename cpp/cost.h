@@ -16,6 +16,8 @@ LC_INLINE double type_bytes(Type t) { return t == Type::f64 ? 8 : t == Type::f32
 LC_INLINE double least_bytes(const Problem& p) {
   const double n = double(tokens(p)), states = double(p.B * p.Hs) * double(p.K * p.V) * type_bytes(p.state_type);
   int64_t row = (p.Hq + p.Hk) * p.K + (p.Hv + p.H) * p.V;
+  if (p.dt) row += p.Hs;
+  if (p.gate) row += p.H * p.V;
   if (p.d_q) row += p.Hq * p.K;
   if (p.d_k) row += p.Hk * p.K;
   if (p.d_v) row += p.Hv * p.V;

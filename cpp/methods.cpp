@@ -63,13 +63,18 @@ Features asked(const Problem& p) {
   };
   ask(p.cu_bits, Feature::packed);
   ask(p.Hq != p.Hk || p.Hk != p.Hv, Feature::grouped_heads);
+  ask(bool(p.dt), Feature::token_lengths);
+  ask(bool(p.skip), Feature::skip);
+  ask(bool(p.gate), Feature::gate);
+  for (const View* state : {&p.initial_state, &p.final_state, &p.d_initial_state, &p.d_final_state})
+    ask(is_transposed(p, *state), Feature::transposed_states);
   if (p.op == LC_DECODE) {
     ask(p.index_bits, Feature::state_indices);
     ask(p.state_type == Type::f16 || p.state_type == Type::bf16, Feature::short_states);
   } else {
     ask(p.initial_state || p.d_initial_state, Feature::initial_state);
     ask(p.final_state || p.d_final_state, Feature::final_state);
-    ask(bool(p.d_log_decay), Feature::decay_gradients);
+    ask(p.d_log_decay || p.d_dt, Feature::decay_gradients);
   }
   return f;
 }

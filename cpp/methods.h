@@ -30,6 +30,7 @@ inline constexpr Features kDecaysPerHead = Feature::no_decay | Feature::decay_pe
 inline constexpr Features kAllDecays = kDecaysPerHead | Feature::decay_per_token;
 inline constexpr Features kSequences =
     Feature::packed | Feature::grouped_heads | Feature::initial_state | Feature::final_state;
+inline constexpr Features kMamba2 = Feature::token_lengths | Feature::skip | Feature::gate | Feature::transposed_states;
 
 // What a row declares. `words` replaces the refusal of features.def for one feature that the row
 // does not declare.

@@ -20,7 +20,8 @@ class Interrupt;
 enum class Type : uint8_t { f64, f32, f16, bf16 };
 
 // Strided memory over [b, h, n, d]. Strides count elements and may be 0 (broadcast) or negative;
-// stride[3] is 1. A state has the axes [b, h, key, value], log_decay has [b, h, n, -].
+// stride[3] is 1, except in transposed states. A state has the axes [b, h, key, value], log_decay
+// and dt have [b, h, n, -], dt_bias has [-, h, -, -], skip has [-, h, -, value].
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {};
@@ -52,10 +53,14 @@ struct Problem {
   View log_decay;                   // [B, Hs, N] of decay_type, broadcast by zero strides
   double uniform_log_decay;         // the decay of every token of all heads, where log_decay is absent
   View initial_state, final_state;  // [B | slots, Hs, K, V] of state_type
+  View dt, dt_bias, skip, gate;     // [B, Hs, N], [Hs], [H, V] and [B, H, N, V]
+  Type dt_type, dt_bias_type, skip_type;
+  bool softplus;          // whether lengths are softplus(dt + dt_bias)
+  double dt_min, dt_max;  // the limits of lengths
   // LC_BACKWARD reads d_o and d_final_state and writes the other gradients, where they are present.
   // A gradient has the shape and the type of the tensor in its name. d_log_decay is summed along
   // axes with stride 0.
-  View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
+  View d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state, d_dt;
   const void* cu_seqlens;     // [B + 1]
   int32_t index_bits;         // width of the integers of state_indices, 32 or 64; 0: sequence b uses slot b
   const void* state_indices;  // [B], stride 1
@@ -71,6 +76,11 @@ LC_INLINE int64_t batch(const Problem& p) { return p.cu_bits ? 1 : p.B; }
 
 // Tokens of all sequences.
 LC_INLINE int64_t tokens(const Problem& p) { return batch(p) * p.N; }
+
+// Whether the key dimension of a state is contiguous, and the value dimension is not.
+LC_INLINE bool is_transposed(const Problem& p, const View& state) {
+  return p.V > 1 && state.stride[2] == 1 && state.stride[3] != 1;
+}
 
 // Query heads that read one state; they read the same head of k and of v.
 LC_INLINE int64_t group(const Problem& p) { return p.H / p.Hs; }
@@ -102,15 +112,17 @@ LC_INLINE int64_t slot(const Problem& p, int64_t b) {
 // log2 of one token's decay, clamped: sums of such values stay finite, and 2^floor is exactly 0 in
 // the type of sums.
 inline constexpr double kLog2e = 1.4426950408889634;
-LC_INLINE double log2_decay(const Problem& p, double g) {
+LC_INLINE double clamped_log2(const Problem& p, double x) {
   const double floor = p.type == Type::f64 ? -1100 : -160;
-  const double x = g * kLog2e;
   return x > floor ? x : floor;
 }
+LC_INLINE double log2_decay(const Problem& p, double g) { return clamped_log2(p, g * kLog2e); }
+LC_INLINE double log_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
+  if (!p.log_decay) return p.uniform_log_decay;
+  return p.decay_type == Type::f64 ? *p.log_decay.at<double>(row, hs, n) : *p.log_decay.at<float>(row, hs, n);
+}
 LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n) {
-  if (!p.log_decay) return log2_decay(p, p.uniform_log_decay);
-  return log2_decay(
-      p, p.decay_type == Type::f64 ? *p.log_decay.at<double>(row, hs, n) : *p.log_decay.at<float>(row, hs, n));
+  return log2_decay(p, log_decay(p, row, hs, n));
 }
 
 struct Error : std::runtime_error {

@@ -62,15 +62,46 @@ Scratch host_scratch(size_t bytes) {
   throw nb::python_error();
 }
 
-// The text of lc_last_error, in which an argument has its Python name.
-std::string last_error(bool decode) {
-  const std::string text = lc_last_error();
-  if (!text.rfind("o: ", 0)) return "out" + text.substr(1);
-  if (decode && !text.rfind("final_state: ", 0)) return "state" + text.substr(std::strlen("final_state"));
+// A name of lc_args and the name of the same argument in Python.
+struct Name {
+  const char *c, *python;
+};
+using Names = std::vector<Name>;
+const Names kNames = {{"o", "out"}};
+const Names kDecodeNames = {{"o", "out"}, {"final_state", "state"}};
+const Names kSsdNames = {{"q", "C"},
+                         {"k", "B"},
+                         {"v", "x"},
+                         {"log_decay", "A"},
+                         {"skip", "D"},
+                         {"gate", "z"},
+                         {"o", "out"},
+                         {"d_o", "d_y"},
+                         {"final_state", "state"},
+                         {"q, k and v", "C, B and x"},
+                         {"k and v", "B and x"}};
+
+// The text of lc_last_error, in which arguments have their Python names: the one that the text
+// begins with, the one that it is like, and those with which it shares a rule.
+std::string last_error(const Names& names) {
+  std::string text = lc_last_error();
+  const auto rename = [&](size_t at, size_t length) {
+    for (const Name& name : names)
+      if (!text.compare(at, length, name.c)) {
+        text.replace(at, length, name.python);
+        return;
+      }
+  };
+  for (const char* before : {" like ", "the most of "})
+    if (const size_t found = text.find(before); found != std::string::npos) {
+      const size_t at = found + std::strlen(before);
+      rename(at, std::min(text.find(", got", at), text.size()) - at);
+    }
+  if (const size_t colon = text.find(": "); colon != std::string::npos) rename(0, colon);
   return text;
 }
 
-void check(lc_status status, bool decode = false) {
+void check(lc_status status, const Names& names = kNames) {
   if (status == LC_OK) return;
   if (status == LC_INTERRUPTED) throw nb::python_error();  // the exception of the signal's handler
   PyObject* kinds[] = {nullptr,
@@ -80,7 +111,7 @@ void check(lc_status status, bool decode = false) {
                        PyExc_MemoryError,
                        PyExc_RuntimeError,
                        PyExc_TypeError};
-  raise(kinds[status], last_error(decode));
+  raise(kinds[status], last_error(names));
 }
 
 // Calls f, which may run Python or wait for the interpreter's lock. After the interpreter's end,
@@ -160,21 +191,46 @@ class Argument {
     tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
   }
 
-  // Makes [B, H, 1, K] of [B, H, K].
-  void insert_token() {
-    if (!present_ || tensor_.ndim != 3) return;
-    int64_t dense = tensor_.shape[2];
-    for (int i = 0; i < 4; ++i) {
-      const int from = i < 2 ? i : 2;
-      shape_[i] = i == 2 ? 1 : tensor_.shape[from];
-      strides_[i] = i == 2 ? dense : tensor_.strides[from];
+  // Makes [B, H, 1, K] of [B, H, K], or [B, H, 1] of [B, H].
+  void insert_token(int rank = 3) {
+    if (!present_ || tensor_.ndim != rank) return;
+    for (int i = 0; i <= rank; ++i) {
+      shape_[i] = i == 2 ? 1 : tensor_.shape[i < 2 ? i : 2];
+      strides_[i] = i == 2 ? 1 : tensor_.strides[i < 2 ? i : 2];
     }
-    tensor_.ndim = 4;
+    adopt(rank + 1);
+  }
+
+  // Reads a state [B, H, V, K], of which either of the last two dimensions is contiguous, as
+  // [B, H, K, V].
+  void read_transposed(const Library& lib, const char* name, nb::handle array) {
+    read(lib, name, array, false);
+    if (scattered() && (tensor_.ndim < 2 || tensor_.strides[tensor_.ndim - 2] != 1)) read(lib, name, array);
+    transpose();
+  }
+  void write_transposed(const Library& lib, const char* name, nb::handle array) {
+    write(lib, name, array);
+    transpose();
+  }
+
+ private:
+  // Swaps the last two of four dimensions.
+  void transpose() {
+    if (!present_ || tensor_.ndim != 4) return;
+    for (int i = 0; i < 4; ++i) {
+      const int from = i < 2 ? i : 5 - i;
+      shape_[i] = tensor_.shape[from];
+      strides_[i] = tensor_.strides[from];
+    }
+    adopt(4);
+  }
+
+  void adopt(int rank) {
+    tensor_.ndim = rank;
     tensor_.shape = shape_;
     tensor_.strides = strides_;
   }
 
- private:
   template <class Array>
   void take(const Library& lib, const char* name, nb::handle array, bool writable) {
     if (is_number(array)) raise(PyExc_TypeError, std::string(name) + ": expected an array, got a number");
@@ -218,13 +274,18 @@ struct Options {
   bool bnhd, tf32;
   uintptr_t stream;
   int threads;
+  bool dt_softplus;
+  double dt_min, dt_max;
   explicit Options(const nb::tuple& t)
       : scale(nb::cast<double>(t[0])),
         method(nb::cast<std::string>(t[1])),
         bnhd(nb::cast<bool>(t[2])),
         tf32(nb::cast<bool>(t[3])),
         stream(nb::cast<uintptr_t>(t[4])),
-        threads(nb::cast<int>(t[5])) {}
+        threads(nb::cast<int>(t[5])),
+        dt_softplus(nb::cast<bool>(t[6])),
+        dt_min(nb::cast<double>(t[7])),
+        dt_max(nb::cast<double>(t[8])) {}
 };
 
 // One call: its arrays and its lc_args.
@@ -232,27 +293,32 @@ struct Call {
   Library lib;
   nb::handle like;  // v: results are made on its device
   Options options;
+  const Names& names;
   Argument q, k, v, log_decay, initial_state, cu_seqlens, state_indices, o, final_state;
   Argument d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
+  Argument dt, dt_bias, skip, gate, d_dt;
   lc_args args = {};
 
   Call(nb::object library, lc_op op, nb::handle q_, nb::handle k_, nb::handle v_, nb::handle decay,
-       const nb::tuple& given)
-      : lib(std::move(library)), like(v_), options(given) {
-    q.read(lib, "q", q_);
-    k.read(lib, "k", k_);
-    v.read(lib, "v", v_);
+       const nb::tuple& given, const Names& names_ = kNames)
+      : lib(std::move(library)), like(v_), options(given), names(names_) {
+    q.read(lib, python_name("q"), q_);
+    k.read(lib, python_name("k"), k_);
+    v.read(lib, python_name("v"), v_);
     if (is_number(decay))
       log_decay.number(nb::cast<double>(decay), is_f64(q.get()));
     else
-      log_decay.read(lib, "log_decay", decay, false);
+      log_decay.read(lib, python_name("log_decay"), decay, false);
     args.struct_size = sizeof args;
     args.op = op;
     args.method = options.method.c_str();
     args.scale = options.scale;
-    args.flags = (options.bnhd ? LC_LAYOUT_BNHD : 0) | (options.tf32 ? LC_ALLOW_TF32 : 0);
+    args.flags = (options.bnhd ? LC_LAYOUT_BNHD : 0) | (options.tf32 ? LC_ALLOW_TF32 : 0) |
+                 (options.dt_softplus ? LC_DT_SOFTPLUS : 0);
     args.stream = reinterpret_cast<void*>(options.stream);
     args.num_threads = options.threads;
+    args.dt_min = options.dt_min;
+    args.dt_max = options.dt_max;
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -274,12 +340,17 @@ struct Call {
     args.d_v = d_v.tensor();
     args.d_log_decay = d_log_decay.tensor();
     args.d_initial_state = d_initial_state.tensor();
+    args.dt = dt.tensor();
+    args.dt_bias = dt_bias.tensor();
+    args.skip = skip.tensor();
+    args.gate = gate.tensor();
+    args.d_dt = d_dt.tensor();
   }
 
   // Checks everything except values. After it the shapes are known to fit.
   void check_structure() {
     fill();
-    check(lc_workspace(&args, &args.workspace_bytes), args.op == LC_DECODE);
+    check(lc_workspace(&args, &args.workspace_bytes), names);
   }
 
   // Scratch on a device is an array like the results, which the array library frees in the order of
@@ -292,7 +363,7 @@ struct Call {
       scratch.write(lib, "workspace", lib.empty({int64_t((args.workspace_bytes + 3) / 4)}, like, 32));
       args.workspace = scratch.get().data;
     }
-    check(run_unlocked(), args.op == LC_DECODE);
+    check(run_unlocked(), names);
   }
 
   // If another thread changes the number of threads or the tuning table after lc_workspace, lc_run
@@ -305,7 +376,7 @@ struct Call {
       args.workspace = scratch.memory;
       args.workspace_bytes = scratch.bytes;
       const lc_status status = run_unlocked();
-      if (status != LC_MEMORY || tries == 100) return check(status, args.op == LC_DECODE);
+      if (status != LC_MEMORY || tries == 100) return check(status, names);
       check_structure();
     }
   }
@@ -331,10 +402,21 @@ struct Call {
     return {sequences, std::max(args.k->shape[head_axis()], args.v->shape[head_axis()]), args.k->shape[3],
             args.v->shape[3]};
   }
+  std::vector<int64_t> transposed_state_shape() const {
+    std::vector<int64_t> shape = state_shape();
+    std::swap(shape[2], shape[3]);
+    return shape;
+  }
   int state_bits() const { return is_f64(*args.q) ? 64 : 32; }
 
  private:
   int head_axis() const { return options.bnhd ? 2 : 1; }
+
+  const char* python_name(const char* name) const {
+    for (const Name& n : names)
+      if (!std::strcmp(n.c, name)) return n.python;
+    return name;
+  }
 };
 
 nb::object forward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
@@ -399,7 +481,7 @@ nb::tuple backward(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb:
 
 nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::handle state, nb::handle log_decay,
                   nb::handle state_indices, nb::object out, const nb::tuple& options) {
-  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, options);
+  Call c(std::move(lib), LC_DECODE, q, k, v, log_decay, options, kDecodeNames);
   c.final_state.write(c.lib, "state", state);
   c.state_indices.read(c.lib, "state_indices", state_indices);
   c.o.write(c.lib, "out", out);
@@ -413,6 +495,95 @@ nb::object decode(nb::object lib, nb::handle q, nb::handle k, nb::handle v, nb::
     out = c.lib.empty(shape, v);
     c.o.write(c.lib, "out", out);
     if (one_token) c.o.insert_token();
+  }
+  c.run();
+  return c.lib.result(out);
+}
+
+// ---- Mamba-2: q is C, k is B, v is x, log_decay is A, and states are [B, H, V, K] ----------------
+
+nb::object ssd(nb::object lib, nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D,
+               nb::handle z, nb::handle dt_bias, nb::handle initial_state, nb::handle cu_seqlens, nb::object out,
+               bool return_state, const nb::tuple& options) {
+  Call c(std::move(lib), LC_FORWARD, C, B, x, A, options, kSsdNames);
+  c.dt.read(c.lib, "dt", dt, false);
+  c.skip.read(c.lib, "D", D, false);
+  c.gate.read(c.lib, "z", z);
+  c.dt_bias.read(c.lib, "dt_bias", dt_bias, false);
+  c.initial_state.read_transposed(c.lib, "initial_state", initial_state);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.o.write(c.lib, "out", out);
+  c.check_structure();
+  if (out.is_none()) {
+    out = c.lib.empty(c.output_shape(), x);
+    c.o.write(c.lib, "out", out);
+  }
+  nb::object state;
+  if (return_state) {
+    state = c.lib.empty(c.transposed_state_shape(), x, c.state_bits());
+    c.final_state.write_transposed(c.lib, "final_state", state);
+    c.check_structure();
+  }
+  c.run();
+  out = c.lib.result(out);
+  return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
+}
+
+// wants: d_x, d_dt, d_A, d_B, d_C, d_initial_state. An unwanted gradient is None in the result. d_A
+// has the shape of A.
+nb::tuple ssd_backward(nb::object lib, nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C,
+                       nb::handle dt_bias, nb::handle initial_state, nb::handle cu_seqlens, nb::handle d_y,
+                       nb::handle d_final_state, std::array<bool, 6> wants, const nb::tuple& options) {
+  Call c(std::move(lib), LC_FORWARD, C, B, x, A, options, kSsdNames);
+  c.dt.read(c.lib, "dt", dt, false);
+  c.dt_bias.read(c.lib, "dt_bias", dt_bias, false);
+  c.initial_state.read_transposed(c.lib, "initial_state", initial_state);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.check_structure();  // as a forward pass, whose shapes the gradients have
+
+  c.args.op = LC_BACKWARD;
+  c.d_o.read(c.lib, "d_y", d_y);
+  c.d_final_state.read_transposed(c.lib, "d_final_state", d_final_state);
+  nb::object made[6];
+  const auto make = [&](int i, Argument& gradient, const char* name, const lc_tensor* like, nb::handle array) {
+    if (!wants[i]) return;
+    made[i] = c.lib.empty({like->shape, like->shape + like->ndim}, array);
+    gradient.write(c.lib, name, made[i]);
+  };
+  make(0, c.d_v, "d_x", c.args.v, x);
+  make(1, c.d_dt, "d_dt", c.args.dt, dt);
+  make(2, c.d_log_decay, "d_A", c.args.log_decay, A);
+  make(3, c.d_k, "d_B", c.args.k, B);
+  make(4, c.d_q, "d_C", c.args.q, C);
+  if (wants[5]) {
+    made[5] = c.lib.empty(c.transposed_state_shape(), x, c.state_bits());
+    c.d_initial_state.write_transposed(c.lib, "d_initial_state", made[5]);
+  }
+  c.check_structure();
+  c.run();
+  nb::object results[6];
+  for (int i = 0; i < 6; ++i) results[i] = wants[i] ? c.lib.result(made[i]) : nb::none();
+  return nb::make_tuple(results[0], results[1], results[2], results[3], results[4], results[5]);
+}
+
+nb::object ssd_step(nb::object lib, nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C,
+                    nb::handle state, nb::handle D, nb::handle z, nb::handle dt_bias, nb::handle state_indices,
+                    nb::object out, const nb::tuple& options) {
+  Call c(std::move(lib), LC_DECODE, C, B, x, A, options, kSsdNames);
+  c.dt.read(c.lib, "dt", dt, false);
+  c.skip.read(c.lib, "D", D, false);
+  c.gate.read(c.lib, "z", z);
+  c.dt_bias.read(c.lib, "dt_bias", dt_bias, false);
+  c.final_state.write_transposed(c.lib, "state", state);
+  c.state_indices.read(c.lib, "state_indices", state_indices);
+  c.o.write(c.lib, "out", out);
+  for (Argument* a : {&c.q, &c.k, &c.v, &c.gate, &c.o}) a->insert_token();
+  c.dt.insert_token(2);
+  c.check_structure();
+  if (out.is_none()) {
+    out = c.lib.empty({c.args.v->shape[0], c.args.v->shape[1], c.args.v->shape[3]}, x);
+    c.o.write(c.lib, "out", out);
+    c.o.insert_token();
   }
   c.run();
   return c.lib.result(out);
@@ -449,7 +620,9 @@ struct Question {
 
   Question(nb::object lib, lc_op op, nb::handle q, nb::handle k, nb::handle v, nb::handle log_decay,
            nb::handle initial_state, nb::handle cu_seqlens, bool return_state, const nb::tuple& options)
-      : c(std::move(lib), op == LC_BACKWARD ? LC_FORWARD : op, q, k, v, log_decay, options), made(c.q.get().device) {
+      : c(std::move(lib), op == LC_BACKWARD ? LC_FORWARD : op, q, k, v, log_decay, options,
+          op == LC_DECODE ? kDecodeNames : kNames),
+        made(c.q.get().device) {
     if (op == LC_DECODE) {
       decode(initial_state);
       return;
@@ -492,11 +665,11 @@ nb::tuple candidates(nb::object lib, int op, nb::handle q, nb::handle k, nb::han
                           options);
   const lc_args& args = question.c.args;
   lc_choice choice;
-  check(lc_choose(&args, &choice, sizeof choice), op == LC_DECODE);
+  check(lc_choose(&args, &choice, sizeof choice), question.c.names);
   nb::list rows;
   for (int i = 0; lc_method(i); ++i) {
     lc_candidate r;
-    check(lc_candidate_at(&args, i, &r, sizeof r), op == LC_DECODE);
+    check(lc_candidate_at(&args, i, &r, sizeof r), question.c.names);
     if (r.refusal)
       rows.append(nb::make_tuple(r.method, r.device, r.refusal));
     else
@@ -588,6 +761,13 @@ NB_MODULE(_core, m) {
         "options"_a);
   m.def("decode", &decode, "lib"_a, "q"_a, "k"_a, "v"_a, "state"_a, "log_decay"_a.none(), "state_indices"_a.none(),
         "out"_a.none(), "options"_a);
+  m.def("ssd", &ssd, "lib"_a, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "dt_bias"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "return_state"_a, "options"_a);
+  m.def("ssd_backward", &ssd_backward, "lib"_a, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "dt_bias"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_y"_a.none(), "d_final_state"_a.none(), "wants"_a,
+        "options"_a);
+  m.def("ssd_step", &ssd_step, "lib"_a, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "state"_a, "D"_a.none(), "z"_a.none(),
+        "dt_bias"_a.none(), "state_indices"_a.none(), "out"_a.none(), "options"_a);
   m.def("candidates", &candidates, "lib"_a, "op"_a, "q"_a, "k"_a, "v"_a, "log_decay"_a.none(), "initial_state"_a.none(),
         "cu_seqlens"_a.none(), "return_state"_a, "options"_a);
   m.def("cost", &cost, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a, "final_state"_a,

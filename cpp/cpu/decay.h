@@ -6,14 +6,19 @@
 //   out[j]     = 2^(cum_last - cum_j)           the weight of token j in the state after the chunk
 //   total      = 2^cum_last                     the weight of the state before in the state after
 //
+// If tokens have lengths, L_i is the length of token i times the decay per unit, and the weights of
+// token j, mask(i, j) and out[j], are multiplied by its length.
+//
 // total is the sum total + total_rest of two numbers, since the rounding error of a single one
 // would be raised to the power of the number of chunks. Every exponent is <= 0. It is a difference
 // of float64 sums that restart at each chunk. With a constant decay the mask is Toeplitz, and is
 // stored as one row of 2C numbers with a row stride of -1.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "arena.h"
+#include "parameters.h"
 #include "tile.h"
 
 namespace lc::LC_ISA {
@@ -29,17 +34,21 @@ class ChunkDecay {
 
   ChunkDecay(Arena& arena, const Problem& p, int chunk)
       : chunk_(chunk),
-        constant_(p.decay != Decay::per_token),
+        constant_(p.decay != Decay::per_token && !p.dt),
         powers_(arena.take<T>(padded<T>(chunk) + kLanes<T>)),
         table_(arena.take<T>(constant_ ? 2 * padded<T>(chunk) : int64_t(chunk) * padded<T>(chunk))),
         last_(arena.take<T>(padded<T>(chunk))),
-        cum_(arena.take<double>(padded<T>(chunk))) {}
+        cum_(arena.take<double>(padded<T>(chunk))),
+        lengths_(arena.take<double>(p.dt ? padded<double>(chunk) : 0)),
+        weights_(arena.take<T>(p.dt ? padded<T>(chunk) : 0)) {}
 
-  // Call this before the chunks of state head hs of sequence s.
-  void begin_head(const Problem& p, const Sequence& s, int64_t hs) {
+  // Call this before the chunks of state head hs of sequence s. Tokens weigh at least least_weight.
+  void begin_head(const Problem& p, const Sequence& s, int64_t hs, T least_weight = 0) {
     p_ = &p;
+    least_weight_ = least_weight;
     row_ = s.row;
     head_ = hs;
+    if (p.dt) rate_ = log2_rate(p, s.row, hs);
     if (!constant_) return;
     step_ = log2_decay(p, s.row, hs, 0);
     T* mask0 = table_ + chunk_ - 1;  // mask0[j - i]
@@ -58,9 +67,13 @@ class ChunkDecay {
       set_total(step_ * n);
       return;
     }
+    if (p_->dt) {
+      lengths(*p_, lengths_, row_, head_, t, n);
+      for (int i = 0; i < padded<T>(n); ++i) weights_[i] = i < n ? std::max(T(lengths_[i]), least_weight_) : T(0);
+    }
     double sum = 0;
     for (int i = 0; i < padded<T>(n); ++i) {
-      if (i < n) sum += log2_decay(*p_, row_, head_, t + i);
+      if (i < n) sum += p_->dt ? clamped_log2(*p_, rate_ * lengths_[i]) : log2_decay(*p_, row_, head_, t + i);
       cum_[i] = sum;
     }
     for (int i = 0; i < n; ++i) powers_of_differences(table_ + i * padded<T>(chunk_), cum_[i], i + 1);
@@ -71,6 +84,12 @@ class ChunkDecay {
     set_total(sum);
     mask = {table_, padded<T>(chunk_)};
   }
+
+  // The length of token i of the chunk and its weight, which is the length in the type of sums.
+  double length(int i) const { return lengths_[i]; }
+  T weight(int i) const { return weights_[i]; }
+  // The log-decay per unit of length.
+  double rate() const { return rate_ / kLog2e; }
 
  private:
   LC_INLINE void set_total(double log2) {
@@ -90,8 +109,12 @@ class ChunkDecay {
     }
     return load<T>(d);
   }
+  // The weights of tokens j < n at a token whose sum of decays is `from`.
   LC_INLINE void powers_of_differences(T* to, double from, int n) const {
-    for (int j = 0; j < n; j += kLanes<T>) store<T>(to + j, exp2<T>(gather(from, 1, j)));
+    for (int j = 0; j < n; j += kLanes<T>) {
+      const Vec<T> x = exp2<T>(gather(from, 1, j));
+      store<T>(to + j, p_->dt ? x * load<T>(weights_ + j) : x);
+    }
   }
 
   int chunk_;
@@ -100,9 +123,13 @@ class ChunkDecay {
   T* table_;
   T* last_;
   double* cum_;
+  double* lengths_;
+  T* weights_;
+  T least_weight_ = 0;
   const Problem* p_ = nullptr;
   int64_t row_ = 0, head_ = 0;
   double step_ = 0;
+  double rate_ = 0;  // log2 of the decay per unit of length
 };
 
 }  // namespace lc::LC_ISA

@@ -16,20 +16,23 @@
 
 namespace lc::LC_ISA {
 
-// How a call is divided into tasks. A task is one (sequence, state) pair. Pairs that would leave
-// workers idle at the end are cut into parts of their q heads, and then into pieces of their
-// columns of V. Parts repeat the update of the state and pieces repeat the scores, but tasks never
-// wait for one another.
+// How a call is divided into tasks. A task is one (sequence, state) pair, or a family of states of
+// the same sequence. Pairs that would leave workers idle at the end are cut into parts of their q
+// heads, and then into pieces of their columns of V. Parts repeat the update of the state and pieces
+// repeat the scores, but tasks never wait for one another.
 struct Plan {
   int64_t whole;   // pairs that are not cut: the first ones
   int64_t parts;   // of the q heads of each pair that is cut
   int64_t pieces;  // of the columns of V of each part
   int64_t tasks;   // number of tasks
+  int64_t family;  // states of a task
 };
 
-LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true) {
-  const int64_t states = p.B * p.Hs, most = split_heads ? group(p) : 1;
-  Plan plan{states - states % workers, 1, 1, states};
+LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true, int64_t family = 1) {
+  const int64_t states = p.B * p.Hs / family, most = split_heads ? group(p) : 1;
+  Plan plan{states - states % workers, 1, 1, states, family};
+  if (family > 1) plan.whole = states;
+  if (plan.whole == states) return plan;
   const int64_t rest = states - plan.whole;
   // Part 0 writes the final state. If that is the initial state in place, other parts may still
   // have to read it.
@@ -43,8 +46,8 @@ LC_INLINE Plan make_plan(const Problem& p, int workers, bool split_heads = true)
   return plan;
 }
 
-// One task: sequence b, state head hs, the q heads [first_head, last_head), and a piece of the
-// columns of V.
+// One task: sequence b, state head hs (the first one of a family), the q heads [first_head,
+// last_head), and a piece of the columns of V.
 struct Task {
   int64_t b, hs, state, first_head, last_head, piece, pieces;
   bool writes_state;
@@ -55,8 +58,8 @@ struct Task {
     piece = i % plan.pieces;
     pieces = cut ? plan.pieces : 1;
     state = cut ? plan.whole + i / plan.pieces / parts : task;
-    hs = state % p.Hs;
-    b = state / p.Hs;
+    hs = state * plan.family % p.Hs;
+    b = state * plan.family / p.Hs;
     first_head = hs * G + G * part / parts;
     last_head = hs * G + G * (part + 1) / parts;
     writes_state = p.final_state && part == 0;
@@ -92,23 +95,32 @@ struct State {
   LC_INLINE void load_initial(int64_t b, int64_t hs) {
     live = bool(p.initial_state);
     if (!live) return;
-    for (int i = first; i < last; ++i)
-      load<T>(panel(i), Matrix<const T>{p.initial_state.at<const T>(b, hs, 0) + column(i), p.initial_state.stride[2]},
-              int(p.K), columns(i));
+    const T* from = p.initial_state.at<const T>(b, hs, 0);
+    const int64_t* stride = p.initial_state.stride;
+    for (int i = first; i < last; ++i) {
+      if (is_transposed(p, p.initial_state))
+        load_transposed<T>(panel(i), Matrix<const T>{from + column(i) * stride[3], stride[3]}, columns(i), int(p.K));
+      else
+        load<T>(panel(i), Matrix<const T>{from + column(i), stride[2]}, int(p.K), columns(i));
+    }
   }
 
   LC_INLINE void store_final(int64_t b, int64_t hs) const {
-    for (int i = first; i < last; ++i)
-      for (int64_t r = 0; r < p.K; ++r) {
-        T* to = p.final_state.at<T>(b, hs, r) + column(i);
-        if (live)
-          store_row<T>(to, panel(i).row(r), columns(i));
-        else
-          std::fill(to, to + columns(i), T(0));
-      }
+    T* all = p.final_state.at<T>(b, hs, 0);
+    const int64_t* stride = p.final_state.stride;
+    for (int i = first; i < last; ++i) {
+      const Matrix<T> S = panel(i);
+      if (!live)
+        for (int64_t r = 0; r < p.K; ++r) std::memset(S.row(r), 0, sizeof(T) * size_t(S.ld));
+      if (is_transposed(p, p.final_state))
+        store_transposed<T>(Matrix<T>{all + column(i) * stride[3], stride[3]}, Matrix<const T>{S.data, S.ld}, int(p.K),
+                            columns(i));
+      else
+        store<T>(Matrix<T>{all + column(i), stride[2]}, Matrix<const T>{S.data, S.ld}, int(p.K), columns(i));
+    }
   }
 
-  // Moves the state over the chunk, whose keys must be weighed (Tokens::weigh_keys).
+  // Moves the state over the chunk, whose keys must have been weighed (Tokens::weigh_keys).
   LC_INLINE void advance(const Tokens<E>& chunk) { advance(chunk, *this); }
 
   // Sets this state to `from`, moved over the chunk.
@@ -120,7 +132,7 @@ struct State {
         // The sum over the chunk is formed first. Adding tokens to S one by one would round 64
         // times at the size of S.
         zero(acc);
-        mma(acc, operand(chunk.keys + r * C, C), chunk.v(panels, i, c), chunk.n);
+        mma(acc, operand(chunk.weighed + r * C, C), chunk.v(panels, i, c), chunk.n);
         if (from.live)
           map(acc, [&](int row, int j, Vec<T> x) {
             const Vec<T> before = load<T>(old.row(r + row) + j);
@@ -157,8 +169,8 @@ struct State {
 // adds Q S to a tile of that panel. `copy` [C, padded V] holds rows that cannot be computed in
 // place.
 template <class E, class T, class F>
-LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
-                            int64_t h, T* copy, bool live, F&& mma_state) {
+LC_INLINE void write_output(const Problem& p, Tokens<E>& chunk, const State<E>& state, const Sequence& s, int64_t h,
+                            T* copy, bool live, F&& mma_state) {
   const Matrix<E> to{p.o.at<E>(s.row, h, chunk.t), p.o.stride[2]};
   Matrix<T> o{copy, padded<T>(p.V)};
   bool direct = false;
@@ -169,6 +181,7 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
     }
   const T* in = chunk.decay.in;
   const T scale = T(p.scale);
+  chunk.load_skip(p, h);
   for (int panel = state.first; panel < state.last; ++panel) {
     const Panels& panels = state.panels;
     for_tiles<T>(0, chunk.n, panels.begin(panel), panels.width(panel), [&](auto& acc, int i0, int c) {
@@ -178,19 +191,25 @@ LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const Stat
         mma_state(acc, operand(chunk.q.row(i0), chunk.q.ld), panel);
         map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
       }
-      mma(acc, operand(chunk.scores + i0 * C, C), chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
+      const Matrix<const T> v = chunk.v(panels, panel, c);
+      mma(acc, operand(chunk.scores + i0 * C, C), v, std::min(chunk.n, i0 + acc.M));
+      if (p.skip)
+        map(acc, [&](int i, int j, Vec<T> x) { return x + load<T>(chunk.skip + j0 + j) * load<T>(v.row(i0 + i) + j); });
       store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
     });
+    const int j0 = state.column(panel);
+    if (p.gate)
+      apply_gate<E, T>({o.data + j0, o.ld}, {p.gate.at<const E>(s.row, h, chunk.t) + j0, p.gate.stride[2]}, chunk.n,
+                       state.columns(panel));
     if (!direct) {
-      const int j0 = state.column(panel);
       store<T>(Matrix<E>{to.data + j0, to.ld}, Matrix<const T>{o.data + j0, o.ld}, chunk.n, state.columns(panel));
     }
   }
 }
 
 template <class E, class T>
-LC_INLINE void write_output(const Problem& p, const Tokens<E>& chunk, const State<E>& state, const Sequence& s,
-                            int64_t h, T* copy) {
+LC_INLINE void write_output(const Problem& p, Tokens<E>& chunk, const State<E>& state, const Sequence& s, int64_t h,
+                            T* copy) {
   write_output(p, chunk, state, s, h, copy, state.live, [&](auto& acc, auto q, int panel) {
     const Matrix<T> S = state.panel(panel);
     mma(acc, q, {S.data, S.ld}, int(p.K));
@@ -201,12 +220,12 @@ namespace {
 
 // Runs worker.run(task) for all tasks. Each Worker<E> has scratch of its own.
 template <template <class> class Worker>
-void run_tasks(const Problem& p, int workers) {
+void run_tasks(const Problem& p, int workers, int64_t family = 1) {
   Tasks tasks(p);
   with_type(p.type, [&](auto e) {
     using E = decltype(e);
     run_workers(workers, [&](int index, int granted) {
-      const Plan plan = make_plan(p, granted);
+      const Plan plan = make_plan(p, granted, /*split_heads=*/true, family);
       Arena arena(p.workspace);
       Worker<E> worker = cut<Worker, E>(p, arena, index);
       worker.chunk.clear_scores();

@@ -234,4 +234,24 @@ LC_INLINE void load_transposed(Matrix<T> to, Matrix<const E> from, int rows, int
     }
 }
 
+// Writes the transpose of `from` [rows, columns], whose rows are padded to whole vectors, to `to`
+// [columns, rows].
+template <class T, class E>
+LC_INLINE void store_transposed(Matrix<E> to, Matrix<const T> from, int rows, int columns) {
+  constexpr int L = kLanes<T>;
+  for (int i = 0; i < rows; i += L)
+    for (int j = 0; j < columns; j += L) {
+      const int live = rows - i < L ? rows - i : L, wide = columns - j < L ? columns - j : L;
+      Vec<T> r[L];
+      for (int l = 0; l < L; ++l) r[l] = l < live ? load<T>(from.row(i + l) + j) : Vec<T>{};
+      transpose<T>(r);
+      for (int l = 0; l < wide; ++l) {
+        if (live == L)
+          store<T>(to.row(j + l) + i, r[l]);
+        else
+          store<T>(to.row(j + l) + i, r[l], live);
+      }
+    }
+}
+
 }  // namespace lc::LC_ISA

@@ -32,8 +32,10 @@ template <class E, class T = Accumulator<E>>
 struct Tokens {
   ChunkDecay<T> decay;
   Matrix<const T> q{};
-  T* keys;    // [K, C]
-  T* scores;  // [C, C], see score()
+  T* keys;     // [K, C]
+  T* weighed;  // [K, C], see weigh_keys(); the memory of keys, unless the caller sets another
+  T* scores;   // [C, C], see score()
+  T* skip;     // [padded V], see load_skip()
   int64_t t = 0;
   int n = 0;
 
@@ -43,7 +45,9 @@ struct Tokens {
   LC_INLINE Tokens(Arena& arena, const Problem& p, const ChunkDecay<T>& weights)
       : decay(weights),
         keys(arena.take<T>(p.K * C)),
+        weighed(keys),
         scores(arena.take<T>(C * C)),
+        skip(arena.take<T>(p.skip ? padded<T>(p.V) : 0)),
         q_copy_(arena.take<T>(C * padded<T>(p.K))),
         v_copy_(arena.take<T>(C * padded<T>(p.V))) {}
 
@@ -107,6 +111,10 @@ struct Tokens {
     }
   }
 
+  LC_INLINE void load_skip(const Problem& p, int64_t h) {
+    if (p.skip) read_skip(p, skip, h);
+  }
+
   // scores_ij = scale [j <= i] mask_ij q_i.k_j. Zeros are written to the right of the diagonal, up
   // to the last column of the row's band.
   LC_INLINE void score(const Problem& p) {
@@ -117,8 +125,42 @@ struct Tokens {
   // is scale mask_ij.
   template <class F>
   LC_INLINE void score(const Problem& p, F&& f) {
-    const auto lanes = iota<T>();
-    const T scale = T(p.scale);
+    multiply(p, scores, [&](int i, int j, Vec<T> x) { return masked(p, i, j, x, f); });
+  }
+
+  // products_ij = q_i.k_j, from which score_products makes the scores of several heads.
+  LC_INLINE void multiply(const Problem& p, T* products) {
+    multiply(p, products, [](int, int, Vec<T> x) { return x; });
+  }
+
+  // The same scores as score() computes, from products.
+  LC_INLINE void score_products(const Problem& p, const T* products) {
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < i / kBand * kBand + kBand; j += kLanes<T>)
+        store<T>(scores + i * C + j, masked(p, i, j, load<T>(products + i * C + j),
+                                            [](int, int, Vec<T> x, Vec<T> weight) { return x * weight; }));
+  }
+
+  // weighed_rj = weight out_j keys_rj
+  LC_INLINE void weigh_keys(const Problem& p, T weight = 1) {
+    Vec<T> w[C / kLanes<T>];
+    for (int j = 0; j < n; j += kLanes<T>) w[j / kLanes<T>] = load<T>(decay.out + j) * weight;
+    for (int64_t r = 0; r < p.K; ++r)
+      for (int j = 0; j < n; j += kLanes<T>)
+        store<T>(weighed + r * C + j, load<T>(keys + r * C + j) * w[j / kLanes<T>]);
+  }
+
+ private:
+  // f(i, j, x, scale mask_ij) of the vector x at column j, and zeros to the right of the diagonal.
+  template <class F>
+  LC_INLINE Vec<T> masked(const Problem& p, int i, int j, Vec<T> x, F&& f) const {
+    x = f(i, j, x, load<T>(decay.mask.row(i) + j) * T(p.scale));
+    return iota<T>() <= typename Simd<T>::Int(i - j) ? x : Vec<T>{};
+  }
+
+  // to_ij = f(i, j, q_i.k_j) for the vectors at columns j up to the end of the band of row i.
+  template <class F>
+  LC_INLINE void multiply(const Problem& p, T* to, F&& f) {
     for (int band = 0; band < n; band += kBand) {
       const Panels panels(vectors<T>(band + kBand));
       for (int panel = 0; panel < panels.count; ++panel)
@@ -127,24 +169,12 @@ struct Tokens {
                        const int j0 = c * kLanes<T>;
                        zero(a);
                        mma(a, operand(q.row(i0), q.ld), {keys + j0, C}, int(p.K));
-                       map(a, [&](int i, int j, Vec<T> x) {
-                         x = f(i0 + i, j0 + j, x, load<T>(decay.mask.row(i0 + i) + j0 + j) * scale);
-                         return lanes <= typename Simd<T>::Int(i0 + i - j0 - j) ? x : Vec<T>{};
-                       });
-                       store(Matrix<T>{scores + i0 * C + j0, C}, a);
+                       map(a, [&](int i, int j, Vec<T> x) { return f(i0 + i, j0 + j, x); });
+                       store(Matrix<T>{to + i0 * C + j0, C}, a);
                      });
     }
   }
 
-  // keys_rj = weight out_j keys_rj
-  LC_INLINE void weigh_keys(const Problem& p, T weight = 1) {
-    Vec<T> w[C / kLanes<T>];
-    for (int j = 0; j < n; j += kLanes<T>) w[j / kLanes<T>] = load<T>(decay.out + j) * weight;
-    for (int64_t r = 0; r < p.K; ++r)
-      for (int j = 0; j < n; j += kLanes<T>) store<T>(keys + r * C + j, load<T>(keys + r * C + j) * w[j / kLanes<T>]);
-  }
-
- private:
   T *q_copy_, *v_copy_;
   const T* v_;
   int64_t v_ld_;  // 0: V is a copy whose panels are contiguous

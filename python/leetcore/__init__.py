@@ -24,6 +24,7 @@ from .api import (
     set_num_threads,
 )
 from .choice import Candidate, Candidates, candidates, explain
+from .mamba2 import ssd, ssd_step
 from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
 __version__ = _core.version
@@ -49,6 +50,8 @@ __all__ = [
     "reference",
     "register_method",
     "set_num_threads",
+    "ssd",
+    "ssd_step",
     "unregister_method",
 ]
 

@@ -34,6 +34,52 @@ def backward(
 def decode(
     lib: Any, q: Any, k: Any, v: Any, state: Any, log_decay: Any, state_indices: Any, out: Any, options: Options
 ) -> Any: ...
+def ssd(
+    lib: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    dt_bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    out: Any,
+    return_state: bool,
+    options: Options,
+) -> Any: ...
+def ssd_backward(
+    lib: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    dt_bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    d_y: Any,
+    d_final_state: Any,
+    wants: tuple[bool, bool, bool, bool, bool, bool],
+    options: Options,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
+def ssd_step(
+    lib: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    state: Any,
+    D: Any,
+    z: Any,
+    dt_bias: Any,
+    state_indices: Any,
+    out: Any,
+    options: Options,
+) -> Any: ...
 def candidates(
     lib: Any,
     op: int,

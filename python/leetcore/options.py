@@ -23,6 +23,9 @@ class Options(NamedTuple):
     tf32: bool
     stream: int
     threads: int
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = 0.0  # 0 is infinity
 
 
 def options(

@@ -176,6 +176,52 @@ def decode_step(
     return (o[:, :, 0] if one_token else o), state
 
 
+def ssd(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array = None,
+    *,
+    z: Array = None,
+    dt_bias: Array = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, np.inf),
+    initial_state: Array = None,
+    cu_seqlens: Array = None,
+    fast: bool = False,
+) -> tuple[Array, Array]:
+    """`leetcore.ssd` in float64, with its arguments of any dtype.
+
+    Returns:
+        (y, final_state), float64.
+    """
+    x, dt, A, B, C = (np.asarray(value).astype(np.float64) for value in (x, dt, A, B, C))
+    lengths = dt if dt_bias is None else dt + np.asarray(dt_bias).astype(np.float64)
+    if dt_softplus:
+        lengths = np.logaddexp(0, lengths)
+    lengths = np.clip(lengths, *dt_limit)
+    first = None if initial_state is None else np.asarray(initial_state).astype(np.float64).swapaxes(2, 3)
+    y, state = linear_attention(
+        C,
+        B,
+        x * lengths[..., None],
+        lengths * np.maximum(A, -1e300),  # a token of length 0 does not decay a state
+        initial_state=first,
+        cu_seqlens=cu_seqlens,
+        layout="bnhd",
+        fast=fast,
+    )
+    if D is not None:
+        D = np.asarray(D).astype(np.float64)
+        y = y + x * (D if D.ndim == 2 else D[:, None])
+    if z is not None:
+        z = np.asarray(z).astype(np.float64)
+        y = y * z / (1 + np.exp(-z))
+    return y, state.swapaxes(2, 3)
+
+
 def error(got: Array, want: Array) -> float:
     """The relative Frobenius norm of got - want; inf if a value is not finite or shapes differ."""
     got = np.asarray(got).astype(np.float64)

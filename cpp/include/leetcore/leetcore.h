@@ -53,7 +53,8 @@ typedef enum lc_op { LC_FORWARD = 0, LC_BACKWARD = 1, LC_DECODE = 2 } lc_op;
 /* lc_args.flags */
 enum {
   LC_LAYOUT_BNHD = 1, /* tensors with tokens and heads are [B, N, H, ...] instead of [B, H, N, ...] */
-  LC_ALLOW_TF32 = 2   /* float32 products may be rounded to tf32 on matrix units (GPU only)         */
+  LC_ALLOW_TF32 = 2,  /* float32 products may be rounded to tf32 on matrix units (GPU only)         */
+  LC_DT_SOFTPLUS = 4  /* the length of a token is softplus(dt + dt_bias) instead of dt + dt_bias    */
 };
 
 /* lc_tensor has the memory layout and the codes of DLPack's DLTensor: a pointer to either may be
@@ -87,8 +88,8 @@ typedef struct lc_tensor {
  * of Hq, Hk, Hv divides H, and head h reads q head h * Hq / H (k and v alike). There are Hs =
  * max(Hk, Hv) states and decays per sequence; each of Hk, Hv divides Hs. The shapes below are those
  * of the default layout; LC_LAYOUT_BNHD swaps the axes of heads and tokens in every tensor that has
- * both. Any strides are allowed if the last dimension of q, k, v, o and of the states is
- * contiguous.
+ * both. Any strides are allowed if the last dimension of q, k, v and o is contiguous, and one of the
+ * last two dimensions of a state.
  *
  * Dtypes: q, k, v and o have the same dtype, float64, float32, float16 or bfloat16. States are
  * float64 with float64 inputs and float32 otherwise; LC_DECODE also takes float16 and bfloat16
@@ -99,7 +100,17 @@ typedef struct lc_tensor {
  * d_log_decay and d_initial_state that are not NULL. A gradient has the shape, the dtype and the
  * rules of the tensor in its name; o and final_state must be NULL. Where several heads share a head
  * of q, k or v, or tokens, heads or sequences share a decay, the gradient is the sum. d_log_decay
- * is 0 where log_decay is -inf. The gradients do not depend on the method of the forward pass. */
+ * is 0 where log_decay is -inf. The gradients do not depend on the method of the forward pass.
+ *
+ * Mamba-2 (arXiv:2405.21060) is the same operator with a length d per token, a skip and a gate:
+ *
+ *     d_t = clamp(dt_t + dt_bias, dt_min, dt_max)       LC_DT_SOFTPLUS: clamp(softplus(dt_t + dt_bias), ...)
+ *     S_t = exp(d_t log_decay) S_{t-1} + d_t k_t v_t^T
+ *     o_t = (scale * S_t^T q_t + skip * v_t) * silu(gate_t)         silu(z) = z / (1 + exp(-z))
+ *
+ * q is C, k is B, v is x, log_decay is A and skip is D of that paper. A length of 0 hides the token
+ * from the state. Lengths are computed in float64 from the values of dt. The gradient of skip and
+ * gate is the caller's: LC_BACKWARD does not take them. */
 typedef struct lc_args {
   uint32_t struct_size; /* sizeof(lc_args): an older, shorter struct is widened with zeros */
   int32_t op;           /* lc_op */
@@ -134,6 +145,12 @@ typedef struct lc_args {
   int (*interrupt)(void* context); /* NULL, or a function that the calling thread calls now and then during a long call
                                       on the CPU; an answer other than 0 ends the call with LC_INTERRUPTED */
   void* interrupt_context;         /* the argument of interrupt */
+  const lc_tensor* dt;             /* [B, Hs, N], the dtype of q or float32. Then log_decay is not [B, Hs, N] */
+  const lc_tensor* dt_bias;        /* [Hs], the dtype of q or float32. Absent: 0 */
+  double dt_min, dt_max;           /* 0 <= dt_min <= dt_max; dt_max 0: infinity */
+  const lc_tensor* skip;           /* [H] or [H, V], the dtype of q or float32. Absent: 0 */
+  const lc_tensor* gate;           /* [B, H, N, V], the dtype of q. Absent: no gate */
+  const lc_tensor* d_dt;           /* LC_BACKWARD: shaped like dt, written */
 } lc_args;
 
 /* Runs the call. Everything is validated before anything is written, except values on a GPU.
@@ -220,7 +237,8 @@ LC_API const lc_method_info* lc_method(int index); /* in the order of the table;
  * table. A call that asks for another feature is refused. The words: forward, backward, decode;
  * float64, float32, float16, bfloat16; no_decay, decay_per_head, decay_per_token; packed
  * (cu_seqlens), grouped_heads (Hq, Hk, Hv that differ), initial_state, final_state; state_indices
- * and short_states (float16 and bfloat16 pools) of LC_DECODE; decay_gradients (d_log_decay). */
+ * and short_states (float16 and bfloat16 pools) of LC_DECODE; decay_gradients (d_log_decay);
+ * token_lengths (dt), skip, gate, transposed_states (states whose key dimension is contiguous). */
 LC_API const char* lc_method_serves(int index);
 
 /* The sentence of the last failing call of this thread; "" if no call failed. It is valid until the

@@ -121,7 +121,7 @@ Cost cost(const Problem& p) {
 
 extern const Method block_cpu = {
     {"block", "cpu", "block after block, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    {Feature::forward | kAllTypes | kAllDecays | kSequences | kMamba2},
     refuses_nothing,
     cost,
     workspace,

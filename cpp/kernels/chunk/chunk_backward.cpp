@@ -31,6 +31,7 @@ int64_t chunks_of(int64_t tokens) { return (tokens + C - 1) / C; }
 // A backward call and its division into tasks. No answer depends on the division: a state has the
 // same bits wherever and however often it is computed.
 struct BackwardPlan : Problem {
+  bool wants_decay;     // whether gradients of decays or of lengths are asked for
   bool wants_state;     // whether S has to be known
   bool wants_gradient;  // whether dS has to be known
   bool cut = false;     // whether each segment of a family is a task; otherwise each family is
@@ -41,8 +42,9 @@ struct BackwardPlan : Problem {
 
   explicit BackwardPlan(const Problem& p)
       : Problem(p),
-        wants_state(p.d_q || p.d_log_decay),
-        wants_gradient(p.d_k || p.d_v || p.d_log_decay || p.d_initial_state) {
+        wants_decay(p.d_log_decay || p.d_dt),
+        wants_state(p.d_q || wants_decay),
+        wants_gradient(p.d_k || p.d_v || wants_decay || p.d_initial_state) {
     const int64_t share_q = p.Hq < p.Hs ? p.Hs / p.Hq : 1, share_kv = p.Hs / std::min(p.Hk, p.Hv);
     for (family = share_kv; family % share_q;) family += share_kv;
     const int64_t families = p.B * p.Hs / family, chunks = std::max<int64_t>(1, chunks_of(p.N));
@@ -72,7 +74,7 @@ struct BackwardPlan : Problem {
   double flop() const {
     const double n = mean_length(*this), first = std::min<double>(n, C), KV = 2 * double(K * V);
     const ChunkWork w = chunk_work(n, bool(initial_state), bool(d_final_state));
-    const double score_a = d_v || d_log_decay, score_d = d_q || d_k || d_log_decay, keys = d_k || d_log_decay;
+    const double score_a = d_v || wants_decay, score_d = d_q || d_k || wants_decay, keys = d_k || wants_decay;
     const double has_q = bool(d_q), has_k = bool(d_k), has_v = bool(d_v);
     const double triangles = 2 * w.pairs * (double(K) * (score_a + has_q + has_k) + double(V) * (score_d + has_v));
     const double others = double((segments(int64_t(n)) - 1) * segment * C);  // tokens of all segments except one
@@ -106,7 +108,7 @@ struct BoundaryStates {
         gradients(arena.take<T>(p.wants_gradient ? gradient_slot(p.B, 0) * p.Hs * State<E>::size(dq_problem) : 0)),
         decays(arena.take<double>(sums_decays() ? p.base(p.B, 1) * p.Hs : 0)) {}
 
-  bool sums_decays() const { return p.d_log_decay && p.decay == Decay::constant; }
+  bool sums_decays() const { return p.d_log_decay && (p.decay == Decay::constant || p.dt); }
   int64_t gradient_slot(int64_t b, int64_t i) const { return p.cut ? p.base(b, p.segment) + i : b; }
 
   State<E> at(T* memory, bool live) const {
@@ -171,20 +173,25 @@ struct GradientWorker {
 
   // Loads the transpose of a state of the call.
   void load_state(State<E>& to, const View& from, int64_t hs) const {
-    for (int i = to.first; to.live && i < to.last; ++i)
-      load_transposed<T>(to.panel(i), Matrix<const T>{from.at<const T>(b, hs, to.column(i)), from.stride[2]},
-                         to.columns(i), int(p.V));
+    for (int i = to.first; to.live && i < to.last; ++i) {
+      const T* column = from.at<const T>(b, hs, to.column(i));
+      if (is_transposed(p, from))
+        load<T>(to.panel(i), Matrix<const T>{column, from.stride[3]}, int(p.V), to.columns(i));
+      else
+        load_transposed<T>(to.panel(i), Matrix<const T>{column, from.stride[2]}, to.columns(i), int(p.V));
+    }
   }
 
   void store_state(const View& to, const State<E>& from, int64_t hs) const {
     for (int i = from.first; i < from.last; ++i) {
-      const Matrix<T> rows_of_k{copy, padded<T>(p.V)}, S = from.panel(i);
-      if (from.live)
-        load_transposed<T>(rows_of_k, Matrix<const T>{S.data, S.ld}, int(p.V), from.columns(i));
+      const Matrix<T> S = from.panel(i);
+      T* column = to.at<T>(b, hs, from.column(i));
+      if (!from.live)
+        for (int64_t r = 0; r < p.V; ++r) std::memset(S.row(r), 0, sizeof(T) * size_t(S.ld));
+      if (is_transposed(p, to))
+        store<T>(Matrix<T>{column, to.stride[3]}, Matrix<const T>{S.data, S.ld}, int(p.V), from.columns(i));
       else
-        std::memset(copy, 0, sizeof(T) * size_t(C * padded<T>(p.V)));
-      store<T>(Matrix<T>{to.at<T>(b, hs, from.column(i)), to.stride[2]}, Matrix<const T>{copy, rows_of_k.ld},
-               from.columns(i), int(p.V));
+        store_transposed<T>(Matrix<T>{column, to.stride[2]}, Matrix<const T>{S.data, S.ld}, int(p.V), from.columns(i));
     }
   }
 
@@ -192,7 +199,7 @@ struct GradientWorker {
     if (b == sequence && head == hs) return;
     b = sequence;
     head = hs;
-    dq_chunk.decay.begin_head(p, s, hs);
+    dq_chunk.decay.begin_head(p, s, hs, kLeastWeight<T>);
   }
 
   void load_dq_chunk(const Sequence& s, int64_t hs, const State<E>& S) {
@@ -284,7 +291,7 @@ struct GradientWorker {
         if (dS.live) {
           mma(acc, operand_t(dq_chunk.keys + i0, C), {G.data, G.ld}, int(p.V));
           map(acc, [&](int i, int, Vec<T> x) { return x * out[i0 + i]; });
-          if (p.d_log_decay) decay_gradient.add_products(decay_gradient.y, acc, dq_chunk.v(dS.panels, panel, c), i0);
+          if (p.wants_decay) decay_gradient.add_products(decay_gradient.y, acc, dq_chunk.v(dS.panels, panel, c), i0);
         }
         if (add) map(acc, [&](int i, int j, Vec<T> x) { return x + load<T>(to.row(i) + j); });
         store(to, acc);
@@ -350,7 +357,7 @@ struct GradientWorker {
         if (S.live) {
           mma(acc, operand(dq_chunk.q.row(i0), dq_chunk.q.ld), {before.data, before.ld}, int(p.V));
           map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
-          if (p.d_log_decay) decay_gradient.add_products(decay_gradient.x, acc, dk_chunk.v(S.panels, panel, c), i0);
+          if (p.wants_decay) decay_gradient.add_products(decay_gradient.x, acc, dk_chunk.v(S.panels, panel, c), i0);
         }
         if (!p.d_q) return;
         mma(acc, operand(dq_chunk.scores + i0 * C, C), dq_chunk.v(S.panels, panel, c),
@@ -362,8 +369,8 @@ struct GradientWorker {
 
   // A and D, as far as they are needed.
   void score() {
-    if (p.d_v || p.d_log_decay) chunk.score(p);
-    if (p.d_log_decay)
+    if (p.d_v || p.wants_decay) chunk.score(p);
+    if (p.wants_decay)
       dq_chunk.score(dq_problem, [&](int i, int j, Vec<T> x, Vec<T> weight) {
         decay_gradient.add_pairs(i, j, x * load<T>(chunk.scores + i * C + j));
         return x * weight;
@@ -397,10 +404,10 @@ struct GradientWorker {
     locate_dk_chunk();
     load_dq_chunk(s, hs, dS);
     chunk.load_keys(p, s, hs);
-    if (p.d_log_decay) decay_gradient.clear();
-    if (p.d_k || p.d_log_decay) dk_through_state(dS, hs % (p.Hs / p.Hk));
+    if (p.wants_decay) decay_gradient.clear();
+    if (p.d_k || p.wants_decay) dk_through_state(dS, hs % (p.Hs / p.Hk));
     if (p.d_v) dv_through_state(dS, hs % (p.Hs / p.Hv));
-    const double crossing = p.d_log_decay ? decay_gradient.crossing(S, dS, dq_chunk.decay.log2_total) : 0;
+    const double crossing = p.wants_decay ? decay_gradient.crossing(S, dS, dq_chunk.decay.log2_total) : 0;
     const int64_t share_q = p.H / p.Hq;
     for (int64_t h = hs * group(p); h < (hs + 1) * group(p); ++h) {
       dq_chunk.load_queries(dq_problem, s, h);
@@ -414,8 +421,8 @@ struct GradientWorker {
       if (retreats) retreat(dS, dS, h);
     }
     write_keys_and_values(s, hs);
-    if (!p.d_log_decay) return;
-    const double of_chunk = decay_gradient.finish(s, hs, dq_chunk.t, dq_chunk.n, crossing);
+    if (!p.wants_decay) return;
+    const double of_chunk = decay_gradient.finish(dq_chunk, s, hs, crossing);
     if (boundary.sums_decays()) boundary.decay(b, hs, begin / C) = of_chunk;
   }
 

@@ -5,10 +5,18 @@
 //   dg_t is what crosses from before token t to t or later. x_i = dq_i.q_i counts only what comes
 //   through S, and y_j = dk_j.k_j only what comes through dS. w_ij = A_ij dO_i.v_j. Nothing in the
 //   formula cancels, as it does in sums of dq_i.q_i - dk_i.k_i over the rest of the sequence.
+//
+//   If tokens have lengths d_t, then g_t = d_t log_decay, and w and y contain the weight d_j:
+//
+//   d(d_t) = log_decay dg_t + (y_t + sum_{i>=t} w_it) / d_t      d(log_decay) = sum_t d_t dg_t
 #pragma once
 #include "../../cpu/state.h"
 
 namespace lc::LC_ISA::backward {
+
+// The backward pass replaces smaller weights of tokens by this one, since it divides by weights.
+template <class T>
+constexpr T kLeastWeight = sizeof(T) == 8 ? 1e-100 : 1e-20;
 
 // The parts of one chunk. A vector per token holds a sum whose lanes are still to be added.
 template <class E>
@@ -19,17 +27,20 @@ struct DecayGradient {
   T* y;        // [C] vectors: y_j
   T* rows;     // [C] vectors: sum over j of w_ij
   T* columns;  // [C] numbers: sum over i of w_ij
+  T* own;      // [C] numbers: w_ii
 
   DecayGradient(const Problem& problem, Arena& arena)
       : p(problem),
         x(arena.take<T>(3 * C * kLanes<T>)),
         y(x + C * kLanes<T>),
         rows(y + C * kLanes<T>),
-        columns(arena.take<T>(C)) {}
+        columns(arena.take<T>(C)),
+        own(arena.take<T>(C)) {}
 
   void clear() {
     std::memset(x, 0, sizeof(T) * size_t(3 * C * kLanes<T>));
     std::memset(columns, 0, sizeof(T) * C);
+    std::memset(own, 0, sizeof(T) * C);
   }
 
   // Adds the products of a tile, whose first row is token i0, with the same elements of `other` to
@@ -44,9 +55,10 @@ struct DecayGradient {
     }
   }
 
-  // Adds w_ij of the vector of tokens j that begins at column j to rows and columns. Only j < i
-  // counts.
+  // Adds w_ij of the vector of tokens j that begins at column j to rows and columns, where only
+  // j < i counts, and w_ii to own.
   LC_INLINE void add_pairs(int i, int j, Vec<T> product) const {
+    if (p.d_dt && i >= j && i < j + kLanes<T>) own[i] += product[i - j];
     const Vec<T> w = iota<T>() < typename Simd<T>::Int(i - j) ? product : Vec<T>{};
     store<T>(rows + i * kLanes<T>, load<T>(rows + i * kLanes<T>) + w);
     store<T>(columns + j, load<T>(columns + j) + w);
@@ -66,29 +78,46 @@ struct DecayGradient {
     return std::exp2(log2_total) * inner;
   }
 
-  // Computes dg of the n tokens from token t on, and writes it if each token has a decay. Returns
-  // the sum over them.
-  double finish(const Sequence& s, int64_t hs, int64_t t, int n, double crossing) const {
+  // Computes dg of the chunk's tokens, and writes it if each token has a decay, or the gradient of
+  // dt if tokens have lengths. Returns the sum of the gradients of a decay that tokens share.
+  double finish(const Tokens<E>& chunk, const Sequence& s, int64_t hs, double crossing) const {
     const auto total = [](const T* sums, int i) { return double(sum<T>(load<T>(sums + i * kLanes<T>))); };
+    const int64_t t = chunk.t;
+    const int n = chunk.n;
     // The sums over earlier tokens start at the first token. As differences they would be small
     // next to their terms.
-    double from_before[C];
+    double from_before[C], slopes[C];
     for (int i = 0; i < n; ++i) {
       from_before[i] = crossing;
       crossing += total(y, i);
     }
+    if (p.d_dt) length_slopes(p, slopes, s.row, hs, t, n);
     double to_later = 0, of_chunk = 0;
     for (int i = n - 1; i >= 0; --i) {
       to_later += total(x, i) + total(rows, i) - double(columns[i]);
       const double gradient = from_before[i] + to_later;
-      of_chunk += gradient;
-      if (p.decay != Decay::per_token) continue;
-      if (p.decay_type == Type::f64)
-        *p.d_log_decay.at<double>(s.row, hs, t + i) = gradient;
-      else
-        *p.d_log_decay.at<float>(s.row, hs, t + i) = float(gradient);
+      of_chunk += p.dt ? chunk.decay.length(i) * gradient : gradient;
+      if (p.d_dt) {
+        const double of_weight = (total(y, i) + double(columns[i]) + double(own[i])) / double(chunk.decay.weight(i));
+        write_length(s, hs, t + i, slopes[i] * (chunk.decay.rate() * gradient + of_weight));
+      }
+      if (p.decay == Decay::per_token && !p.dt && p.d_log_decay) write_decay(s, hs, t + i, gradient);
     }
     return of_chunk;
+  }
+
+ private:
+  LC_INLINE void write_decay(const Sequence& s, int64_t hs, int64_t t, double gradient) const {
+    if (p.decay_type == Type::f64)
+      *p.d_log_decay.at<double>(s.row, hs, t) = gradient;
+    else
+      *p.d_log_decay.at<float>(s.row, hs, t) = float(gradient);
+  }
+  LC_INLINE void write_length(const Sequence& s, int64_t hs, int64_t t, double gradient) const {
+    with_type(p.dt_type, [&](auto e) {
+      using F = Accumulator<decltype(e)>;
+      store<F>(p.d_dt.at<decltype(e)>(s.row, hs, t), broadcast<F>(F(gradient)), 1);
+    });
   }
 };
 

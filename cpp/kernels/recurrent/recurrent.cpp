@@ -8,10 +8,13 @@
 //   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (K+V) (G+1) numbers, T <= 64
 //   tokens, G = H / Hs
 //   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
+//   A state of a decode call whose keys are contiguous is updated row by row of V instead, four rows
+//   at a time through all tokens: S_vt = 2^L_t S_v + k_t v_t, o_vt = S_vt.q_t.
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include <cmath>
 
 #include "../../cpu/cost.h"
+#include "../../cpu/parameters.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/threads.h"
 #include "../../cpu/tile.h"
@@ -106,6 +109,29 @@ LC_INLINE void update_columns(Matrix<T> S, const RowPass<T>& a, int64_t r0, int6
     for (; c < end; ++c) update_rows<T, kTokens, kHeads, 1, kUpdate>(S, a, r0, rows, c * kLanes<T>);
 }
 
+// Values of a transposed state that are updated together.
+constexpr int kRows = 4;
+
+// Updates kCount values of a transposed state by one token, and adds their products with q. Rows of
+// `S` and the vectors k and q have K numbers, padded to whole vectors.
+template <class T, int kCount, Update kUpdate>
+LC_INLINE void update_values(Matrix<T> S, const T* k, const T* q, int64_t K, T decay, const T* v, T* o) {
+  count_flop(int64_t{kCount} * padded<T>(K) * (kUpdate == Update::none ? 2 : 5));
+  Vec<T> sums[kCount] = {};
+  for (int64_t j = 0; j < K; j += kLanes<T>) {
+    const Vec<T> kj = load<T>(k + j), qj = load<T>(q + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      Vec<T> x = load<T>(S.row(i) + j);
+      if (kUpdate == Update::plus) x = x + (x * decay + kj * v[i]);
+      if (kUpdate == Update::times) x = x * decay + kj * v[i];
+      if (kUpdate != Update::none) store<T>(S.row(i) + j, x);
+      sums[i] = qj * x + sums[i];
+    }
+  }
+  for (int i = 0; i < kCount; ++i) o[i] = sum<T>(sums[i]);
+}
+
 int64_t tile_tokens(const Problem& p) {
   if (p.op == LC_DECODE) return std::max<int64_t>(1, p.N);
   return std::max<int64_t>(1, std::min({kTileTokens, 4 * kTileTokens / group(p), p.N}));
@@ -118,7 +144,8 @@ struct RecurrentWorker {
   const int64_t tile;  // most tokens of a tile
   const int64_t G;     // q heads per state
   const int Kp, Vp;    // K and V padded to whole vectors
-  T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums;
+  T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums, *skip;
+  double* length;
 
   RecurrentWorker(const Problem& problem, Arena& arena)
       : p(problem),
@@ -126,13 +153,15 @@ struct RecurrentWorker {
         G(group(p)),
         Kp(padded<T>(p.K)),
         Vp(padded<T>(p.V)),
-        state(arena.take<T>(p.K * padded<T>(p.V))),
+        state(arena.take<T>(std::max<int64_t>(p.K * padded<T>(p.V), kRows * padded<T>(p.K)))),
         decay(arena.take<T>(tile)),
         decay_minus_1(arena.take<T>(tile)),
         k_copy(arena.take<T>(tile * padded<T>(p.K))),
         q_copy(arena.take<T>(tile * G * padded<T>(p.K))),
         v_copy(arena.take<T>(tile * padded<T>(p.V))),
-        sums(arena.take<T>(tile * G * padded<T>(p.V))) {}
+        sums(arena.take<T>(tile * G * padded<T>(p.V))),
+        skip(arena.take<T>(p.skip ? padded<T>(p.V) : 0)),
+        length(arena.take<double>(p.dt ? padded<double>(tile) : 0)) {}
 
   // Columns of V that a task computes: the vectors [c0, c1).
   struct Span {
@@ -162,18 +191,29 @@ struct RecurrentWorker {
     for (int64_t g = 0; g < G; ++g)  // [token, head]
       load<T>(Matrix<T>{q_copy + g * Kp, G * Kp},
               Matrix<const E>{p.q.at<const E>(s.row, q_head(p, hs * G + g), t), p.q.stride[2]}, n, int(p.K));
+    if (p.dt) weigh_keys(s, hs, t, n);
     for (int i = 0; i < n; ++i) {
       if (i && p.decay != Decay::per_token) {
         decay[i] = decay[0];
         decay_minus_1[i] = decay_minus_1[0];
       } else {
-        const double x = log2_decay(p, s.row, hs, t + i);
+        const double x = p.dt ? clamped_log2(p, log2_rate(p, s.row, hs) * length[i]) : log2_decay(p, s.row, hs, t + i);
         decay[i] = T(std::exp2(x));
         decay_minus_1[i] = T(std::expm1(x / kLog2e));
       }
       for (int64_t g = 0; g < G; ++g)
         std::memset(sums + (i * G + g) * Vp + at.begin, 0, size_t(at.c1 - at.c0) * kVectorBytes);
     }
+  }
+
+  // k_t = length_t k_t
+  void weigh_keys(const Sequence& s, int64_t hs, int64_t t, int n) {
+    lengths(p, length, s.row, hs, t, n);
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < Kp; j += kLanes<T>) {
+        T* k = k_copy + i * Kp + j;
+        store<T>(k, load<T>(k) * T(length[i]));
+      }
   }
 
   RowPass<T> row_pass(int i, int64_t g, bool plus) const {
@@ -211,14 +251,23 @@ struct RecurrentWorker {
     }
   }
 
+  // o = (scale sums + skip v) silu(gate)
   void store_outputs(const Sequence& s, int64_t hs, int64_t t, int n, const Span& at) const {
     const Vec<T> scale = broadcast<T>(T(p.scale));
-    for (int i = 0; i < n; ++i)
-      for (int64_t g = 0; g < G; ++g) {
-        T* sum = sums + (i * G + g) * Vp + at.begin;
-        for (int j = 0; j < at.columns; j += kLanes<T>) store<T>(sum + j, load<T>(sum + j) * scale);
-        store_row<T>(p.o.at<E>(s.row, hs * G + g, t + i) + at.begin, sum, at.columns);
+    for (int64_t h = hs * G; h < (hs + 1) * G; ++h) {
+      if (p.skip) read_skip(p, skip, h);
+      for (int i = 0; i < n; ++i) {
+        T* sum = sums + (i * G + h - hs * G) * Vp + at.begin;
+        const T* v = v_copy + i * Vp + at.begin;
+        for (int j = 0; j < at.columns; j += kLanes<T>) {
+          Vec<T> x = load<T>(sum + j) * scale;
+          if (p.skip) x = x + load<T>(skip + at.begin + j) * load<T>(v + j);
+          store<T>(sum + j, x);
+        }
+        if (p.gate) apply_gate<E, T>({sum, Vp}, {p.gate.at<const E>(s.row, h, t + i) + at.begin, 0}, 1, at.columns);
+        store_row<T>(p.o.at<E>(s.row, h, t + i) + at.begin, sum, at.columns);
       }
+    }
   }
 
   // Computes tokens [t, t + n) of (s, hs). block(r0, rows, f) calls f with rows [r0, r0 + rows) of
@@ -237,18 +286,23 @@ struct RecurrentWorker {
   // A whole sequence, with the state in scratch.
   void forward(int64_t b, int64_t hs, const Span& at) {
     const Sequence s = sequence(p, b);
-    for (int64_t r = 0; r < p.K; ++r) {
-      if (p.initial_state)
-        load_row<T>(state + r * Vp + at.begin, p.initial_state.at<const T>(b, hs, r) + at.begin, at.columns);
-      else
-        std::memset(state + r * Vp + at.begin, 0, size_t(at.c1 - at.c0) * kVectorBytes);
-    }
+    const Matrix<T> S{state + at.begin, Vp};
+    if (const View& from = p.initial_state; is_transposed(p, from))
+      load_transposed<T>(S, Matrix<const T>{from.at<const T>(b, hs, 0) + at.begin * from.stride[3], from.stride[3]},
+                         at.columns, int(p.K));
+    else if (from)
+      load<T>(S, Matrix<const T>{from.at<const T>(b, hs, 0) + at.begin, from.stride[2]}, int(p.K), at.columns);
+    else
+      for (int64_t r = 0; r < p.K; ++r) std::memset(S.row(r), 0, size_t(at.c1 - at.c0) * kVectorBytes);
     for (int64_t t = 0; t < s.length; t += tile)
       tokens_through(s, hs, s.begin + t, int(std::min(tile, s.length - t)), at,
                      [&](int64_t r0, int64_t, auto&& f) { f(Matrix<T>{state + r0 * Vp, Vp}); });
-    if (p.final_state)
-      for (int64_t r = 0; r < p.K; ++r)
-        store_row<T>(p.final_state.at<T>(b, hs, r) + at.begin, state + r * Vp + at.begin, at.columns);
+    if (const View& to = p.final_state; is_transposed(p, to))
+      store_transposed<T>(Matrix<T>{to.at<T>(b, hs, 0) + at.begin * to.stride[3], to.stride[3]},
+                          Matrix<const T>{S.data, Vp}, int(p.K), at.columns);
+    else if (to)
+      store<T>(Matrix<T>{to.at<T>(b, hs, 0) + at.begin, to.stride[2]}, Matrix<const T>{S.data, Vp}, int(p.K),
+               at.columns);
   }
 
   // A decode call, with the state in its slot of the pool, stored as type P. The state is updated
@@ -261,6 +315,7 @@ struct RecurrentWorker {
         for (int64_t t = 0; t < p.N; ++t) std::memset(p.o.at<E>(b, h, t) + at.begin, 0, sizeof(E) * size_t(at.columns));
       return;
     }
+    if (is_transposed(p, p.final_state)) return decode_transposed<P>(b, hs, state_slot, at);
     tokens_through(sequence(p, b), hs, 0, int(p.N), at, [&](int64_t r0, int64_t m, auto&& f) {
       const Matrix<P> pool{p.final_state.at<P>(state_slot, hs, r0), p.final_state.stride[2]};
       if constexpr (std::is_same_v<P, T>)
@@ -270,6 +325,49 @@ struct RecurrentWorker {
       f(copy);
       store<T>(Matrix<P>{pool.data + at.begin, pool.ld}, Matrix<const T>{copy.data + at.begin, Vp}, int(m), at.columns);
     });
+  }
+
+  // The same for a state whose keys are contiguous.
+  template <class P>
+  void decode_transposed(int64_t b, int64_t hs, int64_t state_slot, const Span& at) {
+    const Sequence s = sequence(p, b);
+    const int n = int(p.N);
+    load_tile(s, hs, 0, n, at);
+    const int64_t ld = p.final_state.stride[3];
+    for (int r = at.begin; r < at.begin + at.columns; r += kRows) {
+      const int rows = std::min(kRows, at.begin + at.columns - r);
+      const Matrix<P> pool{p.final_state.at<P>(state_slot, hs, 0) + r * ld, ld};
+      Matrix<T> S{state, Kp};
+      bool direct = false;
+      if constexpr (std::is_same_v<P, T>)
+        if (p.K % kLanes<T> == 0) {
+          S = pool;
+          direct = true;
+        }
+      if (!direct) load<T>(S, Matrix<const P>{pool.data, ld}, rows, int(p.K));
+      values_through(S, n, r, rows);
+      if (!direct) store<T>(pool, Matrix<const T>{S.data, Kp}, rows, int(p.K));
+    }
+    store_outputs(s, hs, 0, n, at);
+  }
+
+  // Moves values [r, r + rows) of a transposed state over the n tokens of the tile.
+  void values_through(Matrix<T> S, int n, int r, int rows) const {
+    for (int i = 0; i < n; ++i) {
+      slow(i) ? update_values<Update::plus>(S, i, 0, r, rows) : update_values<Update::times>(S, i, 0, r, rows);
+      for (int64_t g = 1; g < G; ++g) update_values<Update::none>(S, i, g, r, rows);
+    }
+  }
+
+  template <Update kUpdate>
+  LC_INLINE void update_values(Matrix<T> S, int i, int64_t g, int r, int rows) const {
+    const T* q = q_copy + (i * G + g) * Kp;
+    const T* k = k_copy + i * Kp;
+    const T* v = v_copy + i * Vp + r;
+    T* o = sums + (i * G + g) * Vp + r;
+    const T d = kUpdate == Update::plus ? decay_minus_1[i] : decay[i];
+    if (rows == kRows) return LC_ISA::update_values<T, kRows, kUpdate>(S, k, q, p.K, d, v, o);
+    for (int j = 0; j < rows; ++j) LC_ISA::update_values<T, 1, kUpdate>({S.row(j), S.ld}, k, q, p.K, d, v + j, o + j);
   }
 
   // Piece `part` of `parts` of the columns of one state.
@@ -320,7 +418,7 @@ Cost cost(const Problem& p) {
 extern const Method recurrent_cpu = {
     {"recurrent", "cpu", "token by token, as defined; decodes in place", "Katharopoulos et al. 2020, arXiv:2006.16236"},
     {Feature::forward | Feature::decode | Feature::state_indices | Feature::short_states | kAllTypes | kAllDecays |
-     kSequences},
+     kSequences | kMamba2},
     refuses_nothing,
     cost,
     workspace,

@@ -155,7 +155,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cpu = {
     {"recursive", "cpu", "divide and conquer: right halves see left halves through their states",
      "LeetDecoding, arXiv:2501.02573"},
-    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    {Feature::forward | kAllTypes | kAllDecays | kSequences | kMamba2},
     refuses_nothing,
     cost,
     workspace,

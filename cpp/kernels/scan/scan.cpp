@@ -193,7 +193,7 @@ Cost cost(const Problem& p) {
 
 extern const Method scan_cpu = {
     {"scan", "cpu", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    {Feature::forward | kAllTypes | kAllDecays | kSequences},
+    {Feature::forward | kAllTypes | kAllDecays | kSequences | kMamba2},
     refuses_nothing,
     cost,
     workspace,

@@ -60,29 +60,38 @@ _STATE = DecodeInputs._fields.index("state")
 
 def forward_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of linear_attention."""
-    if not _is_differentiated(inputs):
-        return _run(_operators.linear_attention.default, inputs)
-    return _apply(_Forward, ForwardInputs(*inputs))
+    return differentiated(_Forward, _operators.linear_attention.default, inputs)
 
 
 def backward_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of linear_attention_backward."""
-    if not _is_differentiated(inputs):
-        return _run(_operators.linear_attention_backward.default, inputs)
-    return _apply(_Backward, inputs)
+    return differentiated(_Backward, _operators.linear_attention_backward.default, inputs)
 
 
 def decode_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of decode_step, which refuses inputs that require gradients."""
+    return in_place("decode_step", "linear_attention", _operators.decode_step.default, inputs[_STATE], inputs)
+
+
+def differentiated(passes: Any, operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """Runs an operator. If a gradient is asked for, it runs as the two `passes` of a
+    torch.autograd.Function, whose attribute `inputs` is the NamedTuple of the operator.
+    """
+    if not _is_differentiated(inputs):
+        return _run(operator, inputs)
+    return _apply(passes, passes.inputs(*inputs))
+
+
+def in_place(name: str, other: str, operator: Any, state: Tensor, inputs: tuple[Any, ...]) -> Any:
+    """Runs an operator that updates a state. `other` is the function that has gradients."""
     if _is_differentiated(inputs):
         raise NotImplementedError(
-            "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
-            "or torch.no_grad(); linear_attention with initial_state computes gradients"
+            f"{name} has no gradient, as it updates the state in place; expected tensors that do not require one, or "
+            f"torch.no_grad(); {other} with initial_state computes gradients"
         )
-    state = inputs[_STATE]
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
-    return _run(_operators.decode_step.default, inputs)
+    return _run(operator, inputs)
 
 
 def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
@@ -107,6 +116,8 @@ def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 class _Forward:
+    inputs = ForwardInputs
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         args = ForwardInputs(*inputs)
@@ -114,7 +125,7 @@ class _Forward:
         ctx.options = _options(args)
         ctx.return_state = args.return_state
         ctx.set_materialize_grads(False)
-        return _run_in_function(_operators.linear_attention.default, inputs)
+        return run_in_function(_operators.linear_attention.default, inputs)
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,9 +141,11 @@ class _Forward:
 
 
 class _Backward:
+    inputs = BackwardInputs
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        return _run_in_function(_operators.linear_attention_backward.default, inputs)
+        return run_in_function(_operators.linear_attention_backward.default, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -162,7 +175,7 @@ def _function(passes: type, base: type) -> Any:
     return type(passes.__name__, (passes, base), {})
 
 
-def _run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
+def run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
     """Runs an operator inside of `forward`, where torch turns all derivatives off.
 
     The derivatives of outer levels are turned on again for the operator.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from ..options import Layout, is_bnhd
@@ -72,6 +73,89 @@ class DecodeInputs(NamedTuple):
     log_decay: Tensor | None = None
     state_indices: Tensor | None = None
     scale: float = 1.0
+
+
+class SsdInputs(NamedTuple):
+    """Inputs of `ssd`, with the names of `leetcore.ssd`. The first nine are differentiable."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    initial_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = 0.0  # 0 is infinity
+    return_state: bool = False
+    method: str = "auto"
+
+
+class SsdBackwardInputs(NamedTuple):
+    """Inputs of `ssd_backward`.
+
+    Fields with names of `SsdInputs` have the values of the forward pass.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    d_y: Tensor | None
+    d_final_state: Tensor | None
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+    wants: list[bool]  # which of the nine gradients to compute
+
+
+class SsdStepInputs(NamedTuple):
+    """Inputs of `ssd_step`, with the names of `leetcore.ssd_step`."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    state: Updated
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    state_indices: Tensor | None = None
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = 0.0
+
+
+def stand_in(tensors: dict[str, Any], numbers: tuple[str, ...]) -> bool:
+    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
+
+    The arguments named in `numbers` may be numbers. Raises TypeError for an object that is neither
+    a tensor nor a stand-in.
+    """
+    found = False
+    for name, value in tensors.items():
+        if value is None or isinstance(value, Tensor) or (name in numbers and is_number(value)):
+            continue
+        if not hasattr(value, "__torch_function__"):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        found = True
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a number of Python or numpy."""
+    return isinstance(value, (float, int, np.number))
 
 
 def schema(name: str, inputs: Any, results: str) -> str:

@@ -3,7 +3,7 @@
 `linear_attention` is functional and differentiable, `linear_attention_backward` computes its
 gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
 lists their arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap
-and flop.
+and flop. The operators of Mamba-2 are in `mamba2.py`, and are defined here too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
@@ -19,8 +18,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, method_name, real
-from . import autograd, rules
-from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, head_axis, schema
+from . import autograd, mamba2, rules
+from .inputs import (
+    BackwardInputs,
+    DecodeInputs,
+    ForwardInputs,
+    SsdBackwardInputs,
+    SsdInputs,
+    SsdStepInputs,
+    head_axis,
+    is_number,
+    schema,
+    stand_in,
+)
 
 
 def linear_attention(
@@ -151,22 +161,7 @@ def decode_step(
 
 
 def _stand_in(**tensors: Any) -> bool:
-    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
-
-    Raises TypeError for an object that is neither a tensor nor such a stand-in.
-    """
-    found = False
-    for name, value in tensors.items():
-        if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
-            continue
-        if not hasattr(value, "__torch_function__"):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        found = True
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, int, np.number))
+    return stand_in(tensors, ("log_decay",))
 
 
 def _number(scale: Any) -> Any:
@@ -188,7 +183,7 @@ def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) 
     """
     if log_decay is None:
         return None
-    if _is_number(log_decay):
+    if is_number(log_decay):
         exact = torch.float64 if q.dtype is torch.float64 else torch.float32
         log_decay = torch.full((), log_decay, dtype=exact, device=q.device)
     if log_decay.ndim == 0 and q.device.type != "cpu":
@@ -291,6 +286,36 @@ _OPERATORS = {
         rules.decode_shapes,
         rules.vmap_decode,
         rules.decode_flop,
+        has_autocast=True,
+    ),
+    "ssd": _Operator(
+        SsdInputs,
+        "(Tensor y, Tensor final_state)",
+        mamba2.forward,
+        mamba2.forward_kernel,
+        mamba2.forward_shapes,
+        mamba2.vmap_refusal,
+        mamba2.forward_flop,
+        has_autocast=True,
+    ),
+    "ssd_backward": _Operator(
+        SsdBackwardInputs,
+        f"({', '.join(f'Tensor {name}' for name in mamba2.SsdGradients._fields)})",
+        mamba2.backward,
+        mamba2.backward_kernel,
+        mamba2.backward_shapes,
+        mamba2.vmap_refusal,
+        mamba2.backward_flop,
+        has_autocast=False,
+    ),
+    "ssd_step": _Operator(
+        SsdStepInputs,
+        "Tensor y",
+        mamba2.step,
+        mamba2.step_kernel,
+        mamba2.step_shapes,
+        mamba2.vmap_refusal,
+        mamba2.step_flop,
         has_autocast=True,
     ),
 }

@@ -26,7 +26,7 @@ def absent(like: Tensor) -> Tensor:
 def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
     """Empty results of linear_attention."""
     q, k, v = args.q, args.k, args.v
-    _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens)
+    _require_operands(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens)
     heads = head_axis(args.layout)
     Hs = max(k.shape[heads], v.shape[heads])
     shape = list(v.shape)
@@ -42,7 +42,7 @@ def forward_shapes(args: ForwardInputs) -> tuple[Tensor, Tensor]:
 def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
     """Empty results of linear_attention_backward."""
     q, k, v = args.q, args.k, args.v
-    _require_one_device(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens, args.d_o, args.d_final_state)
+    _require_operands(q, args.log_decay, k, v, args.initial_state, args.cu_seqlens, args.d_o, args.d_final_state)
     inputs = api.Gradients(q, k, v, args.log_decay, args.initial_state)
     return tuple(
         x.new_empty(x.shape) if wanted and x is not None else absent(v)
@@ -53,24 +53,32 @@ def backward_shapes(args: BackwardInputs) -> tuple[Tensor, ...]:
 def decode_shapes(args: DecodeInputs) -> Tensor:
     """An empty result of decode_step."""
     q, k, v = args.q, args.k, args.v
-    _require_one_device(q, args.log_decay, k, v, args.state, args.state_indices)
+    _require_operands(q, args.log_decay, k, v, args.state, args.state_indices)
     return v.new_empty((v.shape[0], max(q.shape[1], k.shape[1], v.shape[1]), *v.shape[2:]))
 
 
-def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
+def _require_operands(q: Tensor, log_decay: Tensor | None, *others: Tensor | None) -> None:
+    if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
+        log_decay = None  # a number, which may be used with any device
+    require_one_device("q", q, log_decay, *others)
+
+
+def require_one_device(name: str, tensor: Tensor, *others: Tensor | None) -> None:
     """Refuses tensors on several devices.
 
     One tensor on the device "meta" is enough for torch to call the functions above, whose results
     would be uninitialised memory.
     """
-    if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
-        log_decay = None  # a number, which may be used with any device
-    for x in (log_decay, *others):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
+    for x in others:
+        if x is not None and x.device != tensor.device:
+            raise ValueError(
+                f"{name}: expected on one device with the other arguments, got {tensor.device} and {x.device}"
+            )
 
 
 # ---- autocast: q, k and v in its dtype, decays and initial states in float32
+
+_CAST = ("q", "k", "v", "x", "B", "C", "z")
 
 
 def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
@@ -79,13 +87,13 @@ def autocast(operator: Any, inputs: Any, device: str) -> Callable[..., Any]:
     def cast(name: str, x: Any, dtype: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or name == "state":
             return x  # a state is updated in place: the update of a copy would be lost
-        return x.to(dtype if name in ("q", "k", "v") else torch.float32)
+        return x.to(dtype if name in _CAST else torch.float32)
 
     def kernel(*arguments: Any) -> Any:
         args = inputs(*arguments)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            if args.q.dtype is torch.float64:  # torch's own operators do not cast float64 either
+            if args[0].dtype is torch.float64:  # torch's own operators do not cast float64 either
                 return operator(*args)
             return operator(*(cast(name, x, dtype) for name, x in zip(args._fields, args, strict=True)))
 
