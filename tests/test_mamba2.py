@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
+from leetcore import reference  # noqa: E402
 from leetcore.compat import mamba_ssm as compat  # noqa: E402
 from leetcore.torch import nn as layers  # noqa: E402
 from leetcore.torch.integrations.transformers import mamba2, patch, unpatch  # noqa: E402
@@ -451,23 +452,10 @@ def test_a_model_without_such_layers_is_refused():
 # ---- the definition, and the functions of mamba_ssm and causal_conv1d
 
 
-def definition(x, dt, A, B, C, D=None, z=None, dt_bias=None, softplus=False, limit=(0.0, float("inf")), state=None):
-    """y and the last state in float64, token by token."""
-    x, dt, A, B, C, D, z, dt_bias, state = (
-        None if t is None else t.detach().double() for t in (x, dt, A, B, C, D, z, dt_bias, state)
-    )
-    d = dt if dt_bias is None else dt + dt_bias
-    d = (F.softplus(d, threshold=700) if softplus else d).clamp(*limit)
-    B, C = (t.repeat_interleave(x.shape[2] // B.shape[2], dim=2) for t in (B, C))
-    S = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state
-    y = torch.empty_like(x)
-    for t in range(x.shape[1]):
-        S = (A * d[:, t]).exp()[..., None, None] * S
-        S = S + (d[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        y[:, t] = (S @ C[:, t, :, :, None])[..., 0]
-    if D is not None:
-        y = y + x * (D if D.ndim == 2 else D[:, None])
-    return (y if z is None else y * F.silu(z)), S
+def definition(**given):
+    """y and the last state of the definition in float64."""
+    arrays = {n: t.detach().double().numpy() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+    return tuple(map(torch.from_numpy, reference.ssd(**arrays)))
 
 
 H, P, G, K = 4, 16, 2, 24
@@ -504,13 +492,12 @@ def test_the_scan_is_the_definition(dtype, features):
     y, state = compat.mamba_chunk_scan_combined(
         **given, chunk_size=16, initial_states=initial.to(dtype), return_final_states=True, **options
     )
-    softplus, limit = options.get("dt_softplus", False), options.get("dt_limit", (0.0, float("inf")))
-    want, want_state = definition(**given, softplus=softplus, limit=limit, state=initial.to(dtype))
+    want, want_state = definition(**given, **options, initial_state=initial.to(dtype))
     assert y.dtype == dtype and state.dtype == torch.float32 and y.is_contiguous()
     assert_close(y, want, TOLERANCE[dtype])
     assert_close(state, want_state, TOLERANCE[dtype])
     alone = compat.mamba_chunk_scan_combined(**given, chunk_size=16, **options)
-    assert_close(alone, definition(**given, softplus=softplus, limit=limit)[0], TOLERANCE[dtype])
+    assert_close(alone, definition(**given, **options)[0], TOLERANCE[dtype])
 
 
 def test_packed_rows_of_the_scan():
@@ -522,7 +509,7 @@ def test_packed_rows_of_the_scan():
     per_token, rest = ("x", "dt", "B", "C", "z"), {n: given[n] for n in ("A", "D", "dt_bias")}
     for row, start, end, state_before in ((0, 0, 5, initial[:1]), (0, 5, 12, None), (1, 0, 12, initial[1:])):
         part = {name: given[name][row : row + 1, start:end] for name in per_token}
-        want, want_state = definition(**part, **rest, softplus=True, state=state_before)
+        want, want_state = definition(**part, **rest, dt_softplus=True, initial_state=state_before)
         assert_close(y[row : row + 1, start:end], want)
         if end == 12:
             assert_close(state[row : row + 1], want_state)
@@ -548,12 +535,9 @@ def step_inputs(dtype=torch.float32, batch=3):
 
 
 def step_definition(given, state):
-    names = {"x", "B", "C", "z"} & given.keys()
-    sequence = {name: given[name][:, None] for name in names}
-    y, S = definition(
-        **sequence, dt=given["dt"][:, None, :, 0], A=given["A"][:, 0, 0], D=given["D"], dt_bias=given["dt_bias"][:, 0],
-        softplus=True, state=state,
-    )  # fmt: skip
+    sequence = {name: given[name][:, None] for name in ("x", "B", "C", "z")}
+    per_head = {"dt": given["dt"][:, None, :, 0], "A": given["A"][:, 0, 0], "dt_bias": given["dt_bias"][:, 0]}
+    y, S = definition(**sequence, **per_head, D=given["D"], dt_softplus=True, initial_state=state)
     return y[:, 0], S
 
 
@@ -600,9 +584,11 @@ def test_tensors_of_mamba_1_are_refused():
 
 def convolution(x, weight, bias=None, before=None, silu=True):
     """The convolution in float64; before has the inputs before x."""
-    x, weight, bias = (None if t is None else t.detach().double() for t in (x, weight, bias))
-    before = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if before is None else before.double()
-    u = F.conv1d(torch.cat([before, x], dim=2), weight[:, None], bias, groups=x.shape[1])
+    x, weight = x.detach().double(), weight.detach().double()
+    width, n = weight.shape[1], x.shape[2]
+    x = F.pad(x, (width - 1, 0)) if before is None else torch.cat([before.double(), x], dim=2)
+    u = sum(weight[:, i, None] * x[:, :, i : i + n] for i in range(width))
+    u = u if bias is None else u + bias[:, None]
     return F.silu(u) if silu else u
 
 
@@ -684,9 +670,8 @@ def test_the_layer_after_its_projection(norm, mlp):
     )
     gate, value, z, xBC, dt = zxbcdt.double().split([mlp, mlp, width, channels, H], dim=-1)
     x, Bs, Cs = convolution(xBC.transpose(1, 2), weight, bias).transpose(1, 2).split([width, G * K, G * K], dim=-1)
-    want, want_state = definition(
-        x.unflatten(-1, (H, P)), dt, A, Bs.unflatten(-1, (G, K)), Cs.unflatten(-1, (G, K)), D, None, dt_bias, True
-    )
+    heads = {"x": x.unflatten(-1, (H, P)), "B": Bs.unflatten(-1, (G, K)), "C": Cs.unflatten(-1, (G, K))}
+    want, want_state = definition(**heads, dt=dt, A=A, D=D, dt_bias=dt_bias, dt_softplus=True)
     want = want.flatten(-2)
     if norm is None:
         want = want * F.silu(z)

@@ -45,10 +45,9 @@ class Parts(NamedTuple):
     groups: int
     dt_limit: tuple[float, float]
 
-    def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """A, D and dt_bias in float32, or in float64 for inputs of float64."""
-        exact = torch.promote_types(dtype, torch.float32)
-        return -torch.exp(self.A_log.to(exact)), self.D.to(exact), self.dt_bias.to(exact)
+    def A(self) -> Tensor:
+        """-exp(A_log) in float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [.., H, P], B and C [.., G, K] of channels [.., C]."""
@@ -89,8 +88,7 @@ def mix(
     Returns:
         y [B, N, H, P], and both states after the tokens; they are None if conv_state is None.
     """
-    A, D, dt_bias = parts.exact(xBC.dtype)
-    options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": parts.dt_limit}
+    options: dict[str, Any] = {"dt_bias": parts.dt_bias, "dt_softplus": True, "dt_limit": parts.dt_limit}
     if mask is None:
         u = xBC.transpose(1, 2)
         u = causal_conv1d(
@@ -112,18 +110,16 @@ def mix(
         if conv_state is not None:
             conv_state = inputs[:, inputs.shape[1] - conv_state.shape[2] :].transpose(1, 2)
         # The step size of padding is 0. No dt gives it, as softplus is positive and limits may be.
-        dt = F.softplus(dt.to(dt_bias.dtype) + dt_bias).clamp(*parts.dt_limit)
-        dt, options = torch.where(mask[..., None], dt, 0), {}
+        dt = dt.to(torch.promote_types(dt.dtype, torch.float32)) + parts.dt_bias
+        dt, options = torch.where(mask[..., None], F.softplus(dt).clamp(*parts.dt_limit), 0), {}
     x, B, C = parts.split(u)
-    if state is not None:
-        state = state.to(dt_bias.dtype)
     y = ssd(
         x,
         dt,
-        A,
+        parts.A(),
         B,
         C,
-        D,
+        parts.D,
         z=z,
         initial_state=state,
         return_state=conv_state is not None,
@@ -152,10 +148,10 @@ def mix_step(
     Returns:
         y [B, H, P].
     """
-    A, D, dt_bias = parts.exact(xBC.dtype)
+    options: dict[str, Any] = {"dt_bias": parts.dt_bias, "dt_softplus": True, "dt_limit": parts.dt_limit}
     u = causal_conv1d_step(xBC, parts.conv_weight, conv_state, parts.conv_bias, activation="silu")
     x, B, C = parts.split(u)
-    y: Tensor = ssd_step(x, dt, A, B, C, state, D, z=z, dt_bias=dt_bias, dt_softplus=True, dt_limit=parts.dt_limit)
+    y: Tensor = ssd_step(x, dt, parts.A(), B, C, state, parts.D, z=z, **options)
     return y
 
 

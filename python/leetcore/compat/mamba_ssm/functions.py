@@ -67,7 +67,7 @@ def mamba_chunk_scan_combined(
         raise ValueError("cu_seqlens: expected start offsets with return_varlen_states, got None")
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = packed(seq_idx, cu_seqlens, x.shape[:2])
-    shape, states = x.shape, None if initial_states is None else initial_states.to(exact)
+    shape, states = x.shape, initial_states
     if rows is not None:
         x, dt, B, C = one_row(x), one_row(dt), one_row(B), one_row(C)
         z = None if z is None else one_row(z)
