@@ -94,6 +94,15 @@ FAMILIES = {
 FAMILIES["falcon_h1 with a norm"] = ("FalconH1", {**FAMILIES["falcon_h1"][1], "mamba_rms_norm": True})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads make these small models many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def models(family):
     """A small model in float32: original and patched. Its logits differ by more than rounding."""
