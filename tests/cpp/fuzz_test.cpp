@@ -82,6 +82,15 @@ Spec Fuzz::random_spec() {
   s.scale = among({1.0, -0.5, 0.0, 0.25});
   s.bnhd = chance(2);
   s.strided = chance(2);
+  s.dt = s.decay != Decay::token && chance(3);
+  s.softplus = chance(2);
+  s.dt_min = among({0.0, 0.0, 0.1});
+  s.dt_max = among({0.0, 0.5});
+  s.transposed = chance(4);
+  if (s.op != LC_BACKWARD) {
+    s.skip = static_cast<int>(below(3));
+    s.gate = chance(3);
+  }
   if (s.op == LC_DECODE) {
     s.slots = s.B + below(3);
     if (!s.slots) s.slots = 1;
@@ -99,7 +108,7 @@ Spec Fuzz::random_spec() {
     s.in_place = s.op == LC_FORWARD && chance(4);
     if (s.op == LC_BACKWARD) {
       s.d_o = !s.final || chance(2);
-      s.wants = static_cast<unsigned>(1 + below(31));
+      s.wants = static_cast<unsigned>(1 + below(s.dt ? 63 : 31));
       if (s.decay == Decay::none) s.wants = s.wants & ~8u ? s.wants & ~8u : 1;
     }
     if (chance(3)) {
@@ -168,17 +177,23 @@ void Fuzz::change(Call& call) {
                                        &a.d_k,
                                        &a.d_v,
                                        &a.d_log_decay,
-                                       &a.d_initial_state};
-  const int usual = 9;
+                                       &a.d_initial_state,
+                                       &a.dt,
+                                       &a.dt_bias,
+                                       &a.skip,
+                                       &a.gate,
+                                       &a.d_dt};
+  const int64_t usual = 9;
   std::vector<Tensor*> tensors;
   for (Tensor* t : call.tensors())
     if (!t->memory.empty()) tensors.push_back(t);
   switch (below(14)) {
     case 0:
-      *members[below(chance(3) ? 16 : usual)] = nullptr;
+      *members[below(chance(3) ? int64_t(std::size(members)) : usual)] = nullptr;
       break;
     case 1:
-      *members[below(chance(3) ? 16 : usual)] = tensors[below(static_cast<int64_t>(tensors.size()))];
+      *members[below(chance(3) ? int64_t(std::size(members)) : usual)] =
+          tensors[below(static_cast<int64_t>(tensors.size()))];
       break;
     case 2:
       a.op = static_cast<int32_t>(among<int64_t>({0, 1, 2, 3, -1, odd_number()}));
@@ -271,9 +286,27 @@ lc_args visible(const lc_args& a) {
 
 std::vector<const lc_tensor*> given(const lc_args& a) {
   std::vector<const lc_tensor*> all;
-  for (const lc_tensor* t :
-       {a.q, a.k, a.v, a.log_decay, a.initial_state, a.state_indices, a.cu_seqlens, a.o, a.final_state, a.d_o,
-        a.d_final_state, a.d_q, a.d_k, a.d_v, a.d_log_decay, a.d_initial_state})
+  for (const lc_tensor* t : {a.q,
+                             a.k,
+                             a.v,
+                             a.log_decay,
+                             a.initial_state,
+                             a.state_indices,
+                             a.cu_seqlens,
+                             a.o,
+                             a.final_state,
+                             a.d_o,
+                             a.d_final_state,
+                             a.d_q,
+                             a.d_k,
+                             a.d_v,
+                             a.d_log_decay,
+                             a.d_initial_state,
+                             a.dt,
+                             a.dt_bias,
+                             a.skip,
+                             a.gate,
+                             a.d_dt})
     if (t) all.push_back(t);
   return all;
 }
@@ -304,6 +337,12 @@ bool names_an_argument(const std::string& message) {
                                       "d_v",
                                       "d_log_decay",
                                       "d_initial_state",
+                                      "dt",
+                                      "dt_bias",
+                                      "dt_min",
+                                      "skip",
+                                      "gate",
+                                      "d_dt",
                                       "workspace",
                                       "stream"};
   const std::string name = message.substr(0, message.find(": "));
@@ -418,7 +457,8 @@ void Fuzz::step() {
   for (const lc_tensor* t : written) results.push_back(values(*t));
   call.restore(before);
   const lc_tensor* start = call.args.op == LC_DECODE ? call.args.final_state : call.args.initial_state;
-  for (const lc_tensor* t : {call.args.q, call.args.k, call.args.v, start, call.args.d_o, call.args.d_final_state})
+  for (const lc_tensor* t : {call.args.q, call.args.k, call.args.v, start, call.args.d_o, call.args.d_final_state,
+                             call.args.dt, call.args.dt_bias, call.args.skip, call.args.gate})
     if (t && !tame(*t)) return;
   ++compared;
   if (call.args.op == LC_BACKWARD) {
