@@ -325,19 +325,19 @@ inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
   if (a.dt) d.d_dt.assign(in.B * Hs * N, 0);
   const std::vector<double> initial = in.state(a.initial_state);
   for (int64_t s = 0; s < in.sequences; ++s) {
-    const int64_t row = in.row(s), first = in.bound(s, false), length = in.bound(s, true) - first;
+    const int64_t row = in.row(s), first = in.bound(s, false), count = in.bound(s, true) - first;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       const int64_t hk = hs * in.Hk / Hs, hv = hs * in.Hv / Hs, at_state = (s * Hs + hs) * KV;
-      std::vector<double> states((length + 1) * KV);  // before each token, and at the end
+      std::vector<double> states((count + 1) * KV);  // before each token, and at the end
       std::copy_n(initial.begin() + at_state, KV, states.begin());
-      for (int64_t t = 0; t < length; ++t) {
+      for (int64_t t = 0; t < count; ++t) {
         const std::vector<double> k = in.token(*a.k, row, hk, first + t), v = in.token(*a.v, row, hv, first + t);
         const double w = in.decay(row, hs, first + t), length = in.length(row, hs, first + t);
         for (int64_t i = 0; i < KV; ++i)
           states[(t + 1) * KV + i] = w * states[t * KV + i] + length * k[i / V] * v[i % V];
       }
       double* dS = d.d_initial_state.data() + at_state;
-      for (int64_t t = length - 1; t >= 0; --t) {
+      for (int64_t t = count - 1; t >= 0; --t) {
         const int64_t n = first + t;
         const double *before = &states[t * KV], *S = before + KV;
         for (int64_t h = hs * (H / Hs); a.d_o && h < (hs + 1) * (H / Hs); ++h) {
@@ -362,7 +362,7 @@ inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
         }
         if (a.dt) {
           const double g = in.log_decay(row, hs, n);
-          if (d_decay != 0) d_length += (absolute ? std::fabs(g) : g) * d_decay;
+          if (std::isfinite(g)) d_length += (absolute ? std::fabs(g) : g) * d_decay;
           d.d_dt[in.place(Hs, 1, row, hs, n)] = d_length * in.slope(row, hs, n);
         }
         d_decay *= length;

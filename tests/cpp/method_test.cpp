@@ -124,9 +124,11 @@ TEST_F(Methods, Mamba2) {
   constexpr int64_t shapes[][4] = {{1, 1, 16, 24}, {4, 1, 33, 17}, {6, 3, 8, 80}, {16, 2, 32, 1}, {3, 3, 1, 40}};
   for (lc_dtype dtype : kInputs)
     for (const auto& [heads, groups, K, V] : shapes)
-      for (int64_t N : {1, 64, 130})
+      for (int64_t N : {1, 130})
         for (int form = 0; form < 3; ++form) {
+          if (heads * V > 100 && form != 1) continue;
           Spec spec(dtype, N, K, V);
+          spec.B = 1 + form;
           spec.heads(groups, groups, heads);
           spec.bnhd = true;
           spec.dt = true;
@@ -174,7 +176,7 @@ TEST_F(Methods, StepsOfMamba2) {
     for (lc_dtype pool : {kF32, kF16, kBf16})
       for (const auto& [K, V] : {std::pair{16, 24}, std::pair{33, 17}, std::pair{128, 64}})
         for (int64_t N : {1, 3}) {
-          if (dtype == kF64 && pool != kF32) continue;
+          if ((dtype == kF64 && pool != kF32) || (K > 100 && dtype != kF32)) continue;
           Spec spec(dtype, N, K, V);
           spec.op = LC_DECODE;
           spec.B = 3;
