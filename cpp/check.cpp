@@ -173,7 +173,11 @@ void token_lengths(Checker& c, const lc_args& a) {
   c.shape("dt", *a.dt, {{"B", p.B}, {"Hs", p.Hs}, {"N", p.N}}, true);
   p.dt_type = parameter_type("dt", *a.dt, p);
   c.memory("dt", *a.dt, false);
-  p.dt = c.view(*a.dt, true);
+  if (empty(*a.dt)) {  // no token has a length
+    if (p.decay == Decay::per_token) p.decay = Decay::constant;
+  } else {
+    p.dt = c.view(*a.dt, true);
+  }
   if (const lc_tensor* t = a.dt_bias) {
     c.shape("dt_bias", *t, {{"Hs", p.Hs}});
     p.dt_bias_type = parameter_type("dt_bias", *t, p);
@@ -305,7 +309,7 @@ void gradients(Checker& c, const lc_args& a, const Dims& output, const Dims& sta
     c.shape("d_dt", *a.d_dt, {b, {"Hs", p.Hs}, n}, true);
     type_among("d_dt", *a.d_dt, {p.dt_type}, " like dt");
     c.memory("d_dt", *a.d_dt, false);
-    p.d_dt = c.view(*a.d_dt, true);
+    if (!empty(*a.d_dt)) p.d_dt = c.view(*a.d_dt, true);
   }
   c.absent("o", a.o, "LC_FORWARD or LC_DECODE");
   if (!a.d_o && !a.d_final_state) fail(LC_INVALID, "d_o: required where d_final_state is absent, but absent");

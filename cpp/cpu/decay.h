@@ -14,7 +14,6 @@
 // of float64 sums that restart at each chunk. With a constant decay the mask is Toeplitz, and is
 // stored as one row of 2C numbers with a row stride of -1.
 #pragma once
-#include <algorithm>
 #include <cmath>
 
 #include "arena.h"
@@ -40,9 +39,12 @@ class ChunkDecay {
         last_(arena.take<T>(padded<T>(chunk))),
         cum_(arena.take<double>(padded<T>(chunk))),
         lengths_(arena.take<double>(p.dt ? padded<double>(chunk) : 0)),
-        weights_(arena.take<T>(p.dt ? padded<T>(chunk) : 0)) {}
+        weights_(arena.take<T>(p.dt ? padded<T>(chunk) : 0)),
+        measured_(arena.take<T>(p.dt ? padded<T>(chunk) : 0)) {}
 
-  // Call this before the chunks of state head hs of sequence s. Tokens weigh at least least_weight.
+  // Call this before the chunks of state head hs of sequence s. Tokens whose length is below
+  // least_weight are hidden: out is 0 for them, and mask and measured() have least_weight in place of
+  // their length, so that a caller can divide by it.
   void begin_head(const Problem& p, const Sequence& s, int64_t hs, T least_weight = 0) {
     p_ = &p;
     least_weight_ = least_weight;
@@ -69,7 +71,11 @@ class ChunkDecay {
     }
     if (p_->dt) {
       lengths(*p_, lengths_, row_, head_, t, n);
-      for (int i = 0; i < padded<T>(n); ++i) weights_[i] = i < n ? std::max(T(lengths_[i]), least_weight_) : T(0);
+      hides_ = false;
+      for (int i = 0; i < padded<T>(n); ++i) {
+        weights_[i] = i >= n ? T(0) : hidden(i) ? least_weight_ : T(lengths_[i]);
+        hides_ = hides_ || (i < n && hidden(i));
+      }
     }
     double sum = 0;
     for (int i = 0; i < padded<T>(n); ++i) {
@@ -81,17 +87,32 @@ class ChunkDecay {
     for (int i = 0; i < n; i += kLanes<T>) store<T>(powers_ + i, exp2<T>(gather(0, -1, i)));
     in = powers_;
     out = last_;
+    if (hides_) hide(n);
     set_total(sum);
     mask = {table_, padded<T>(chunk_)};
   }
 
-  // The length of token i of the chunk and its weight, which is the length in the type of sums.
+  // The length of token i of the chunk; its weight, which is the length in the type of sums.
   double length(int i) const { return lengths_[i]; }
   T weight(int i) const { return weights_[i]; }
-  // The log-decay per unit of length.
-  double rate() const { return rate_ / kLog2e; }
+  bool hides() const { return hides_; }
+  bool hidden(int i) const { return lengths_[i] < double(least_weight_); }
+  // x, with 0 in place of hidden tokens of the vector of tokens at j.
+  LC_INLINE Vec<T> without_hidden(Vec<T> x, int j) const {
+    return !hides_ ? x : load<T>(weights_ + j) > least_weight_ ? x : Vec<T>{};
+  }
+  // As out, with least_weight in place of the lengths of hidden tokens.
+  const T* measured() const { return hides_ ? measured_ : out; }
+  // The log-decay per unit of length, by which gradients of lengths are multiplied: 0 for -inf.
+  double rate() const { return rate_ > kLeastRate ? rate_ / kLog2e : 0; }
 
  private:
+  void hide(int n) const {
+    for (int i = 0; i < n; ++i) {
+      measured_[i] = last_[i];
+      if (hidden(i)) last_[i] = 0;
+    }
+  }
   LC_INLINE void set_total(double log2) {
     log2_total = log2;
     const double x = std::exp2(log2);
@@ -125,7 +146,9 @@ class ChunkDecay {
   double* cum_;
   double* lengths_;
   T* weights_;
+  T* measured_;
   T least_weight_ = 0;
+  bool hides_ = false;
   const Problem* p_ = nullptr;
   int64_t row_ = 0, head_ = 0;
   double step_ = 0;

@@ -50,6 +50,7 @@ class Backward : public WithIsa {
       close("d_v", call.d_v, want.d_v, want.d_v, tolerance);
       close("d_log_decay", call.d_log_decay, want.d_log_decay, want.d_log_decay_size, exact);
       close("d_initial_state", call.d_initial_state, want.d_initial_state, want.d_initial_state, exact);
+      close("d_dt", call.d_dt, want.d_dt, want.d_dt, tolerance);
     }
   }
 };
@@ -69,6 +70,33 @@ TEST_F(Backward, TokensAndHeadDims) {
         spec.V = dims[1];
         check(spec);
       }
+}
+
+// Lengths of tokens and states with contiguous keys, as in Mamba-2. Lengths of 0 have a gradient.
+TEST_F(Backward, Mamba2) {
+  constexpr int64_t shapes[][4] = {{1, 1, 16, 24}, {4, 1, 33, 17}, {6, 3, 8, 80}, {3, 3, 1, 40}, {4, 2, 128, 1}};
+  for (lc_dtype dtype : kInputs)
+    for (const auto& [heads, groups, K, V] : shapes)
+      for (int64_t N : {1, 64, 130})
+        for (int form = 0; form < 3; ++form) {
+          Spec spec = backward();
+          spec.dtype = dtype;
+          spec.N = N;
+          spec.K = K;
+          spec.V = V;
+          spec.heads(groups, groups, heads);
+          spec.bnhd = form != 1;
+          spec.dt = true;
+          spec.softplus = form;
+          if (form == 2) {
+            spec.dt_min = 0.05;
+            spec.dt_max = 0.5;
+          }
+          spec.strided = form == 1;
+          spec.transposed = form != 2;
+          spec.decay = form == 1 ? Decay::batch : Decay::head;
+          check(spec);
+        }
 }
 
 TEST_F(Backward, Decays) {
@@ -127,20 +155,21 @@ TEST_F(Backward, States) {
 
 TEST_F(Backward, SomeOfTheGradients) {
   for (lc_dtype dtype : {kF64, kF16})
-    for (Decay decay : {Decay::head, Decay::token}) {
+    for (const auto& [decay, dt] : {std::pair{Decay::head, false}, {Decay::token, false}, {Decay::head, true}}) {
       Spec spec = backward();
       spec.dtype = dtype;
       spec.N = 600;
       spec.K = 20;
       spec.V = 36;
       spec.decay = decay;
+      spec.dt = dt;
       Call all(spec);
       ASSERT_EQ(LC_OK, all.run()) << lc_last_error();
-      for (spec.wants = 1; spec.wants < 31; ++spec.wants) {
+      for (spec.wants = 1; spec.wants < (dt ? 63 : 31); ++spec.wants) {
         SCOPED_TRACE(describe(spec));
         Call some(spec);
         ASSERT_EQ(LC_OK, some.run()) << lc_last_error();
-        for (size_t i = 0; i < 5; ++i)
+        for (size_t i = 0; i < (dt ? 6 : 5); ++i)
           if (spec.wants >> i & 1) {
             EXPECT_TRUE(some.gradients()[i]->memory == all.gradients()[i]->memory) << i;
           }

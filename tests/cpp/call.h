@@ -194,10 +194,39 @@ struct Inputs {
     const int rank = a.log_decay->ndim;
     return rank == 0 ? 0 : rank == 1 ? h : rank == 2 ? b * Hs + h : place(Hs, 1, b, h, n);
   }
+  Position of_token(int64_t b, int64_t h, int64_t n) const { return bnhd ? Position{b, n, h} : Position{b, h, n}; }
+  double log_decay(int64_t b, int64_t h, int64_t n) const {
+    const Position forms[] = {{}, {h}, {b, h}, of_token(b, h, n)};
+    return a.log_decay ? read(*a.log_decay, forms[a.log_decay->ndim]) : 0;
+  }
   double decay(int64_t b, int64_t h, int64_t n) const {
-    if (!a.log_decay) return 1;
-    const Position forms[] = {{}, {h}, {b, h}, bnhd ? Position{b, n, h} : Position{b, h, n}};
-    return std::exp(read(*a.log_decay, forms[a.log_decay->ndim]));
+    const double d = length(b, h, n), g = log_decay(b, h, n);
+    return d == 0 || g == 0 ? 1 : std::exp(d * g);
+  }
+  // dt + dt_bias of a token, its length, and the derivative of the length by dt.
+  double dt(int64_t b, int64_t h, int64_t n) const {
+    return read(*a.dt, of_token(b, h, n)) + (a.dt_bias ? read(*a.dt_bias, {h}) : 0);
+  }
+  double unlimited(int64_t b, int64_t h, int64_t n) const {
+    const double u = dt(b, h, n);
+    return !(a.flags & LC_DT_SOFTPLUS) ? u : std::max(u, 0.) + std::log1p(std::exp(-std::fabs(u)));
+  }
+  double most() const { return a.dt_max == 0 ? kInf : a.dt_max; }
+  double length(int64_t b, int64_t h, int64_t n) const {
+    return a.dt ? std::min(std::max(unlimited(b, h, n), a.dt_min), most()) : 1;
+  }
+  double slope(int64_t b, int64_t h, int64_t n) const {
+    const double x = unlimited(b, h, n);
+    if (x < a.dt_min || x > most()) return 0;
+    return a.flags & LC_DT_SOFTPLUS ? 1 / (1 + std::exp(-dt(b, h, n))) : 1;
+  }
+  double skip(int64_t h, int64_t column) const {
+    return a.skip ? read(*a.skip, a.skip->ndim == 1 ? Position{h} : Position{h, column}) : 0;
+  }
+  double gate(int64_t b, int64_t h, int64_t n, int64_t column) const {
+    if (!a.gate) return 1;
+    const double z = read(*a.gate, bnhd ? Position{b, n, h, column} : Position{b, h, n, column});
+    return z / (1 + std::exp(-z));
   }
   int64_t row(int64_t s) const { return a.cu_seqlens ? 0 : s; }
   int64_t bound(int64_t s, bool end) const {
@@ -210,8 +239,8 @@ struct Answer {
   std::vector<double> o_size, state_size;  // the same sums over absolute values: the scale of errors
 };
 
-// S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, token by token in double, for any
-// valid lc_args. It must run before the call, which may overwrite the states that it reads.
+// S_t = exp(d_t g_t) S_{t-1} + d_t k_t v_t^T, o_t = (scale q_t^T S_t + skip v_t) silu(gate_t), token
+// by token in double, for any valid lc_args. d_t is 1 without dt. It must run before the call, which may overwrite the states that it reads.
 inline Answer reference(const lc_args& a) {
   const Inputs in{a};
   const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H;
@@ -237,10 +266,11 @@ inline Answer reference(const lc_args& a) {
         const double w = in.decay(row, hs, n);
         const std::vector<double> k = in.token(*a.k, row, hs * in.Hk / Hs, n);
         const std::vector<double> v = in.token(*a.v, row, hs * in.Hv / Hs, n);
+        const double d = in.length(row, hs, n);
         for (int64_t i = 0; i < K; ++i) {
           for (int64_t j = 0; j < V; ++j) {
-            S[i * V + j] = w * S[i * V + j] + k[i] * v[j];
-            S_size[i * V + j] = w * S_size[i * V + j] + std::fabs(k[i] * v[j]);
+            S[i * V + j] = w * S[i * V + j] + d * k[i] * v[j];
+            S_size[i * V + j] = w * S_size[i * V + j] + std::fabs(d * k[i] * v[j]);
           }
         }
         for (int64_t h = hs * (H / Hs); h < (hs + 1) * (H / Hs); ++h) {
@@ -252,6 +282,11 @@ inline Answer reference(const lc_args& a) {
               answer.o_size[at_o + j] += std::fabs(a.scale * q[i]) * S_size[i * V + j];
             }
           }
+          for (int64_t j = 0; j < V; ++j) {
+            const double skipped = in.skip(h, j) * v[j], gate = in.gate(row, h, n, j);
+            answer.o[at_o + j] = (answer.o[at_o + j] + skipped) * gate;
+            answer.o_size[at_o + j] = (answer.o_size[at_o + j] + std::fabs(skipped)) * std::fabs(gate);
+          }
         }
       }
     }
@@ -261,9 +296,10 @@ inline Answer reference(const lc_args& a) {
 
 struct Gradients {
   // Row-major, in the shapes of the inputs.
-  std::vector<double> d_q, d_k, d_v, d_log_decay, d_initial_state;
+  std::vector<double> d_q, d_k, d_v, d_log_decay, d_initial_state, d_dt;
   // The gradient that a call writes to tensor t.
   const std::vector<double>& of(const lc_args& a, const lc_tensor* t) const {
+    if (t == a.d_dt) return d_dt;
     return t == a.d_q ? d_q : t == a.d_k ? d_k : t == a.d_v ? d_v : t == a.d_log_decay ? d_log_decay : d_initial_state;
   }
   // For each value of d_log_decay: the root of the sum of squares of the terms of all tokens.
@@ -272,7 +308,8 @@ struct Gradients {
 
 // The derivative of `reference`, token by token backward in time, with all states kept. With dS the
 // gradient of S_t,
-//   dq_t = scale S_t dO_t,  dk_t = dS v_t,  dv_t = dS^T k_t,  dg_t = exp(g_t) <dS, S_{t-1}>
+//   dq_t = scale S_t dO_t,  dk_t = d_t dS v_t,  dv_t = d_t dS^T k_t
+//   dg_t = exp(d_t g_t) <dS, S_{t-1}>, of which d_t goes to g and g to d_t;  d_t also gets k_t^T dS v_t
 // With `absolute`: the same sums over absolute values, to which rounding errors are relative.
 inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
   const Inputs in{a, absolute};
@@ -285,20 +322,22 @@ inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
   d.d_initial_state = in.state(a.d_final_state);
   if (a.log_decay) d.d_log_decay.assign(values(*a.log_decay).size(), 0);
   d.d_log_decay_size = d.d_log_decay;
+  if (a.dt) d.d_dt.assign(in.B * Hs * N, 0);
   const std::vector<double> initial = in.state(a.initial_state);
   for (int64_t s = 0; s < in.sequences; ++s) {
-    const int64_t row = in.row(s), first = in.bound(s, false), length = in.bound(s, true) - first;
+    const int64_t row = in.row(s), first = in.bound(s, false), count = in.bound(s, true) - first;
     for (int64_t hs = 0; hs < Hs; ++hs) {
       const int64_t hk = hs * in.Hk / Hs, hv = hs * in.Hv / Hs, at_state = (s * Hs + hs) * KV;
-      std::vector<double> states((length + 1) * KV);  // before each token, and at the end
+      std::vector<double> states((count + 1) * KV);  // before each token, and at the end
       std::copy_n(initial.begin() + at_state, KV, states.begin());
-      for (int64_t t = 0; t < length; ++t) {
+      for (int64_t t = 0; t < count; ++t) {
         const std::vector<double> k = in.token(*a.k, row, hk, first + t), v = in.token(*a.v, row, hv, first + t);
-        const double w = in.decay(row, hs, first + t);
-        for (int64_t i = 0; i < KV; ++i) states[(t + 1) * KV + i] = w * states[t * KV + i] + k[i / V] * v[i % V];
+        const double w = in.decay(row, hs, first + t), length = in.length(row, hs, first + t);
+        for (int64_t i = 0; i < KV; ++i)
+          states[(t + 1) * KV + i] = w * states[t * KV + i] + length * k[i / V] * v[i % V];
       }
       double* dS = d.d_initial_state.data() + at_state;
-      for (int64_t t = length - 1; t >= 0; --t) {
+      for (int64_t t = count - 1; t >= 0; --t) {
         const int64_t n = first + t;
         const double *before = &states[t * KV], *S = before + KV;
         for (int64_t h = hs * (H / Hs); a.d_o && h < (hs + 1) * (H / Hs); ++h) {
@@ -312,14 +351,21 @@ inline Gradients reference_gradients(const lc_args& a, bool absolute = false) {
         }
         const std::vector<double> k = in.token(*a.k, row, hk, n), v = in.token(*a.v, row, hv, n);
         double *d_k = &d.d_k[in.place(in.Hk, K, row, hk, n)], *d_v = &d.d_v[in.place(in.Hv, V, row, hv, n)];
-        const double w = in.decay(row, hs, n);
-        double d_decay = 0;
+        const double w = in.decay(row, hs, n), length = in.length(row, hs, n);
+        double d_decay = 0, d_length = 0;
         for (int64_t i = 0; i < KV; ++i) {
-          d_k[i / V] += dS[i] * v[i % V];
-          d_v[i % V] += dS[i] * k[i / V];
+          d_k[i / V] += length * dS[i] * v[i % V];
+          d_v[i % V] += length * dS[i] * k[i / V];
+          d_length += k[i / V] * dS[i] * v[i % V];
           d_decay += w * dS[i] * before[i];
           dS[i] *= w;
         }
+        if (a.dt) {
+          const double g = in.log_decay(row, hs, n);
+          if (std::isfinite(g)) d_length += (absolute ? std::fabs(g) : g) * d_decay;
+          d.d_dt[in.place(Hs, 1, row, hs, n)] = d_length * in.slope(row, hs, n);
+        }
+        d_decay *= length;
         if (!a.log_decay) continue;
         d.d_log_decay[in.decay_place(row, hs, n)] += d_decay;
         d.d_log_decay_size[in.decay_place(row, hs, n)] += d_decay * d_decay;
@@ -378,7 +424,13 @@ struct Spec {
   lc_dtype index_dtype = kI32;
   lc_dtype pool = {0, 0, 0};  // LC_DECODE: dtype of the pool; bits 0: the dtype of states
   bool d_o = true;            // LC_BACKWARD: whether d_o is given
-  unsigned wants = 31;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state
+  unsigned wants = 63;        // LC_BACKWARD: a bit for each of d_q, d_k, d_v, d_log_decay, d_initial_state, d_dt
+  bool dt = false;            // lengths of tokens, with dt_bias if softplus
+  bool softplus = false;
+  double dt_min = 0, dt_max = 0;
+  int skip = 0;             // rank of skip, 0: absent
+  bool gate = false;        // not LC_BACKWARD
+  bool transposed = false;  // states have contiguous keys
 
   Spec() = default;
   Spec(lc_dtype inputs, int64_t tokens, int64_t key_dim, int64_t value_dim)
@@ -396,6 +448,8 @@ inline std::ostream& operator<<(std::ostream& out, const Spec& s) {
       << " N=" << s.N << " K=" << s.K << " V=" << s.V << " decay rank " << int(s.decay) - 1 << " gamma=" << s.gamma
       << (s.bnhd ? " bnhd" : "") << (s.strided ? " strided" : "") << (s.initial ? " initial" : "")
       << (s.final ? " final" : "") << (s.in_place ? " in place" : "");
+  if (s.dt) out << " dt" << (s.softplus ? " softplus" : "") << " in [" << s.dt_min << ", " << s.dt_max << "]";
+  out << (s.skip ? " skip" : "") << (s.gate ? " gate" : "") << (s.transposed ? " transposed" : "");
   if (s.op == LC_BACKWARD) out << (s.d_o ? "" : " no d_o") << " wants " << s.wants;
   if (!s.cu.empty()) out << " packed in " << s.cu.size() - 1;
   return out;
@@ -408,6 +462,7 @@ struct Call {
   lc_args args = {};
   Tensor q, k, v, log_decay, initial_state, state_indices, cu_seqlens, o, final_state;
   Tensor d_o, d_final_state, d_q, d_k, d_v, d_log_decay, d_initial_state;
+  Tensor dt, dt_bias, skip, gate, d_dt;
   Bytes scratch;
 
   explicit Call(const Spec& s, unsigned seed = 1, bool even = false) : spec(s) {
@@ -426,11 +481,16 @@ struct Call {
       }
     };
     const auto state_tensor = [&](Tensor& t, lc_dtype type, int64_t states) {
+      const int64_t rows = s.transposed ? s.V : s.K, columns = s.transposed ? s.K : s.V;
       if (s.strided) {
-        t.make(type, {states, Hs, s.K, s.V}, {1, 0, 2}, 2);
+        t.make(type, {states, Hs, rows, columns}, {1, 0, 2}, 2);
         shift(t);
       } else {
-        t.make(type, {states, Hs, s.K, s.V});
+        t.make(type, {states, Hs, rows, columns});
+      }
+      if (s.transposed) {
+        std::swap(t.sizes[2], t.sizes[3]);
+        std::swap(t.steps[2], t.steps[3]);
       }
       t.fill(number);
     };
@@ -464,6 +524,22 @@ struct Call {
         constexpr double kGammas[] = {0, 1e-4, 0.5, 0.9, 0.99, 1 - 1e-6, 1};
         return std::log(s.gamma == kMixed ? kGammas[random() % 7] : s.gamma);
       });
+    if (s.dt) {
+      token_tensor(dt, s.dtype, {s.B, Hs, s.N});
+      dt.fill([&] { return s.softplus ? number() : random() % 8 ? std::fabs(number()) : 0; });
+      if (s.softplus) {
+        dt_bias.make(wide(), {Hs});
+        dt_bias.fill([&] { return number() - 2; });
+      }
+    }
+    if (s.skip) {
+      skip.make(wide(), s.skip == 1 ? Index{H} : Index{H, s.V});
+      skip.fill(number);
+    }
+    if (s.gate) {
+      token_tensor(gate, s.dtype, {s.B, H, s.N, s.V});
+      gate.fill(number);
+    }
     if (!s.cu.empty()) {
       cu_seqlens.make(s.cu_dtype, {static_cast<int64_t>(s.cu.size())});
       fill(cu_seqlens, s.cu);
@@ -489,6 +565,7 @@ struct Call {
       if (s.wants & 4) token_tensor(d_v, s.dtype, {s.B, s.Hv, s.N, s.V});
       if (s.wants & 8) decay_tensor(d_log_decay);
       if (s.wants & 16) state_tensor(d_initial_state, wide(), states);
+      if (s.wants & 32 && s.dt) token_tensor(d_dt, s.dtype, {s.B, Hs, s.N});
     } else {
       token_tensor(o, s.dtype, {s.B, H, s.N, s.V});
     }
@@ -499,7 +576,9 @@ struct Call {
     args.struct_size = sizeof args;
     args.op = s.op;
     args.scale = s.scale;
-    args.flags = s.bnhd ? LC_LAYOUT_BNHD : 0;
+    args.flags = (s.bnhd ? LC_LAYOUT_BNHD : 0) | (s.dt && s.softplus ? LC_DT_SOFTPLUS : 0);
+    args.dt_min = s.dt_min;
+    args.dt_max = s.dt_max;
     const auto given = [](const Tensor& t) { return t.memory.empty() ? nullptr : &t; };
     args.q = given(q);
     args.k = given(k);
@@ -517,6 +596,11 @@ struct Call {
     args.d_v = given(d_v);
     args.d_log_decay = given(d_log_decay);
     args.d_initial_state = given(d_initial_state);
+    args.dt = given(dt);
+    args.dt_bias = given(dt_bias);
+    args.skip = given(skip);
+    args.gate = given(gate);
+    args.d_dt = given(d_dt);
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -542,14 +626,19 @@ struct Call {
             &d_k,
             &d_v,
             &d_log_decay,
-            &d_initial_state};
+            &d_initial_state,
+            &dt,
+            &dt_bias,
+            &skip,
+            &gate,
+            &d_dt};
   }
-  std::vector<Tensor*> gradients() { return {&d_q, &d_k, &d_v, &d_log_decay, &d_initial_state}; }
+  std::vector<Tensor*> gradients() { return {&d_q, &d_k, &d_v, &d_log_decay, &d_initial_state, &d_dt}; }
   lc_dtype wide() const { return spec.dtype == kF64 ? kF64 : kF32; }  // the dtype of states and decays
   std::vector<const lc_tensor*> written() const {
     std::vector<const lc_tensor*> all;
     for (const lc_tensor* t :
-         {args.o, args.final_state, args.d_q, args.d_k, args.d_v, args.d_log_decay, args.d_initial_state})
+         {args.o, args.final_state, args.d_q, args.d_k, args.d_v, args.d_log_decay, args.d_initial_state, args.d_dt})
       if (t) all.push_back(t);
     return all;
   }

@@ -67,6 +67,9 @@ class Methods : public WithIsa {
     const std::string words = " " + std::string(lc_method_serves(index)) + " ";
     const auto has = [&](const char* word) { return words.find(std::string(" ") + word + " ") != std::string::npos; };
     if (!has(spec.op == LC_DECODE ? "decode" : "forward")) return false;
+    if ((spec.dt && !has("token_lengths")) || (spec.skip && !has("skip")) || (spec.gate && !has("gate"))) return false;
+    if (spec.transposed && spec.V > 1 && !has("transposed_states")) return false;
+    if (spec.dt) return true;
     return spec.decay != Decay::token || has("decay_per_token");
   }
 
@@ -114,6 +117,80 @@ TEST_F(Methods, SteepDecays) {
         spec.initial = spec.final = true;
         check(spec);
       }
+}
+
+// Lengths of tokens, skip, gate and states with contiguous keys, as in Mamba-2.
+TEST_F(Methods, Mamba2) {
+  constexpr int64_t shapes[][4] = {{1, 1, 16, 24}, {4, 1, 33, 17}, {6, 3, 8, 80}, {16, 2, 32, 1}, {3, 3, 1, 40}};
+  for (lc_dtype dtype : kInputs)
+    for (const auto& [heads, groups, K, V] : shapes)
+      for (int64_t N : {1, 130})
+        for (int form = 0; form < 3; ++form) {
+          if (heads * V > 100 && form != 1) continue;
+          Spec spec(dtype, N, K, V);
+          spec.B = 1 + form;
+          spec.heads(groups, groups, heads);
+          spec.bnhd = true;
+          spec.dt = true;
+          spec.softplus = form;
+          if (form == 2) {
+            spec.dt_min = 0.05;
+            spec.dt_max = 0.5;
+          }
+          spec.strided = form == 1;
+          spec.skip = form;
+          spec.gate = form == 1;
+          spec.initial = spec.final = spec.transposed = true;
+          spec.decay = form == 1 ? Decay::batch : Decay::head;
+          check(spec);
+        }
+  EXPECT_GT(served_, 0);
+}
+
+TEST_F(Methods, PartsOfMamba2Alone) {
+  for (Decay decay : {Decay::none, Decay::scalar, Decay::head, Decay::token})
+    for (int part = 0; part < 4; ++part) {
+      if (part == 0 && decay == Decay::token) continue;
+      Spec spec(kF32, 100, 24, 40);
+      spec.heads(4, 2, 2);
+      spec.decay = decay;
+      spec.dt = part == 0;
+      spec.skip = part == 1 ? 2 : 0;
+      spec.gate = part == 2;
+      spec.transposed = part == 3;
+      spec.initial = spec.final = true;
+      check(spec);
+      spec.in_place = true;
+      spec.initial = spec.final = false;
+      check(spec);
+      spec.in_place = false;
+      spec.B = 1;
+      spec.cu = {0, 0, 1, 66, 100};
+      spec.final = true;
+      check(spec);
+    }
+}
+
+TEST_F(Methods, StepsOfMamba2) {
+  for (lc_dtype dtype : kInputs)
+    for (lc_dtype pool : {kF32, kF16, kBf16})
+      for (const auto& [K, V] : {std::pair{16, 24}, std::pair{33, 17}, std::pair{128, 64}})
+        for (int64_t N : {1, 3}) {
+          if ((dtype == kF64 && pool != kF32) || (K > 100 && dtype != kF32)) continue;
+          Spec spec(dtype, N, K, V);
+          spec.op = LC_DECODE;
+          spec.B = 3;
+          spec.heads(2, 2, 4);
+          if (dtype != kF64) spec.pool = pool;
+          spec.slots = 5;
+          spec.indices = {4, -1, 0};
+          spec.dt = spec.softplus = spec.gate = spec.transposed = true;
+          spec.skip = 1;
+          check(spec);
+          spec.heads(4, 2, 2);  // two q heads read one state
+          check(spec);
+        }
+  EXPECT_GT(served_, 0);
 }
 
 TEST_F(Methods, States) {

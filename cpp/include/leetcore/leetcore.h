@@ -109,8 +109,9 @@ typedef struct lc_tensor {
  *     o_t = (scale * S_t^T q_t + skip * v_t) * silu(gate_t)         silu(z) = z / (1 + exp(-z))
  *
  * q is C, k is B, v is x, log_decay is A and skip is D of that paper. A length of 0 hides the token
- * from the state. Lengths are computed in float64 from the values of dt. The gradient of skip and
- * gate is the caller's: LC_BACKWARD does not take them. */
+ * from the state. Lengths are computed in float64 from the values of dt. Where log_decay is -inf,
+ * d_dt has no part that comes through the decay. The gradients of skip and gate are the caller's:
+ * LC_BACKWARD does not take them. */
 typedef struct lc_args {
   uint32_t struct_size; /* sizeof(lc_args): an older, shorter struct is widened with zeros */
   int32_t op;           /* lc_op */

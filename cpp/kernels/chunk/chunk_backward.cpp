@@ -283,7 +283,8 @@ struct GradientWorker {
 
   // dk = diag(out) V dS^T, added to dk if `add`
   void dk_through_state(const State<E>& dS, bool add) {
-    const T* out = dq_chunk.decay.out;
+    const ChunkDecay<T>& decay = dq_chunk.decay;
+    const T* out = decay.measured();
     for (int panel = 0; panel < dS.panels.count; ++panel)
       for_tiles<T>(0, dq_chunk.n, dS.panels.begin(panel), dS.panels.width(panel), [&](auto& acc, int i0, int c) {
         const Matrix<T> to = rows_of(dk, i0, c), G = dS.panel(panel);
@@ -292,6 +293,7 @@ struct GradientWorker {
           mma(acc, operand_t(dq_chunk.keys + i0, C), {G.data, G.ld}, int(p.V));
           map(acc, [&](int i, int, Vec<T> x) { return x * out[i0 + i]; });
           if (p.wants_decay) decay_gradient.add_products(decay_gradient.y, acc, dq_chunk.v(dS.panels, panel, c), i0);
+          if (decay.hides()) map(acc, [&](int i, int, Vec<T> x) { return decay.hidden(i0 + i) ? Vec<T>{} : x; });
         }
         if (add) map(acc, [&](int i, int j, Vec<T> x) { return x + load<T>(to.row(i) + j); });
         store(to, acc);
@@ -372,11 +374,20 @@ struct GradientWorker {
     if (p.d_v || p.wants_decay) chunk.score(p);
     if (p.wants_decay)
       dq_chunk.score(dq_problem, [&](int i, int j, Vec<T> x, Vec<T> weight) {
-        decay_gradient.add_pairs(i, j, x * load<T>(chunk.scores + i * C + j));
+        decay_gradient.add_pairs(dq_chunk.decay, i, j, x * load<T>(chunk.scores + i * C + j));
         return x * weight;
       });
     else if (p.d_q || p.d_k)
       dq_chunk.score(dq_problem);
+    if (dq_chunk.decay.hides()) hide_scores();
+  }
+
+  // Sets the scores of hidden tokens to 0, after their weights have been measured.
+  void hide_scores() {
+    for (int j = 0; j < dq_chunk.n; ++j) {
+      if (!dq_chunk.decay.hidden(j)) continue;
+      for (int i = 0; i < dq_chunk.n; ++i) chunk.scores[i * C + j] = dq_chunk.scores[i * C + j] = 0;
+    }
   }
 
   // Writes rows of a gradient when all heads that share them are done.

@@ -14,7 +14,7 @@
 
 namespace lc::LC_ISA::backward {
 
-// The backward pass replaces smaller weights of tokens by this one, since it divides by weights.
+// Tokens with a smaller length are hidden from the backward pass, which divides by lengths.
 template <class T>
 constexpr T kLeastWeight = sizeof(T) == 8 ? 1e-100 : 1e-20;
 
@@ -57,10 +57,10 @@ struct DecayGradient {
 
   // Adds w_ij of the vector of tokens j that begins at column j to rows and columns, where only
   // j < i counts, and w_ii to own.
-  LC_INLINE void add_pairs(int i, int j, Vec<T> product) const {
+  LC_INLINE void add_pairs(const ChunkDecay<T>& decay, int i, int j, Vec<T> product) const {
     if (p.d_dt && i >= j && i < j + kLanes<T>) own[i] += product[i - j];
     const Vec<T> w = iota<T>() < typename Simd<T>::Int(i - j) ? product : Vec<T>{};
-    store<T>(rows + i * kLanes<T>, load<T>(rows + i * kLanes<T>) + w);
+    store<T>(rows + i * kLanes<T>, load<T>(rows + i * kLanes<T>) + decay.without_hidden(w, j));
     store<T>(columns + j, load<T>(columns + j) + w);
   }
 
@@ -86,23 +86,25 @@ struct DecayGradient {
     const int n = chunk.n;
     // The sums over earlier tokens start at the first token. As differences they would be small
     // next to their terms.
-    double from_before[C], slopes[C];
+    const bool hides = chunk.decay.hides();
+    double gradients[C];
     for (int i = 0; i < n; ++i) {
-      from_before[i] = crossing;
-      crossing += total(y, i);
+      gradients[i] = crossing;
+      if (!hides || !chunk.decay.hidden(i)) crossing += total(y, i);
     }
-    if (p.d_dt) length_slopes(p, slopes, s.row, hs, t, n);
     double to_later = 0, of_chunk = 0;
     for (int i = n - 1; i >= 0; --i) {
-      to_later += total(x, i) + total(rows, i) - double(columns[i]);
-      const double gradient = from_before[i] + to_later;
-      of_chunk += p.dt ? chunk.decay.length(i) * gradient : gradient;
-      if (p.d_dt) {
-        const double of_weight = (total(y, i) + double(columns[i]) + double(own[i])) / double(chunk.decay.weight(i));
-        write_length(s, hs, t + i, slopes[i] * (chunk.decay.rate() * gradient + of_weight));
-      }
-      if (p.decay == Decay::per_token && !p.dt && p.d_log_decay) write_decay(s, hs, t + i, gradient);
+      to_later += total(x, i) + total(rows, i);
+      if (!hides || !chunk.decay.hidden(i)) to_later -= double(columns[i]);
+      gradients[i] += to_later;
     }
+    if (p.d_dt) write_lengths(chunk, s, hs, gradients);
+    if (p.dt)
+      for (int i = n - 1; i >= 0; --i) of_chunk += chunk.decay.length(i) * gradients[i];
+    else
+      for (int i = n - 1; i >= 0; --i) of_chunk += gradients[i];
+    if (p.d_log_decay && p.decay == Decay::per_token && !p.dt)
+      for (int i = 0; i < n; ++i) write_decay(s, hs, t + i, gradients[i]);
     return of_chunk;
   }
 
@@ -113,11 +115,18 @@ struct DecayGradient {
     else
       *p.d_log_decay.at<float>(s.row, hs, t) = float(gradient);
   }
-  LC_INLINE void write_length(const Sequence& s, int64_t hs, int64_t t, double gradient) const {
-    with_type(p.dt_type, [&](auto e) {
-      using F = Accumulator<decltype(e)>;
-      store<F>(p.d_dt.at<decltype(e)>(s.row, hs, t), broadcast<F>(F(gradient)), 1);
-    });
+  // The gradients of dt, from those of the log-decays of tokens and from the weights.
+  void write_lengths(const Tokens<E>& chunk, const Sequence& s, int64_t hs, const double* gradients) const {
+    double slopes[C];
+    length_slopes(p, slopes, s.row, hs, chunk.t, chunk.n);
+    for (int i = 0; i < chunk.n; ++i) {
+      const double of_weight = double(sum<T>(load<T>(y + i * kLanes<T>))) + double(columns[i]) + double(own[i]);
+      const double of_length = chunk.decay.rate() * gradients[i] + of_weight / double(chunk.decay.weight(i));
+      with_type(p.dt_type, [&](auto e) {
+        using F = Accumulator<decltype(e)>;
+        store<F>(p.d_dt.at<decltype(e)>(s.row, hs, chunk.t + i), broadcast<F>(F(slopes[i] * of_length)), 1);
+      });
+    }
   }
 };
 
