@@ -18,12 +18,14 @@ class Mamba2(_Mamba2):
     """mamba_ssm's Mamba2: `leetcore.torch.nn.Mamba2` with upstream's calls.
 
     Args:
-        d_model, d_state, d_conv, expand, headdim, ngroups, A_init_range, D_has_hdim, rmsnorm,
-            norm_before_gate, dt_min, dt_max, dt_init_floor, dt_limit, bias, conv_bias: as in
-            `leetcore.torch.nn.Mamba2`.
+        d_model, d_state, d_conv: as in `leetcore.torch.nn.Mamba2`.
         conv_init: the weights of the convolution are uniform in [-conv_init, conv_init]. None: as
             torch makes them.
+        expand, headdim: as in `leetcore.torch.nn.Mamba2`.
         d_ssm: None or expand * d_model. A gated MLP next to the scan is not served.
+        ngroups, A_init_range, D_has_hdim, rmsnorm: as in `leetcore.torch.nn.Mamba2`.
+        norm_before_gate, dt_min, dt_max, dt_init_floor: as in `leetcore.torch.nn.Mamba2`.
+        dt_limit, bias, conv_bias: as in `leetcore.torch.nn.Mamba2`.
         chunk_size, use_mem_eff_path, sequence_parallel: ignored.
         layer_idx: the key of the layer's states in inference_params.
         process_group: None. Tensor parallel layers are not served.

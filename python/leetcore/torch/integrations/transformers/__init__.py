@@ -14,9 +14,9 @@ import transformers
 from torch import nn
 
 from . import mamba2, minimax
-from .minimax import LightningAttention
+from .minimax import LightningAttention as LightningAttention
 
-__all__ = ["LightningAttention", "patch", "unpatch"]
+__all__ = ["patch", "unpatch"]
 
 _FAMILIES: tuple[Any, ...] = (minimax, mamba2)
 
