@@ -637,6 +637,18 @@ nb::object conv_forward(nb::object lib, nb::handle x, nb::handle weight, nb::han
   return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
 }
 
+// Refuses what a forward pass refuses, or a step where `state` is given. Values are not checked.
+void conv_check(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle initial_state,
+                nb::handle cu_seqlens, nb::handle state, nb::handle state_indices, const nb::tuple& options) {
+  ConvCall c(std::move(lib), state.is_none() ? LC_FORWARD : LC_DECODE, x, weight, bias, options);
+  c.initial_state.read(c.lib, "initial_state", initial_state, false);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.final_state.write(c.lib, "state", state);
+  c.state_indices.read(c.lib, "state_indices", state_indices);
+  if (!state.is_none()) c.x.append_token();
+  c.check_structure();
+}
+
 // wants: d_x, d_weight, d_bias, d_initial_state. An unwanted gradient is None in the result.
 nb::tuple conv_backward(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle initial_state,
                         nb::handle cu_seqlens, nb::handle d_y, nb::handle d_final_state, std::array<bool, 4> wants,
@@ -750,6 +762,8 @@ NB_MODULE(_core, m) {
         "cuda"_a, "options"_a);
   m.def("conv_forward", &conv_forward, "lib"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "return_state"_a, "options"_a);
+  m.def("conv_check", &conv_check, "lib"_a, "x"_a, "weight"_a, "bias"_a.none(), "initial_state"_a.none(),
+        "cu_seqlens"_a.none(), "state"_a.none(), "state_indices"_a.none(), "options"_a);
   m.def("conv_backward", &conv_backward, "lib"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_y"_a.none(), "d_final_state"_a.none(), "wants"_a,
         "options"_a);

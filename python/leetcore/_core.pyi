@@ -67,6 +67,17 @@ def conv_forward(
     return_state: bool,
     options: ConvOptions,
 ) -> Any: ...
+def conv_check(
+    lib: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    state: Any,
+    state_indices: Any,
+    options: ConvOptions,
+) -> None: ...
 def conv_backward(
     lib: Any,
     x: Any,

@@ -60,21 +60,21 @@ _STATE = DecodeInputs._fields.index("state")
 
 def forward_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of linear_attention."""
-    if not _is_differentiated(inputs):
-        return _run(_operators.linear_attention.default, inputs)
-    return _apply(_Forward, ForwardInputs(*inputs))
+    if not is_differentiated(inputs):
+        return run(_operators.linear_attention.default, inputs)
+    return apply(_Forward, ForwardInputs(*inputs))
 
 
 def backward_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of linear_attention_backward."""
-    if not _is_differentiated(inputs):
-        return _run(_operators.linear_attention_backward.default, inputs)
-    return _apply(_Backward, inputs)
+    if not is_differentiated(inputs):
+        return run(_operators.linear_attention_backward.default, inputs)
+    return apply(_Backward, inputs)
 
 
 def decode_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of decode_step, which refuses inputs that require gradients."""
-    if _is_differentiated(inputs):
+    if is_differentiated(inputs):
         raise NotImplementedError(
             "decode_step has no gradient, as it updates the state in place; expected tensors that do not require one, "
             "or torch.no_grad(); linear_attention with initial_state computes gradients"
@@ -82,10 +82,10 @@ def decode_kernel(*inputs: Any) -> Any:
     state = inputs[_STATE]
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
-    return _run(_operators.decode_step.default, inputs)
+    return run(_operators.decode_step.default, inputs)
 
 
-def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
+def is_differentiated(inputs: tuple[Any, ...]) -> bool:
     """Whether a gradient is asked for. Raises if an input has a tangent, which would be lost."""
     if _forward_mode_is_on() and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
@@ -101,7 +101,7 @@ def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
     return False
 
 
-def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
+def run(operator: Any, inputs: tuple[Any, ...]) -> Any:
     with _below_autograd():
         return operator(*inputs)
 
@@ -114,7 +114,7 @@ class _Forward:
         ctx.options = _options(args)
         ctx.return_state = args.return_state
         ctx.set_materialize_grads(False)
-        return _run_in_function(_operators.linear_attention.default, inputs)
+        return run_in_function(_operators.linear_attention.default, inputs)
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -132,7 +132,7 @@ class _Forward:
 class _Backward:
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        return _run_in_function(_operators.linear_attention_backward.default, inputs)
+        return run_in_function(_operators.linear_attention_backward.default, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -141,7 +141,7 @@ class _Backward:
         )
 
 
-def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
+def apply(passes: type, inputs: tuple[Any, ...]) -> Any:
     """Runs the two passes as a torch.autograd.Function.
 
     torch.func's transforms call a kernel once per level.
@@ -162,12 +162,12 @@ def _function(passes: type, base: type) -> Any:
     return type(passes.__name__, (passes, base), {})
 
 
-def _run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
+def run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
     """Runs an operator inside of `forward`, where torch turns all derivatives off.
 
     The derivatives of outer levels are turned on again for the operator.
     """
     if not _transforms_are_active():
-        return _run(operator, inputs)
+        return run(operator, inputs)
     with torch.enable_grad(), _set_fwd_grad_enabled(True):
-        return _run(operator, inputs)
+        return run(operator, inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from ..options import Layout, is_bnhd
@@ -93,3 +94,23 @@ def tensor_fields(inputs: Any) -> tuple[str, ...]:
 def head_axis(layout: str) -> int:
     """The axis of heads in q, k and v."""
     return 2 if is_bnhd(layout) else 1
+
+
+def stand_in(**tensors: Any) -> bool:
+    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
+
+    Raises TypeError for an object that is neither a tensor nor such a stand-in.
+    """
+    found = False
+    for name, value in tensors.items():
+        if value is None or isinstance(value, Tensor) or (name == "log_decay" and is_number(value)):
+            continue
+        if not hasattr(value, "__torch_function__"):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        found = True
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of Python or numpy, as a decay may be."""
+    return isinstance(value, (float, int, np.number))

@@ -3,24 +3,22 @@
 `linear_attention` is functional and differentiable, `linear_attention_backward` computes its
 gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
 lists their arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap
-and flop.
+and flop, and `definition.py` gives them to torch. `conv.py` has the operators of the convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, method_name, real
-from . import autograd, rules
-from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, head_axis, schema
+from . import autograd, conv, rules
+from .definition import Operator, both, define
+from .inputs import BackwardInputs, DecodeInputs, ForwardInputs, head_axis, is_number, stand_in
 
 
 def linear_attention(
@@ -72,7 +70,7 @@ def linear_attention(
             raises it for float64 on a GPU, and for K or V above 256 there.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
-    if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
+    if stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
         return handle_torch_function(
             linear_attention,
             (q, k, v, log_decay, initial_state, cu_seqlens),
@@ -141,32 +139,13 @@ def decode_step(
             call is inside of torch.vmap.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
-    if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
+    if stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
         tensors = (q, k, v, state, log_decay, state_indices)
         return handle_torch_function(
             decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
         )
     o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
-
-
-def _stand_in(**tensors: Any) -> bool:
-    """Whether an argument stands in for a tensor, as torch.fx's proxies do.
-
-    Raises TypeError for an object that is neither a tensor nor such a stand-in.
-    """
-    found = False
-    for name, value in tensors.items():
-        if value is None or isinstance(value, Tensor) or (name == "log_decay" and _is_number(value)):
-            continue
-        if not hasattr(value, "__torch_function__"):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        found = True
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, int, np.number))
 
 
 def _number(scale: Any) -> Any:
@@ -188,7 +167,7 @@ def _decay(log_decay: Any, q: Tensor, k: Tensor, v: Tensor, head_axis: int = 1) 
     """
     if log_decay is None:
         return None
-    if _is_number(log_decay):
+    if is_number(log_decay):
         exact = torch.float64 if q.dtype is torch.float64 else torch.float32
         log_decay = torch.full((), log_decay, dtype=exact, device=q.device)
     if log_decay.ndim == 0 and q.device.type != "cpu":
@@ -251,79 +230,45 @@ def _decode(args: DecodeInputs) -> Tensor:
 # ---- the definition of the operators
 
 
-class _Operator(NamedTuple):
-    inputs: Any  # the NamedTuple
-    results: str  # in the language of schemas
-    kernel: Callable[..., Any]
-    autograd: Callable[..., Any]
-    shapes: Callable[..., Any]
-    vmap: Callable[..., Any]
-    flop: Callable[..., int]
-    has_autocast: bool
-
-
 _OPERATORS = {
-    "linear_attention": _Operator(
+    "linear_attention": Operator(
         ForwardInputs,
         "(Tensor o, Tensor final_state)",
-        _forward,
+        both(_forward),
         autograd.forward_kernel,
         rules.forward_shapes,
         rules.vmap_forward,
         rules.forward_flop,
-        has_autocast=True,
+        rules.autocast,
     ),
-    "linear_attention_backward": _Operator(
+    "linear_attention_backward": Operator(
         BackwardInputs,
         "(Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_log_decay, Tensor d_initial_state)",
-        _backward,
+        both(_backward),
         autograd.backward_kernel,
         rules.backward_shapes,
         rules.vmap_backward,
         rules.backward_flop,
-        has_autocast=False,
+        None,
     ),
-    "decode_step": _Operator(
+    "decode_step": Operator(
         DecodeInputs,
         "Tensor o",
-        _decode,
+        both(_decode),
         autograd.decode_kernel,
         rules.decode_shapes,
         rules.vmap_decode,
         rules.decode_flop,
-        has_autocast=True,
+        rules.autocast,
     ),
 }
-
-
-def _define() -> torch.library.Library:
-    library = torch.library.Library("leetcore", "DEF")
-    for name, operator in _OPERATORS.items():
-        library.define(schema(name, operator.inputs, operator.results))
-        packet = getattr(torch.ops.leetcore, name)
-        for key in ("CPU", "CUDA"):
-            library.impl(name, _with_tuple(operator.kernel, operator.inputs), key)
-            if operator.has_autocast:
-                kernel = rules.autocast(packet.default, operator.inputs, key.lower())
-                library.impl(name, kernel, f"Autocast{key}")
-        library.impl(name, operator.autograd, "Autograd")
-        shapes = _with_tuple(operator.shapes, operator.inputs)
-        torch.library.register_fake(f"leetcore::{name}", shapes, lib=library)
-        torch.library.register_vmap(f"leetcore::{name}", operator.vmap, lib=library)
-        register_flop_formula(packet)(operator.flop)
-    return library
-
-
-def _with_tuple(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
-    """A function of single inputs, as torch calls it, from a function of their NamedTuple."""
-    return lambda *single: function(inputs(*single))
 
 
 # A second import in the same process uses the operators of the first, which live as long as their
 # library.
 _namespace: Any = torch.ops.leetcore
 if not hasattr(_namespace, "library"):
-    _namespace.library, _namespace.version = _define(), _core.version
+    _namespace.library, _namespace.version = define(_OPERATORS | conv.OPERATORS), _core.version
 if _namespace.version != _core.version:
     raise ImportError(
         f"leetcore.torch: expected the operators of leetcore {_core.version}, got those of {_namespace.version}, which "

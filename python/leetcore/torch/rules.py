@@ -65,9 +65,16 @@ def _require_one_device(q: Tensor, log_decay: Tensor | None, *others: Tensor | N
     """
     if log_decay is not None and log_decay.ndim == 0 and log_decay.device.type == "cpu":
         log_decay = None  # a number, which may be used with any device
-    for x in (log_decay, *others):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"q: expected on one device with the other arguments, got {q.device} and {x.device}")
+    require_one_device("q", q, log_decay, *others)
+
+
+def require_one_device(name: str, first: Tensor, *others: Tensor | None) -> None:
+    """Refuses tensors that are not on the device of the argument `name`."""
+    for x in others:
+        if x is not None and x.device != first.device:
+            raise ValueError(
+                f"{name}: expected on one device with the other arguments, got {first.device} and {x.device}"
+            )
 
 
 # ---- autocast: q, k and v in its dtype, decays and initial states in float32
