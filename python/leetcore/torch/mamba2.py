@@ -165,7 +165,7 @@ def ssd_step(
 
 
 def _any_stand_in(inputs: Any, tensors: tuple[Any, ...]) -> bool:
-    return stand_in(dict(zip(inputs._fields, tensors, strict=False)), ("A",))
+    return stand_in(**dict(zip(inputs._fields, tensors, strict=False)))
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
@@ -191,9 +191,7 @@ def _exact(value: Any, x: Tensor) -> Any:
 
 
 def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The kernel of ssd."""
-    if args.x.is_cuda:
-        return composed_forward(args)
+    """The kernel of ssd on the CPU."""
     result = mamba2.ssd(
         *args[:6],
         z=args.z,
@@ -209,7 +207,17 @@ def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
-    """The kernel of ssd_backward: the gradients that are wanted, and empty tensors for others."""
+    """The kernel of ssd_backward on the CPU."""
+    return _gradients(args, forward, _core_backward)
+
+
+def _gradients(args: SsdBackwardInputs, forward: Any, core: Any) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, and empty tensors for others.
+
+    Args:
+        forward: a kernel of ssd.
+        core: a function that computes the gradients without the skip and the gate.
+    """
     wants = SsdGradients(*args.wants)
     x, d_y, exact = args.x, args.d_y, _exact_dtype(args.x)
     d_D = d_z = d_dt_bias = None
@@ -222,7 +230,6 @@ def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
         d_y = (d_y * (z * sigmoid)).to(x.dtype)
     if args.D is not None and d_y is not None and wants.d_D:
         d_D = (d_y.to(exact) * x).sum((0, 1, 3) if args.D.ndim == 1 else (0, 1)).to(args.D.dtype)
-    core = composed_backward if x.is_cuda else _core_backward
     # dt in 32 bits at least: the gradient of dt_bias is a sum over tokens.
     d_x, d_dt, d_A, d_B, d_C, d_initial_state = core(args._replace(dt=_exact(args.dt, x), d_y=d_y))
     if args.D is not None and d_y is not None and d_x is not None:
@@ -239,9 +246,7 @@ def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
 
 
 def step(args: SsdStepInputs) -> Tensor:
-    """The kernel of ssd_step."""
-    if args.x.is_cuda:
-        return composed_step(args)
+    """The kernel of ssd_step on the CPU."""
     y: Tensor = mamba2.ssd_step(
         *args[:7],
         z=args.z,
@@ -340,7 +345,7 @@ def _transposed(state: Tensor | None) -> Tensor | None:
 
 
 def composed_forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The kernel of ssd, composed from linear_attention and operators of torch."""
+    """The kernel of ssd on a GPU, composed from linear_attention and operators of torch."""
     lengths = _lengths(args)
     result = api.linear_attention(
         args.C,
@@ -357,7 +362,12 @@ def composed_forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
     return _finished(args, y), rules.absent(args.x) if state is None else state.transpose(2, 3).contiguous()
 
 
-def composed_backward(args: SsdBackwardInputs) -> Any:
+def composed_backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
+    """The kernel of ssd_backward on a GPU, composed likewise."""
+    return _gradients(args, composed_forward, _composed_core)
+
+
+def _composed_core(args: SsdBackwardInputs) -> Any:
     """The gradients by x, dt, A, B, C and initial_state, composed likewise. d_y has passed the
     gate."""
     wants = dict(zip(("x", "dt", "A", "B", "C", "state"), _core_wants(args), strict=True))
@@ -398,7 +408,7 @@ def composed_backward(args: SsdBackwardInputs) -> Any:
 
 
 def composed_step(args: SsdStepInputs) -> Tensor:
-    """The kernel of ssd_step, composed from operators of torch."""
+    """The kernel of ssd_step on a GPU, composed from operators of torch."""
     exact, state = _exact_dtype(args.x), args.state
     lengths = _lengths(args)
     slots = args.state_indices
