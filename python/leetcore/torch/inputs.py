@@ -137,6 +137,20 @@ class SsdStepInputs(NamedTuple):
     dt_max: float = 0.0
 
 
+class SsdGradients(NamedTuple):
+    """Gradients by the differentiable inputs of ssd, in the order of SsdInputs."""
+
+    d_x: Any
+    d_dt: Any
+    d_A: Any
+    d_B: Any
+    d_C: Any
+    d_D: Any
+    d_z: Any
+    d_dt_bias: Any
+    d_initial_state: Any
+
+
 def stand_in(**tensors: Any) -> bool:
     """Whether an argument stands in for a tensor, as torch.fx's proxies do.
 

@@ -17,13 +17,14 @@ from torch.overrides import handle_torch_function
 
 from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, method_name, real
-from . import autograd, conv, mamba2, rules
+from . import autograd, conv, mamba2, mamba2_composed, mamba2_rules, rules
 from .definition import Operator, both, define
 from .inputs import (
     BackwardInputs,
     DecodeInputs,
     ForwardInputs,
     SsdBackwardInputs,
+    SsdGradients,
     SsdInputs,
     SsdStepInputs,
     head_axis,
@@ -275,31 +276,31 @@ _OPERATORS = {
     "ssd": Operator(
         SsdInputs,
         "(Tensor y, Tensor final_state)",
-        {"CPU": mamba2.forward, "CUDA": mamba2.composed_forward},
+        {"CPU": mamba2.forward, "CUDA": mamba2_composed.forward},
         mamba2.forward_kernel,
-        mamba2.forward_shapes,
-        mamba2.vmap_refusal,
-        mamba2.forward_flop,
+        mamba2_rules.forward_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.forward_flop,
         rules.autocast,
     ),
     "ssd_backward": Operator(
         SsdBackwardInputs,
-        f"({', '.join(f'Tensor {name}' for name in mamba2.SsdGradients._fields)})",
+        f"({', '.join(f'Tensor {name}' for name in SsdGradients._fields)})",
         {"CPU": mamba2.backward, "CUDA": mamba2.composed_backward},
         mamba2.backward_kernel,
-        mamba2.backward_shapes,
-        mamba2.vmap_refusal,
-        mamba2.backward_flop,
+        mamba2_rules.backward_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.backward_flop,
         None,
     ),
     "ssd_step": Operator(
         SsdStepInputs,
         "Tensor y",
-        {"CPU": mamba2.step, "CUDA": mamba2.composed_step},
+        {"CPU": mamba2.step, "CUDA": mamba2_composed.step},
         mamba2.step_kernel,
-        mamba2.step_shapes,
-        mamba2.vmap_refusal,
-        mamba2.step_flop,
+        mamba2_rules.step_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.step_flop,
         rules.autocast,
     ),
 }
