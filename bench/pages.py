@@ -241,6 +241,19 @@ def conditions() -> str:
     return f"{origin(results)}\n`bench/accuracy.py` measures it."
 
 
+def mamba2_errors() -> str:
+    """Errors of Mamba-2 in transformers and in leetcore."""
+    results = newest("mamba2")
+    shape = results["facts"]["shape"]
+    sizes = f"{shape['H']} heads of {shape['P']}, state {shape['K']}, {results['errors'][0]['N']} tokens"
+    text = wrapped(
+        f"Errors against float64 on the same rounded inputs, {sizes}, step sizes of a new layer, transformers "
+        f"{results['facts']['transformers']} without mamba_ssm (`bench/mamba2.py errors`):"
+    )
+    body = [[r["method"], r["dtype"], shown(r["output"]), shown(r["state"])] for r in results["errors"]]
+    return f"{text}\n\n{markdown_table(['call', 'dtype', 'output', 'state'], body)}\n\n{origin(results)}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "speed": speed,
@@ -255,6 +268,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "decays 8192": lambda: by_decay(8192),
     "decays 131072": lambda: by_decay(131072),
     "decode": decode,
+    "mamba2 errors": mamba2_errors,
 }
 
 

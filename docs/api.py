@@ -28,6 +28,7 @@ PAGES = {
     "transformers": ("leetcore.torch.integrations.transformers", ["patch", "unpatch"]),
     "compat-fla": ("leetcore.compat.fla", None),
     "compat-leetdecoding": ("leetcore.compat.leetdecoding", None),
+    "compat-mamba-ssm": ("leetcore.compat.mamba_ssm", None),
     "reference": ("leetcore.reference", ["decode_step", "error", "linear_attention"]),
     "tuning": ("leetcore.tuning", ["path", "use"]),
 }

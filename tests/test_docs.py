@@ -34,6 +34,7 @@ API_PAGES = {
     "leetcore.torch.integrations.transformers": "transformers",
     "leetcore.compat.fla": "compat-fla",
     "leetcore.compat.leetdecoding": "compat-leetdecoding",
+    "leetcore.compat.mamba_ssm": "compat-mamba-ssm",
 }
 
 

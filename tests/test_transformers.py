@@ -12,8 +12,8 @@ from leetcore import decay
 
 transformers = pytest.importorskip("transformers")
 
-from leetcore.torch.integrations import transformers as integration  # noqa: E402
 from leetcore.torch.integrations.transformers import LightningAttention, patch, unpatch  # noqa: E402
+from leetcore.torch.integrations.transformers import minimax as integration  # noqa: E402
 from transformers import MiniMaxConfig, MiniMaxForCausalLM  # noqa: E402
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention  # noqa: E402
 

@@ -25,7 +25,7 @@ import click
 from . import machine, options
 
 SCHEMA, VERSION = "leetcore results", 2
-KINDS = ("bench", "cpu", "growth", "regret", "check", "accuracy", "gpu")
+KINDS = ("bench", "cpu", "growth", "regret", "check", "accuracy", "gpu", "mamba2")
 QUIET = 0.8  # least p10 over p90 of the matrix product's rate on a quiet machine
 
 FEWEST = 3  # samples of a time that may be quoted

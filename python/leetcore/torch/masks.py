@@ -9,6 +9,7 @@ torch.compile.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -42,3 +43,28 @@ def hide(
     if log_decay is None:
         return q, k, v, None
     return q, k, v, torch.where(mask[..., None], log_decay, 0).expand(*mask.shape, max(k.shape[2], v.shape[2]))
+
+
+def tokens_last(mask: Tensor, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inputs of a causal convolution with all padding at the front, as zeros.
+
+    A convolution over them reads no padding between two tokens, and its last inputs are the state
+    that it leaves.
+
+    Args:
+        mask: bool [B, N], False at padding.
+        x: [B, N, C].
+        before: [B, C, L], inputs before x. None: L is 0.
+
+    Returns:
+        inputs [B, L + N, C], and place [B, N], the index of each token of x in inputs.
+    """
+    x = torch.where(mask[..., None], x, 0)
+    if before is not None:
+        x = torch.cat([before.transpose(1, 2).to(x.dtype), x], dim=1)
+        mask = F.pad(mask, (before.shape[2], 0), value=True)
+    padding = (~mask).sum(1, keepdim=True)
+    # The places of one row are a permutation. Padding keeps its order, and so do tokens.
+    place = torch.where(mask, padding + mask.cumsum(1) - 1, (~mask).cumsum(1) - 1)
+    inputs = torch.zeros_like(x).scatter(1, place[..., None].expand_as(x), x)
+    return inputs, place if before is None else place[:, before.shape[2] :]

@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import decay
+from .mamba2_layer import Mamba2, Mamba2State
 from .masks import hide, masked_tokens
 from .ops import decode_step, linear_attention
 
-__all__ = ["GatedLinearAttention", "Lightning", "LinearAttention", "Retention", "State"]
+__all__ = ["GatedLinearAttention", "Lightning", "LinearAttention", "Mamba2", "Mamba2State", "Retention", "State"]
 
 
 @dataclass

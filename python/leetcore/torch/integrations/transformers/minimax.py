@@ -1,4 +1,4 @@
-"""MiniMax models of transformers with leetcore as their linear attention: `patch(model)`.
+"""MiniMaxLightningAttention of transformers, computed by leetcore.
 
 The layer of transformers computes blocks of 256 tokens in the model's dtype, and one token at a
 time when it continues from a cache. The patched layer calls the operator once in both cases. It
@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from ... import decay
-from ..masks import hide
-from ..nn import ConstantDecay
-from ..ops import decode_step, linear_attention
+from .... import decay
+from ...masks import hide
+from ...nn import ConstantDecay
+from ...ops import decode_step, linear_attention
+from .layers import become, has_replaced_forward, masked_tokens
 
 try:
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
@@ -31,62 +32,34 @@ except ImportError as error:
     ) from error
 
 _MOST_DECODED = 64  # the most tokens that decode_step takes
-# Attributes in which hooks of accelerate keep the layer's own forward.
-_KEPT = "forward", "_old_forward"
 _ATTRIBUTES = "qkv_proj act_fn output_gate norm out_proj slope_rate layer_idx num_attention_heads num_hidden_layers"
 
 
-def patch(model: nn.Module) -> int:
-    """Makes every linear attention layer of a MiniMax model compute with leetcore, in place.
-
-    Prefill, continuation of a cache by any number of tokens, beam search and training work as
-    before. Padding does not decay a state. A cached state is float32; a call of up to 64 tokens
-    without gradients updates it in place. Layers that are already patched stay as they are.
-    `unpatch` undoes the change.
-
-    Args:
-        model: MiniMaxForCausalLM or any module that contains MiniMaxLightningAttention.
-
-    Returns:
-        The number of layers that compute with leetcore now.
-
-    Raises:
-        ValueError: the model has no such layer.
-        NotImplementedError: the layer of this version of transformers is not the one that leetcore
-            knows; the text names the difference.
-    """
-    layers: list[Any] = [layer for layer in model.modules() if type(layer) is MiniMaxLightningAttention]
-    patched = sum(type(layer) is LightningAttention for layer in model.modules())
-    if not layers and not patched:
-        raise ValueError(f"model: expected one with layers MiniMaxLightningAttention, got {type(model).__name__}")
-    for layer in layers:
-        if differences := _differences(layer):
-            raise NotImplementedError(
-                f"transformers {transformers.__version__}: expected a MiniMaxLightningAttention as in 5.24, but "
-                + "; ".join(differences)
-            )
-    for layer in layers:
-        log_decay = _log_decay(layer)
-        _become(layer, LightningAttention)
-        layer._set_decay(log_decay, layer.slope_rate.device)
-    return patched + len(layers)
+def is_served(layer: Any) -> bool:
+    """Whether the layer can be patched and is not."""
+    return type(layer) is MiniMaxLightningAttention
 
 
-def unpatch(model: nn.Module) -> int:
-    """Restores the computation of transformers in patched layers. States in caches stay float32.
+def is_patched(layer: Any) -> bool:
+    """Whether the layer computes with leetcore."""
+    return type(layer) is LightningAttention
 
-    Returns:
-        The number of layers that were patched.
-    """
-    layers = [layer for layer in model.modules() if type(layer) is LightningAttention]
-    for layer in layers:
-        _become(layer, MiniMaxLightningAttention)
-        del layer.log_decay, layer._exact
-    return len(layers)
+
+def patch(layer: Any) -> None:
+    """Makes a layer without `differences` compute with leetcore."""
+    log_decay = _log_decay(layer)
+    become(layer, LightningAttention)
+    layer._set_decay(log_decay, layer.slope_rate.device)
+
+
+def unpatch(layer: Any) -> None:
+    """Restores the computation of transformers in a patched layer."""
+    become(layer, MiniMaxLightningAttention)
+    del layer.log_decay, layer._exact
 
 
 class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
-    """MiniMaxLightningAttention computed by leetcore. `patch` turns existing layers into it."""
+    """MiniMaxLightningAttention computed by leetcore. `patch` turns layers of a model into it."""
 
     def forward(
         self,
@@ -109,7 +82,7 @@ class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
         q, k, v = qkv.unflatten(-1, (self.num_attention_heads, -1)).chunk(3, dim=-1)
         log_decay = self._decay_on(qkv.device)
         if attention_mask is not None:
-            q, k, v, log_decay = hide(_masked_tokens(attention_mask, hidden_states), q, k, v, log_decay)
+            q, k, v, log_decay = hide(masked_tokens(attention_mask, hidden_states), q, k, v, log_decay)
 
         state = None if cache is None else cache.get_linear_cache(self.layer_idx)
         if state is not None:
@@ -125,27 +98,6 @@ class LightningAttention(ConstantDecay, MiniMaxLightningAttention):
 
         y = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o.flatten(-2))
         return self.out_proj(y), state
-
-
-def _become(layer: Any, kind: type) -> None:
-    for name in _KEPT:
-        if _is_forward_of(vars(layer).get(name), type(layer)):
-            setattr(layer, name, kind.forward.__get__(layer))  # type: ignore[attr-defined]
-    layer.__class__ = kind
-
-
-def _is_forward_of(call: Any, kind: Any) -> bool:
-    return getattr(call, "__func__", None) is kind.forward
-
-
-def _masked_tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of transformers, of any dtype and maybe with earlier tokens, as bool [B, N]."""
-    if mask.ndim != 2 or mask.shape[0] not in (1, x.shape[0]) or mask.shape[1] < x.shape[1]:
-        raise ValueError(
-            f"attention_mask: expected shape [{x.shape[0]}, {x.shape[1]}], or longer by the tokens before, as linear "
-            f"attention has no use for another, got {list(mask.shape)}"
-        )
-    return mask[:, mask.shape[1] - x.shape[1] :].to(x.device).ne(0).expand(x.shape[:2])
 
 
 def _log_decays(layer: Any) -> list[npt.NDArray[np.float32]]:
@@ -184,7 +136,7 @@ def _log_decay(layer: Any) -> npt.NDArray[np.float32]:
     return known[0] if slopes is None else min(known, key=lambda log_decay: _distance(log_decay, slopes))
 
 
-def _differences(layer: Any) -> list[str]:
+def differences(layer: Any) -> list[str]:
     """The things that the patch needs and the installed transformers lacks, one sentence each."""
     found = [f"it has no {name}" for name in _ATTRIBUTES.split() if not hasattr(layer, name)]
     found += [
@@ -196,8 +148,7 @@ def _differences(layer: Any) -> list[str]:
     found += [f"its forward takes no {name}" for name in ("hidden_states", "attention_mask") if name not in taken]
     if not {"cache", "past_key_values", "past_key_value"} & set(taken):
         found.append("its forward takes no cache")
-    kept = [vars(layer)[name] for name in _KEPT if name in vars(layer)]
-    if kept and not any(_is_forward_of(call, MiniMaxLightningAttention) for call in kept):
+    if has_replaced_forward(layer):
         found.append("its forward has been replaced")
     if not found and (slopes := _slopes(layer)) is not None and _distance(_log_decay(layer), slopes) > 1:
         found.append(f"its slope_rate of layer {layer.layer_idx} is not leetcore.decay.minimax")
