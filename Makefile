@@ -1,7 +1,8 @@
-#   make run [TEXT=file]   installs leetcore into .venv and runs examples/text.py; needs g++ and Python >= 3.10
+#   make run [TEXT=file]   installs leetcore into .venv and runs examples/text.py and examples/hybrid.py; needs g++
+#                          and Python >= 3.10
 #   make test              runs all checks; each stage is a target: install lint pytest cuda versions ctest sanitize
 #   make quick             runs the checks most likely to fail after a change, in two minutes; it lists the others
-#   make train [ARGS=...]  trains a language model of bytes in minutes: examples/train_lm.py
+#   make train [MODEL=mamba2] [ARGS=...]  trains a language model of bytes in minutes: examples/train_lm.py
 #   make generate          lets the trained model write: examples/generate.py
 #   make bench [ARGS=...]  measures how fast leetcore is on this machine; ARGS=--help
 #   make gpu               builds, tests and measures the CUDA methods on this machine's NVIDIA GPU, without network, in
@@ -45,8 +46,9 @@ sources := $(shell find CMakeLists.txt pyproject.toml cmake cpp python -type f -
 c_files = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.hpp' '*.cu' '*.cuh')
 COMMIT ?= $(shell git describe --always --abbrev=12 --dirty=+ 2>/dev/null)
 
-run: .venv/package
+run: .venv/bench
 	python examples/text.py $(TEXT)
+	python examples/hybrid.py
 
 # Runs every stage, even after one has failed, and ends with the result and the time of each and the
 # slowest tests. The virtual environments of `versions` are downloaded while `cuda` compiles.
@@ -159,7 +161,7 @@ build/sanitize/build.ninja: | system
 	  $(pip) 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*' && echo -D LEETCORE_CUDA_FROM_PYPI=ON >$@; fi
 
 train: .venv/bench
-	python examples/train_lm.py $(ARGS)
+	python examples/train_lm.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 generate: .venv/bench
 	python examples/generate.py $(ARGS)

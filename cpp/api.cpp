@@ -37,11 +37,33 @@ lc_status guarded(F&& f) {
 }
 
 // The struct of an older caller is shorter: the members that it lacks read as absent.
-lc_args widen(const lc_args* a) {
-  if (!a) lc::fail(LC_INVALID, "args: expected a pointer to lc_args, got NULL");
-  lc_args full = {};
+template <class Args>
+Args widen(const Args* a) {
+  if (!a) lc::fail(LC_INVALID, "args: expected a pointer to the arguments, got NULL");
+  Args full = {};
   std::memcpy(&full, a, std::min<size_t>(a->struct_size, sizeof full));
   return full;
+}
+
+// Refuses a workspace that is too small or not aligned.
+template <class P>
+void require_workspace(const P& p, size_t needed, const char* who) {
+  if (p.workspace_bytes < needed)
+    lc::fail(LC_MEMORY, "workspace: %s needs %zu bytes, got %zu", who, needed, p.workspace_bytes);
+  const int alignment = p.device.type == LC_CUDA ? 256 : 64;
+  if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % alignment))
+    lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of %d, got %p", alignment, p.workspace);
+}
+
+// Runs the problem of a call on the CPU until its end, or until the caller's function asks for it.
+template <class Args, class P>
+void run_interruptibly(const Args& a, P& p, void (*run)(const P&)) {
+  if (!a.interrupt) return run(p);
+  lc::Interrupt interrupt(a.interrupt, a.interrupt_context);
+  p.interrupt = &interrupt;
+  run(p);
+  if (interrupt.stopped())
+    lc::fail(LC_INTERRUPTED, "interrupt: asked for the end of the call; the outputs are undefined");
 }
 
 lc_candidate answer(const lc::Method& m, const lc::Problem& p) {
@@ -97,24 +119,14 @@ lc_status lc_run(const lc_args* args) {
     const lc_args a = widen(args);
     lc::Problem p = lc::check(a);
     const lc::Method& m = *lc::choose(p, a.method).method;
-    const size_t needed = m.workspace(p);
-    if (p.workspace_bytes < needed)
-      lc::fail(LC_MEMORY, "workspace: method %s needs %zu bytes, got %zu", m.info.name, needed, p.workspace_bytes);
-    const int alignment = p.device.type == LC_CUDA ? 256 : 64;
-    if (needed && (!p.workspace || reinterpret_cast<uintptr_t>(p.workspace) % alignment))
-      lc::fail(LC_MEMORY, "workspace: expected an address that is a multiple of %d, got %p", alignment, p.workspace);
+    require_workspace(p, m.workspace(p), (std::string("method ") + m.info.name).c_str());
 #ifdef LC_WITH_CUDA
     if (p.device.type == LC_CUDA) {
       const lc::cuda::DeviceGuard guard(p.device.id);
       return m.run(p);
     }
 #endif
-    if (!a.interrupt) return m.run(p);
-    lc::Interrupt interrupt(a.interrupt, a.interrupt_context);
-    p.interrupt = &interrupt;
-    m.run(p);
-    if (interrupt.stopped())
-      lc::fail(LC_INTERRUPTED, "interrupt: asked for the end of the call; the outputs are undefined");
+    run_interruptibly(a, p, m.run);
   });
 }
 
@@ -201,6 +213,24 @@ const char* lc_method_serves(int index) {
     if (index >= 0 && index < int(all.size())) words = all[size_t(index)].c_str();
   });
   return words;
+}
+
+lc_status lc_conv_run(const lc_conv_args* args) {
+  return guarded([&] {
+    const lc_conv_args a = widen(args);
+    lc::ConvProblem p = lc::check_conv(a);
+    const lc::Conv& conv = *lc::isa().conv;
+    require_workspace(p, conv.workspace(p), "the convolution");
+    run_interruptibly(a, p, conv.run);
+  });
+}
+
+lc_status lc_conv_workspace(const lc_conv_args* args, size_t* bytes) {
+  return guarded([&] {
+    if (!bytes) lc::fail(LC_INVALID, "bytes: expected a pointer, got NULL");
+    const lc::ConvProblem p = lc::check_conv_structure(widen(args));
+    *bytes = p.device.type == LC_CPU ? lc::isa().conv->workspace(p) : 0;
+  });
 }
 
 const char* lc_last_error(void) { return last_error.c_str(); }

@@ -89,21 +89,24 @@ LC_INLINE int64_t k_head(const Problem& p, int64_t hs) { return hs * p.Hk / p.Hs
 LC_INLINE int64_t v_head(const Problem& p, int64_t hs) { return hs * p.Hv / p.Hs; }
 
 // The place of sequence b in q, k, v, o and log_decay: its batch entry, its first token, its number
-// of tokens.
+// of tokens. P is Problem, or another struct with its fields of sequences and slots.
 struct Sequence {
   int64_t row, begin, length;
 };
-LC_INLINE int64_t cu_seqlen(const Problem& p, int64_t i) {
+template <class P>
+LC_INLINE int64_t cu_seqlen(const P& p, int64_t i) {
   return p.cu_bits == 64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : static_cast<const int32_t*>(p.cu_seqlens)[i];
 }
-LC_INLINE Sequence sequence(const Problem& p, int64_t b) {
+template <class P>
+LC_INLINE Sequence sequence(const P& p, int64_t b) {
   if (!p.cu_bits) return {b, 0, p.N};
   const int64_t begin = cu_seqlen(p, b);
   return {0, begin, cu_seqlen(p, b + 1) - begin};
 }
 
 // The slot of sequence b in the pool; -1 skips the sequence.
-LC_INLINE int64_t slot(const Problem& p, int64_t b) {
+template <class P>
+LC_INLINE int64_t slot(const P& p, int64_t b) {
   if (!p.index_bits) return b;
   return p.index_bits == 64 ? static_cast<const int64_t*>(p.state_indices)[b]
                             : static_cast<const int32_t*>(p.state_indices)[b];

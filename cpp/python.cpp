@@ -69,6 +69,8 @@ struct Name {
 using Names = std::vector<Name>;
 const Names kNames = {{"o", "out"}};
 const Names kDecodeNames = {{"o", "out"}, {"final_state", "state"}};
+const Names kConvNames = {{"y", "out"}};
+const Names kConvStepNames = {{"y", "out"}, {"final_state", "state"}};
 const Names kSsdNames = {{"q", "C"},
                          {"k", "B"},
                          {"v", "x"},
@@ -144,6 +146,31 @@ int interrupted(void*) {
   return raised;
 }
 
+// Runs a call without the interpreter's lock.
+template <class Args>
+lc_status unlocked(lc_status (*run)(const Args*), const Args& args) {
+  PyThreadState* const thread = PyEval_SaveThread();
+  const lc_status status = run(&args);
+  in_python([&] { PyEval_RestoreThread(thread); });
+  return status;
+}
+
+// Runs a call with the scratch of the calling thread. If another thread changes the number of
+// threads or the tuning table after `measure` has asked for the scratch, the call may need more:
+// `measure` then asks again, and the scratch grows.
+template <class Args, class F>
+void run_on_host(lc_status (*run)(const Args*), Args& args, const Names& names, F&& measure) {
+  if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
+  for (int tries = 1;; ++tries) {
+    const Scratch scratch = host_scratch(args.workspace_bytes);
+    args.workspace = scratch.memory;
+    args.workspace_bytes = scratch.bytes;
+    const lc_status status = unlocked(run, args);
+    if (status != LC_MEMORY || tries == 100) return check(status, names);
+    measure();
+  }
+}
+
 // An array library of arrays.py.
 struct Library {
   nb::object object;
@@ -191,7 +218,7 @@ class Argument {
     tensor_.dtype = {LC_FLOAT, uint8_t(f64 ? 64 : 32), 1};
   }
 
-  // Makes [B, H, 1, K] of [B, H, K], or [B, H, 1] of [B, H].
+  // Makes [B, H, 1, K] of [B, H, K] (rank 3), or [B, H, 1] of [B, H] (rank 2).
   void insert_token(int rank = 3) {
     if (!present_ || tensor_.ndim != rank) return;
     for (int i = 0; i <= rank; ++i) {
@@ -358,7 +385,7 @@ struct Call {
   void run() {
     fill();
     Argument scratch;
-    if (args.q->device.type == LC_CPU) return run_on_host();
+    if (args.q->device.type == LC_CPU) return run_on_host(lc_run, args, names, [&] { check_structure(); });
     if (args.workspace_bytes) {
       scratch.write(lib, "workspace", lib.empty({int64_t((args.workspace_bytes + 3) / 4)}, like, 32));
       args.workspace = scratch.get().data;
@@ -366,27 +393,7 @@ struct Call {
     check(run_unlocked(), names);
   }
 
-  // If another thread changes the number of threads or the tuning table after lc_workspace, lc_run
-  // may need more scratch. lc_workspace is then asked again, and the scratch of the calling thread
-  // grows.
-  void run_on_host() {
-    if (PyThread_get_thread_ident() == main_thread) args.interrupt = interrupted;
-    for (int tries = 1;; ++tries) {
-      const Scratch scratch = host_scratch(args.workspace_bytes);
-      args.workspace = scratch.memory;
-      args.workspace_bytes = scratch.bytes;
-      const lc_status status = run_unlocked();
-      if (status != LC_MEMORY || tries == 100) return check(status, names);
-      check_structure();
-    }
-  }
-
-  lc_status run_unlocked() const {
-    PyThreadState* const thread = PyEval_SaveThread();
-    const lc_status status = lc_run(&args);
-    in_python([&] { PyEval_RestoreThread(thread); });
-    return status;
-  }
+  lc_status run_unlocked() const { return unlocked(lc_run, args); }
 
   // The shape of o and of its gradient. v has it too, except that o has the most heads.
   std::vector<int64_t> output_shape() const {
@@ -705,6 +712,159 @@ nb::tuple cost(std::array<int64_t, 7> shape, int dtype_code, int dtype_bits, boo
   return nb::make_tuple(c.method, c.flop, c.least_bytes, c.bytes, c.workspace, c.depth, c.microseconds);
 }
 
+// ---- the causal convolution ----------------------------------------------------------------------
+
+using Shape = std::vector<int64_t>;
+
+Shape shape_of(const lc_tensor& t) { return {t.shape, t.shape + t.ndim}; }
+
+// One call of the convolution: its arrays and its lc_conv_args. Arrays of any strides are taken as
+// they are. given: the NamedTuple ConvOptions of options.py.
+struct ConvCall {
+  Library lib;
+  Argument x, weight, bias, initial_state, cu_seqlens, state_indices, y, final_state;
+  Argument d_y, d_final_state, d_x, d_weight, d_bias, d_initial_state;
+  lc_conv_args args = {};
+
+  ConvCall(nb::object library, lc_op op, nb::handle x_, nb::handle weight_, nb::handle bias_, const nb::tuple& given)
+      : lib(std::move(library)) {
+    x.read(lib, "x", x_, false);
+    weight.read(lib, "weight", weight_, false);
+    bias.read(lib, "bias", bias_, false);
+    args.struct_size = sizeof args;
+    args.op = op;
+    args.flags = nb::cast<bool>(given[0]) ? LC_CONV_SILU : 0;
+    args.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(given[1]));
+    args.num_threads = nb::cast<int>(given[2]);
+  }
+  ConvCall(const ConvCall&) = delete;
+  ConvCall& operator=(const ConvCall&) = delete;
+
+  const Names& names() const { return args.op == LC_DECODE ? kConvStepNames : kConvNames; }
+
+  void check_structure() {
+    args.x = x.tensor();
+    args.weight = weight.tensor();
+    args.bias = bias.tensor();
+    args.initial_state = initial_state.tensor();
+    args.cu_seqlens = cu_seqlens.tensor();
+    args.state_indices = state_indices.tensor();
+    args.y = y.tensor();
+    args.final_state = final_state.tensor();
+    args.d_y = d_y.tensor();
+    args.d_final_state = d_final_state.tensor();
+    args.d_x = d_x.tensor();
+    args.d_weight = d_weight.tensor();
+    args.d_bias = d_bias.tensor();
+    args.d_initial_state = d_initial_state.tensor();
+    check(lc_conv_workspace(&args, &args.workspace_bytes), names());
+  }
+
+  void run() {
+    check_structure();
+    if (args.x->device.type != LC_CPU) return check(lc_conv_run(&args));  // the refusal
+    run_on_host(lc_conv_run, args, names(), [&] { check_structure(); });
+  }
+
+  // A new array with the shape and the layout of x: its channels are contiguous if those of x are.
+  nb::object like_x(nb::handle array) const {
+    const lc_tensor& t = *args.x;
+    if (t.strides[1] != 1 || t.strides[2] == 1 || t.shape[1] < 2 || t.shape[2] < 2)
+      return lib.empty(shape_of(t), array);
+    return lib.call("swapped", lib.empty({t.shape[0], t.shape[2], t.shape[1]}, array));
+  }
+
+  // The shape of a state of which `like` is another one, or NULL.
+  Shape state_shape(const lc_tensor* like) const {
+    const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->shape[0] - 1 : args.x->shape[0];
+    return {sequences, args.x->shape[1], like ? like->shape[2] : args.weight->shape[1] - 1};
+  }
+};
+
+nb::object conv_forward(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle initial_state,
+                        nb::handle cu_seqlens, nb::object out, bool return_state, const nb::tuple& options) {
+  ConvCall c(std::move(lib), LC_FORWARD, x, weight, bias, options);
+  c.initial_state.read(c.lib, "initial_state", initial_state, false);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.y.write(c.lib, "out", out);
+  c.check_structure();
+  if (out.is_none()) {
+    out = c.like_x(x);
+    c.y.write(c.lib, "out", out);
+  }
+  nb::object state;
+  if (return_state) {
+    state = c.lib.empty(c.state_shape(c.args.initial_state), initial_state.is_none() ? x : initial_state);
+    c.final_state.write(c.lib, "final_state", state);
+  }
+  c.run();
+  out = c.lib.result(out);
+  return return_state ? nb::object(nb::make_tuple(out, c.lib.result(state))) : out;
+}
+
+// Refuses what a forward pass refuses, or a step where `state` is given. Values are not checked.
+void conv_check(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle initial_state,
+                nb::handle cu_seqlens, nb::handle state, nb::handle state_indices, const nb::tuple& options) {
+  ConvCall c(std::move(lib), state.is_none() ? LC_FORWARD : LC_DECODE, x, weight, bias, options);
+  c.initial_state.read(c.lib, "initial_state", initial_state, false);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.final_state.write(c.lib, "state", state);
+  c.state_indices.read(c.lib, "state_indices", state_indices);
+  if (!state.is_none()) c.x.insert_token(2);
+  c.check_structure();
+}
+
+// wants: d_x, d_weight, d_bias, d_initial_state. An unwanted gradient is None in the result.
+nb::tuple conv_backward(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle initial_state,
+                        nb::handle cu_seqlens, nb::handle d_y, nb::handle d_final_state, std::array<bool, 4> wants,
+                        const nb::tuple& options) {
+  ConvCall c(std::move(lib), LC_FORWARD, x, weight, bias, options);
+  c.initial_state.read(c.lib, "initial_state", initial_state, false);
+  c.cu_seqlens.read(c.lib, "cu_seqlens", cu_seqlens);
+  c.check_structure();  // as a forward pass, whose shapes the gradients have
+
+  c.args.op = LC_BACKWARD;
+  c.d_y.read(c.lib, "d_y", d_y, false);
+  c.d_final_state.read(c.lib, "d_final_state", d_final_state, false);
+  const nb::handle state = !initial_state.is_none() ? initial_state : !d_final_state.is_none() ? d_final_state : x;
+  nb::object made[4];
+  if (wants[0]) made[0] = c.like_x(x);
+  if (wants[1]) made[1] = c.lib.empty(shape_of(*c.args.weight), weight);
+  if (wants[2]) made[2] = c.lib.empty({c.args.x->shape[1]}, bias.is_none() ? weight : bias);
+  if (wants[3]) {
+    const lc_tensor* like = c.args.initial_state ? c.args.initial_state : c.d_final_state.tensor();
+    made[3] = c.lib.empty(c.state_shape(like), state);
+  }
+  Argument* const gradients[] = {&c.d_x, &c.d_weight, &c.d_bias, &c.d_initial_state};
+  const char* const names[] = {"d_x", "d_weight", "d_bias", "d_initial_state"};
+  for (int i = 0; i < 4; ++i)
+    if (wants[i]) gradients[i]->write(c.lib, names[i], made[i]);
+  c.run();
+  nb::object results[4];
+  for (int i = 0; i < 4; ++i) results[i] = wants[i] ? c.lib.result(made[i]) : nb::none();
+  return nb::make_tuple(results[0], results[1], results[2], results[3]);
+}
+
+nb::object conv_step(nb::object lib, nb::handle x, nb::handle weight, nb::handle bias, nb::handle state,
+                     nb::handle state_indices, nb::object out, const nb::tuple& options) {
+  ConvCall c(std::move(lib), LC_DECODE, x, weight, bias, options);
+  c.final_state.write(c.lib, "state", state);
+  c.state_indices.read(c.lib, "state_indices", state_indices);
+  c.y.write(c.lib, "out", out);
+  const bool one_token = c.x.get().ndim == 2;
+  if (one_token)
+    for (Argument* a : {&c.x, &c.y}) a->insert_token(2);
+  c.check_structure();
+  if (out.is_none()) {
+    const Shape shape = shape_of(*c.args.x);
+    out = one_token ? c.lib.empty({shape[0], shape[1]}, x) : c.like_x(x);
+    c.y.write(c.lib, "out", out);
+    if (one_token) c.y.insert_token(2);
+  }
+  c.run();
+  return c.lib.result(out);
+}
+
 void set_tuning(std::optional<std::string> text) { check(lc_set_tuning(text ? text->c_str() : nullptr)); }
 
 // An array of another dtype on the memory of `array`. It keeps `owner` alive.
@@ -772,6 +932,15 @@ NB_MODULE(_core, m) {
         "cu_seqlens"_a.none(), "return_state"_a, "options"_a);
   m.def("cost", &cost, "shape"_a, "dtype_code"_a, "dtype_bits"_a, "per_token"_a, "initial_state"_a, "final_state"_a,
         "cuda"_a, "options"_a);
+  m.def("conv_forward", &conv_forward, "lib"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "out"_a.none(), "return_state"_a, "options"_a);
+  m.def("conv_check", &conv_check, "lib"_a, "x"_a, "weight"_a, "bias"_a.none(), "initial_state"_a.none(),
+        "cu_seqlens"_a.none(), "state"_a.none(), "state_indices"_a.none(), "options"_a);
+  m.def("conv_backward", &conv_backward, "lib"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "initial_state"_a.none(), "cu_seqlens"_a.none(), "d_y"_a.none(), "d_final_state"_a.none(), "wants"_a,
+        "options"_a);
+  m.def("conv_step", &conv_step, "lib"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(), "state"_a.none(),
+        "state_indices"_a.none(), "out"_a.none(), "options"_a);
   m.def("set_tuning", &set_tuning, "text"_a.none());
   m.def("as_bfloat16", &as_bfloat16, "bits"_a);
   m.def("owned", &owned, "array"_a, "owner"_a);

@@ -144,6 +144,8 @@ def main(arguments, console):
     sys.stdout.write(options.prompt)
     text, rates = run(ByState(model), min(options.show, options.bytes))
     columns = {"by state": rates}
+    if options.quadratic and model.config["model"] != "attention":
+        sys.exit(f"--quadratic: expected a model of attention, got one of {model.config['model']}")
     if options.quadratic:
         console.print("again, by the keys and values of all bytes before:")
         other, columns["by all bytes"] = run(ByCache(model, prompt.shape[1] + options.bytes), 0)

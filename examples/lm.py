@@ -1,4 +1,4 @@
-"""A language model of bytes on decayed linear attention.
+"""A language model of bytes on decayed linear attention or on Mamba-2.
 
 examples/train_lm.py and examples/generate.py use it.
 """
@@ -12,17 +12,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from leetcore.torch.nn import GatedLinearAttention, State
+from leetcore.torch.nn import GatedLinearAttention, Mamba2
 from torch import nn
 
 
-class Block(nn.Module):
-    """Attention and two linear maps with a nonlinearity, each added to its normalised input."""
+def mixer(model, dim, heads):
+    """The layer in which tokens see earlier ones."""
+    if model == "attention":
+        return GatedLinearAttention(dim, heads, key_dim=32)
+    if 2 * dim % heads:
+        raise ValueError(f"expected a number of heads that divides {2 * dim}, got {heads}")
+    return Mamba2(dim, d_state=32, headdim=2 * dim // heads)
 
-    def __init__(self, dim, heads):
+
+class Block(nn.Module):
+    """A mixer and two linear maps with a nonlinearity, each added to its normalised input."""
+
+    def __init__(self, dim, heads, model):
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.attention = GatedLinearAttention(dim, heads, key_dim=32)
+        self.attention = mixer(model, dim, heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, attend):
@@ -33,11 +42,11 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Logits of the next byte. One state of fixed size per layer holds the earlier bytes."""
 
-    def __init__(self, dim=192, heads=4, layers=4):
+    def __init__(self, dim=192, heads=4, layers=4, model="attention"):
         super().__init__()
-        self.config = {"dim": dim, "heads": heads, "layers": layers}
+        self.config = {"dim": dim, "heads": heads, "layers": layers, "model": model}
         self.embedding = nn.Embedding(256, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, model) for _ in range(layers))
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, 256, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -60,7 +69,7 @@ class LanguageModel(nn.Module):
             x = block(x, lambda attention, x, state=state: attention.step(x, state))
         return self.head(self.norm(x))
 
-    def new_states(self, batch_size) -> list[State]:
+    def new_states(self, batch_size):
         return [block.attention.new_state(batch_size) for block in self.blocks]
 
 
@@ -81,9 +90,9 @@ def read(path=None):
     return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
 
 
-def build(dim, heads, layers):
+def build(dim, heads, layers, model):
     try:
-        return LanguageModel(dim, heads, layers)
+        return LanguageModel(dim, heads, layers, model)
     except ValueError as error:
         sys.exit(f"a model of dim {dim}, {heads} heads, {layers} layers: {error}")
 

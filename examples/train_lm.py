@@ -1,6 +1,7 @@
 """Trains a language model of bytes, 1.9 million parameters, in minutes on two CPU cores.
 
-python examples/train_lm.py [FILE] [--run FOLDER] [--steps N] [--minutes M] [--resume]
+python examples/train_lm.py [FILE] [--model attention|mamba2] [--run FOLDER] [--steps N]
+[--minutes M] [--resume]
 
 FILE is any text; without it, the language reference that ships with Python. The loss is in bits per
 byte, held against what counting bytes and pairs of bytes gives. Ctrl-C leaves a checkpoint to go on
@@ -67,7 +68,7 @@ def train(options, console):
     baselines = count_models(training, validation)
 
     torch.manual_seed(0)
-    model = build(options.dim, options.heads, options.layers)
+    model = build(options.dim, options.heads, options.layers, options.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.01)
     start, losses, validated = 0, [], []
     checkpoint = options.run / "checkpoint.pt"
@@ -144,6 +145,7 @@ def train(options, console):
 def options_of(arguments):
     made = parser("Trains a language model of bytes.")
     made.add_argument("file", nargs="?", help="a text; default: Python's language reference")
+    made.add_argument("--model", choices=("attention", "mamba2"), default="attention", help="the kind of layer")
     made.add_argument("--steps", type=positive(int), default=600)
     made.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, with a checkpoint")
     made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")

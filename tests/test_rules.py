@@ -68,9 +68,10 @@ def test_the_extension_uses_the_c_abi_only():
 
 
 def test_one_place_refuses_arguments():
-    """check.cpp refuses arguments, with the words of checker.h, methods.cpp names of methods,
-    api.cpp its own null pointers, and tuning.cpp the text of a table."""
-    allowed = {"cpp/check.cpp", "cpp/checker.h", "cpp/methods.cpp", "cpp/api.cpp", "cpp/tuning.cpp"}
+    """check.cpp and check_conv.cpp refuse arguments, with the words of checker.h, methods.cpp names
+    of methods, api.cpp its own null pointers, and tuning.cpp the text of a table."""
+    checks = {"cpp/check.cpp", "cpp/check_conv.cpp", "cpp/checker.h"}
+    allowed = checks | {"cpp/methods.cpp", "cpp/api.cpp", "cpp/tuning.cpp"}
     assert set(found(r"fail\(\s*LC_(INVALID|DTYPE)", LIBRARY)) <= allowed
 
 
@@ -99,7 +100,9 @@ def test_every_kernel_is_explained():
 
 
 def test_every_folder_has_a_row():
-    assert {p.name for p in (CPP / "kernels").iterdir()} == {name for _, name in ROWS}
+    """The convolution is no method of the operator, and has an entry in the table of isa.cpp."""
+    assert "conv" in code(CPP / "cpu/isa.cpp")
+    assert {p.name for p in (CPP / "kernels").iterdir()} == {name for _, name in ROWS} | {"conv"}
 
 
 @pytest.mark.parametrize("path", [p for p in KERNELS if p.suffix in {".cpp", ".cu", ".cuh"}], ids=relative)

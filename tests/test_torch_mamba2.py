@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import normal
-from leetcore.torch import mamba2, ssd, ssd_step
+from leetcore.torch import mamba2, mamba2_composed, ssd, ssd_step
+from leetcore.torch.inputs import SsdBackwardInputs, SsdInputs, SsdStepInputs
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,20 +162,14 @@ def test_forward_mode_is_refused():
 # ---- the composition that GPUs use
 
 
-@pytest.fixture
-def composed(monkeypatch):
-    monkeypatch.setattr(mamba2, "forward", mamba2.composed_forward)
-    monkeypatch.setattr(mamba2, "_core_backward", mamba2.composed_backward)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [0, 3])
-def test_the_composition_has_the_same_results(form, packed, composed):
+def test_the_composition_has_the_same_results(form, packed):
     sizes = {"B": 1 if packed else 2, "N": 70, "packed": packed}
     options = FORMS[form] | ({"cu_seqlens": torch.tensor([0, 5, 5, 70])} if packed else {})
     given = problem(**sizes)
     kernel = {"dt_limit": (0.0, INF)} | options
-    inputs = mamba2.SsdInputs(
+    forward = SsdInputs(
         *given.values(),
         options.get("cu_seqlens"),
         kernel.get("dt_softplus", False),
@@ -183,17 +178,14 @@ def test_the_composition_has_the_same_results(form, packed, composed):
         True,
     )
     with torch.no_grad():
-        for got, want in zip(mamba2.composed_forward(inputs), ssd(**given, return_state=True, **options), strict=True):
+        for got, want in zip(mamba2_composed.forward(forward), ssd(**given, return_state=True, **options), strict=True):
             assert relative(got, want) <= 1e-13
-    known = inputs._asdict() | {"d_y": torch.randn_like(given["x"]), "d_final_state": given["initial_state"].detach()}
-    backward = mamba2.SsdBackwardInputs(
-        **{name: known[name] for name in mamba2.SsdBackwardInputs._fields if name in known}, wants=[True] * 9
+    known = forward._asdict() | {"d_y": torch.randn_like(given["x"]), "d_final_state": given["initial_state"].detach()}
+    backward = SsdBackwardInputs(
+        **{name: known[name] for name in SsdBackwardInputs._fields if name in known}, wants=[True] * 9
     )
     with torch.no_grad():
-        got = mamba2.backward(backward)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.undo()
-        want = torch.ops.leetcore.ssd_backward.default(*backward)
+        got, want = mamba2.composed_backward(backward), torch.ops.leetcore.ssd_backward.default(*backward)
     for name, a, b in zip(given, got, want, strict=True):
         assert a.shape == b.shape and relative(a, b) <= 1e-12, name
 
@@ -209,7 +201,7 @@ def test_the_composed_step_has_the_same_results(slots, state_dtype):
     indices = None if slots is None else torch.tensor(slots)
     want = ssd_step(**one, state=states[0], state_indices=indices, dt_softplus=True)
     named = one | {"state": states[1], "state_indices": indices, "dt_softplus": True}
-    got = mamba2.composed_step(mamba2.SsdStepInputs(**named))
+    got = mamba2_composed.step(SsdStepInputs(**named))
     assert relative(got, want) <= 1e-6
     assert relative(states[1], states[0]) <= (1e-6 if state_dtype is torch.float32 else 1e-2)
 

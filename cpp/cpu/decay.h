@@ -43,7 +43,7 @@ class ChunkDecay {
         measured_(arena.take<T>(p.dt ? padded<T>(chunk) : 0)) {}
 
   // Call this before the chunks of state head hs of sequence s. Tokens whose length is below
-  // least_weight are hidden: out is 0 for them, and mask and measured() have least_weight in place of
+  // least_weight are hidden: out is 0 for them. mask and measured() have least_weight in place of
   // their length, so that a caller can divide by it.
   void begin_head(const Problem& p, const Sequence& s, int64_t hs, T least_weight = 0) {
     p_ = &p;

@@ -11,6 +11,7 @@ namespace lc {
 #define ISA(name, needs, flags) \
   namespace name {              \
   extern const Methods table;   \
+  extern const Conv conv;       \
   }
 #include "isas.def"
 #undef ISA
@@ -18,7 +19,7 @@ namespace lc {
 namespace {
 
 #define HAS(feature) __builtin_cpu_supports(#feature)
-#define ISA(name, needs, flags) {#name, [] { return bool(needs); }, &name::table},
+#define ISA(name, needs, flags) {#name, [] { return bool(needs); }, &name::table, &name::conv},
 const Isa kIsas[] = {
 #include "isas.def"
 };

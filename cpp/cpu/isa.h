@@ -1,6 +1,7 @@
 // isa.h - the instruction sets of this build (isas.def) and the one that the CPU methods use. The
 // methods are compiled once per set, each time into the namespace of the set's name.
 #pragma once
+#include "../conv.h"
 #include "../methods.h"
 
 namespace lc {
@@ -9,6 +10,7 @@ struct Isa {
   const char* name;
   bool (*runs_here)();   // whether this machine's processor has the set
   const Methods* table;  // the CPU methods, compiled for this set
+  const Conv* conv;      // the causal convolution, compiled for this set
 };
 
 struct Isas {

@@ -144,6 +144,15 @@ LC_INLINE void transpose_steps(Vec<T> (&r)[kLanes<T>], std::integer_sequence<int
 
 }  // namespace detail
 
+// Rounds to a 16-bit format, to nearest even.
+template <class E>
+LC_INLINE Simd<float>::Half narrow(Vec<float> x) {
+  if constexpr (std::is_same_v<E, bf16>)
+    return detail::narrow_bf16(x);
+  else
+    return detail::narrow_f16(x);
+}
+
 // Loads one vector of T from consecutive elements of storage type E, and stores one (rounded to
 // nearest even).
 template <class T, class E>
@@ -164,11 +173,7 @@ LC_INLINE void store(E* p, Vec<T> x) {
   if constexpr (std::is_same_v<T, E>) {
     *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = x;
   } else {
-    typename Simd<T>::Half h;
-    if constexpr (std::is_same_v<E, bf16>)
-      h = detail::narrow_bf16(x);
-    else
-      h = detail::narrow_f16(x);
+    const typename Simd<T>::Half h = narrow<E>(x);
     std::memcpy(p, &h, sizeof h);
   }
 }
@@ -186,6 +191,36 @@ LC_INLINE void store(E* p, Vec<T> x, int n) {
   E part[kLanes<T>];
   store<T>(part, x);
   std::memcpy(p, part, size_t(n) * sizeof(E));
+}
+
+// The same to memory past the caches, where the processor can: for results that are larger than the
+// caches. p is aligned to the bytes that are stored. A worker that has used it calls finish_stores
+// before other threads read the results.
+template <class T, class E>
+LC_INLINE void store_past_caches(E* p, Vec<T> x) {
+#if defined(__AVX512F__) || defined(__F16C__)
+  if constexpr (std::is_same_v<T, E>) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+#endif
+  } else {
+    const typename Simd<T>::Half h = narrow<E>(x);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(h));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(h));
+#endif
+  }
+#else
+  store<T>(p, x);
+#endif
+}
+LC_INLINE void finish_stores() {
+#if defined(__AVX512F__) || defined(__F16C__)
+  _mm_sfence();
+#endif
 }
 
 // 2^x for x <= 0, with an error of about one unit in the last place. The result is exactly 1 at x =

@@ -18,8 +18,8 @@ namespace lc::LC_ISA {
 
 // How a call is divided into tasks. A task is one (sequence, state) pair, or a family of states of
 // the same sequence. Pairs that would leave workers idle at the end are cut into parts of their q
-// heads, and then into pieces of their columns of V. Parts repeat the update of the state and pieces
-// repeat the scores, but tasks never wait for one another.
+// heads, and then into pieces of their columns of V. Parts repeat the update of the state and
+// pieces repeat the scores, but tasks never wait for one another.
 struct Plan {
   int64_t whole;   // pairs that are not cut: the first ones
   int64_t parts;   // of the q heads of each pair that is cut

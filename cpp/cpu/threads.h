@@ -26,8 +26,9 @@ LC_INLINE void run_workers(int wished, F&& body) {
 }
 
 // The number of workers of a call: at most its threads, at most its tasks, and at most what its
-// work pays for.
-LC_INLINE int workers_for(const Problem& p, int64_t tasks, double flop) {
+// work pays for. P is Problem, or another struct with its fields `threads` and `interrupt`.
+template <class P>
+LC_INLINE int workers_for(const P& p, int64_t tasks, double flop) {
   const double paid = flop / kFlopPerWorker;
   const double most = paid < double(tasks) ? paid : double(tasks);
   return most >= p.threads ? p.threads : most > 1 ? int(most) : 1;
@@ -37,7 +38,8 @@ LC_INLINE int workers_for(const Problem& p, int64_t tasks, double flop) {
 // begun.
 class Tasks {
  public:
-  explicit Tasks(const Problem& p) : interrupt_(p.interrupt) {}
+  template <class P>
+  explicit Tasks(const P& p) : interrupt_(p.interrupt) {}
 
   // Calls f(task) once for each task 0 ... count - 1, on one of the workers that call this
   // function. A worker first takes the tasks of its own share, which is the same in every call: its

@@ -24,6 +24,7 @@ from .api import (
     set_num_threads,
 )
 from .choice import Candidate, Candidates, candidates, explain
+from .conv import ConvGradients, causal_conv1d, causal_conv1d_backward, causal_conv1d_step
 from .mamba2 import ssd, ssd_step
 from .methods import Cost, Method, cost, methods, register_method, unregister_method
 
@@ -32,11 +33,15 @@ __version__ = _core.version
 __all__ = [
     "Candidate",
     "Candidates",
+    "ConvGradients",
     "Cost",
     "Gradients",
     "Method",
     "build_info",
     "candidates",
+    "causal_conv1d",
+    "causal_conv1d_backward",
+    "causal_conv1d_step",
     "cost",
     "decay",
     "decode_step",

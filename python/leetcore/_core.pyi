@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .options import Options
+from .options import ConvOptions, Options
 
 version: str
 
@@ -102,6 +102,43 @@ def cost(
     cuda: bool,
     options: Options,
 ) -> tuple[str, float, float, float, int, float, float]: ...
+def conv_forward(
+    lib: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    out: Any,
+    return_state: bool,
+    options: ConvOptions,
+) -> Any: ...
+def conv_check(
+    lib: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    state: Any,
+    state_indices: Any,
+    options: ConvOptions,
+) -> None: ...
+def conv_backward(
+    lib: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    initial_state: Any,
+    cu_seqlens: Any,
+    d_y: Any,
+    d_final_state: Any,
+    wants: tuple[bool, bool, bool, bool],
+    options: ConvOptions,
+) -> tuple[Any, Any, Any, Any]: ...
+def conv_step(
+    lib: Any, x: Any, weight: Any, bias: Any, state: Any, state_indices: Any, out: Any, options: ConvOptions
+) -> Any: ...
 def set_tuning(text: str | None) -> None: ...
 def as_bfloat16(bits: Any) -> Any: ...
 def owned(array: Any, owner: Any) -> Any: ...

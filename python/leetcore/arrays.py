@@ -63,6 +63,9 @@ class Place(Protocol):
         float_bits: 32 or 64 for float32 or float64; 0 for the dtype of `like`.
         """
 
+    def swapped(self, array: Array) -> Array:
+        """A view of an array from `empty`, with its last two axes swapped."""
+
     def result(self, array: Array) -> Array:
         """An array from `empty`, after it was written, as an array of the caller's library."""
 
@@ -107,6 +110,9 @@ class NumPy:
 
     def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
         return np.empty(shape, np.float64 if float_bits == 64 else np.float32 if float_bits else like.dtype)
+
+    def swapped(self, array: Array) -> Array:
+        return array.swapaxes(-1, -2)
 
     def result(self, array: Array) -> Array:
         return array
@@ -198,6 +204,9 @@ class Torch:
 
         dtype = torch.float64 if float_bits == 64 else torch.float32 if float_bits else like.dtype
         return torch.empty(shape, dtype=dtype, device=like.device)
+
+    def swapped(self, array: Array) -> Array:
+        return array.transpose(-1, -2)
 
     def result(self, array: Array) -> Array:
         return array
@@ -323,6 +332,9 @@ class OnGpu:
     def empty(self, shape: tuple[int, ...], like: Array, float_bits: int) -> Array:
         dtype = getattr(self._functions, f"float{float_bits}") if float_bits else like.dtype
         return self._functions.empty(shape, dtype=dtype, device=self._device)
+
+    def swapped(self, array: Array) -> Array:
+        return self._functions.swapaxes(array, -1, -2)
 
     def result(self, array: Array) -> Array:
         return array

@@ -10,6 +10,7 @@ from .arrays import threads_of_framework
 
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["ieee", "tf32"]
+Activation = Literal["silu", "swish"]
 
 
 class Options(NamedTuple):
@@ -26,6 +27,19 @@ class Options(NamedTuple):
     dt_softplus: bool = False
     dt_min: float = 0.0
     dt_max: float = 0.0  # 0 is infinity
+
+
+class ConvOptions(NamedTuple):
+    """The options of a convolution as the extension module takes them, in the same order."""
+
+    silu: bool
+    stream: int
+    threads: int
+
+
+def conv_options(activation: str | None, stream: int = 0) -> ConvOptions:
+    """Validated options of a convolution. Raises ValueError for an unknown activation."""
+    return ConvOptions(is_silu(activation), stream, threads_of_framework())
 
 
 def options(
@@ -88,3 +102,12 @@ def allows_tf32(precision: str | None) -> bool:
     if precision == "tf32":
         return True
     raise ValueError(f"precision: expected None, 'ieee' or 'tf32', got {precision!r}")
+
+
+def is_silu(activation: str | None) -> bool:
+    """Whether outputs go through silu. Raises ValueError for an unknown activation."""
+    if activation is None:
+        return False
+    if activation in ("silu", "swish"):
+        return True
+    raise ValueError(f"activation: expected None, 'silu' or 'swish' (another name of silu), got {activation!r}")

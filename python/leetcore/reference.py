@@ -1,6 +1,8 @@
-"""The operator by its definition, in float64. Tests, checks and benchmarks compare results with it.
+"""The operator and the convolution by their definitions, in float64. Tests, checks and benchmarks
+compare results with them.
 
 S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+u_t = bias + sum_i weight_i x_{t-W+1+i}   y_t = u_t or silu(u_t)
 """
 
 from __future__ import annotations
@@ -220,6 +222,121 @@ def ssd(
         z = np.asarray(z).astype(np.float64)
         y = y * z / (1 + np.exp(-z))
     return y, state.swapaxes(2, 3)
+
+
+def causal_conv1d(
+    x: Array,
+    weight: Array,
+    bias: Array = None,
+    *,
+    activation: str | None = None,
+    initial_state: Array = None,
+    cu_seqlens: Array = None,
+) -> tuple[Array, Array]:
+    """The causal convolution, in float64, with the arguments of `leetcore.causal_conv1d`.
+
+    Returns:
+        (y, final_state), float64.
+    """
+    x, weight = (np.asarray(a).astype(np.float64) for a in (x, weight))
+    bounds = (0, x.shape[2]) if cu_seqlens is None else cu_seqlens
+    L = weight.shape[1] - 1 if initial_state is None else initial_state.shape[2]
+    y, states = np.zeros_like(x), [np.zeros((0, x.shape[1], L))]
+    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
+        first = initial_state if cu_seqlens is None or initial_state is None else initial_state[s : s + 1]
+        inputs = _with_state(x[:, :, start:end], weight, first)
+        y[:, :, start:end] = _taps(inputs, weight, end - start)
+        states.append(inputs[:, :, inputs.shape[2] - L :])
+    y += 0 if bias is None else np.asarray(bias).astype(np.float64)[:, None]
+    return (y * _sigmoid(y) if activation else y), np.concatenate(states)
+
+
+def causal_conv1d_gradients(
+    x: Array,
+    weight: Array,
+    bias: Array = None,
+    *,
+    d_y: Array = None,
+    d_final_state: Array = None,
+    activation: str | None = None,
+    initial_state: Array = None,
+    cu_seqlens: Array = None,
+) -> dict[str, Array]:
+    """Gradients in float64 of sum(y * d_y) + sum(final_state * d_final_state), by name.
+
+    d_initial_state has the length L of initial_state or d_final_state, or W - 1.
+    """
+    x, weight = (np.asarray(a).astype(np.float64) for a in (x, weight))
+    D, W = weight.shape
+    d_u = np.zeros_like(x) if d_y is None else np.asarray(d_y).astype(np.float64)
+    if activation:
+        u, _ = causal_conv1d(x, weight, bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        s = _sigmoid(u)
+        d_u = d_u * s * (1 + u * (1 - s))
+    bounds = (0, x.shape[2]) if cu_seqlens is None else cu_seqlens
+    known = next((a for a in (initial_state, d_final_state) if a is not None), None)
+    L = W - 1 if known is None else known.shape[2]
+    d_x, d_weight, d_states = np.zeros_like(x), np.zeros_like(weight), [np.zeros((0, D, L))]
+    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
+        rows = slice(None) if cu_seqlens is None else slice(s, s + 1)
+        first = np.zeros((len(x), D, L)) if initial_state is None else initial_state[rows]
+        inputs = _with_state(x[:, :, start:end], weight, first)
+        d_inputs, part = np.zeros_like(inputs), d_u[:, :, start:end]
+        for i in range(W):
+            at = slice(L - W + 1 + i, L - W + 1 + i + end - start)
+            d_inputs[:, :, at] += weight[:, i, None] * part
+            d_weight[:, i] += (part * inputs[:, :, at]).sum((0, 2))
+        if d_final_state is not None:
+            d_inputs[:, :, end - start :] += d_final_state[rows]
+        d_x[:, :, start:end] = d_inputs[:, :, L:]
+        d_states.append(d_inputs[:, :, :L])
+    sums = {"d_weight": d_weight, "d_bias": d_u.sum((0, 2))}
+    return {"d_x": d_x, **sums, "d_initial_state": np.concatenate(d_states)}
+
+
+def causal_conv1d_step(
+    x: Array,
+    weight: Array,
+    state: Array,
+    bias: Array = None,
+    *,
+    activation: str | None = None,
+    state_indices: Array = None,
+) -> tuple[Array, Array]:
+    """One step, in float64, with the arguments of `leetcore.causal_conv1d_step`.
+
+    Returns:
+        (y, the whole pool of states after the step), float64. `state` itself is not changed.
+    """
+    x, state = (np.asarray(a).astype(np.float64) for a in (x, state))
+    if one_token := x.ndim == 2:
+        x = x[:, :, None]
+    slots = np.arange(len(x)) if state_indices is None else np.asarray(state_indices)
+    live = slots >= 0
+    y = np.zeros_like(x)
+    y[live], state[slots[live]] = causal_conv1d(
+        x[live], weight, bias, activation=activation, initial_state=state[slots[live]]
+    )
+    return (y[:, :, 0] if one_token else y), state
+
+
+def _with_state(x: Array, weight: Array, state: Array) -> Array:
+    """The initial state, or zeros, followed by x."""
+    if state is None:
+        state = np.zeros((*x.shape[:2], weight.shape[1] - 1))
+    return np.concatenate([np.asarray(state).astype(np.float64), x], axis=2)
+
+
+def _taps(inputs: Array, weight: Array, N: int) -> Array:
+    """The sums over the taps for the last N inputs."""
+    W = weight.shape[1]
+    begin = inputs.shape[2] - N - W + 1
+    return sum(weight[:, i, None] * inputs[:, :, begin + i : begin + i + N] for i in range(W))
+
+
+def _sigmoid(u: Array) -> Array:
+    e = np.exp(-np.abs(u))
+    return np.where(u < 0, e, 1) / (1 + e)
 
 
 def error(got: Array, want: Array) -> float:

@@ -239,8 +239,10 @@ struct Answer {
   std::vector<double> o_size, state_size;  // the same sums over absolute values: the scale of errors
 };
 
-// S_t = exp(d_t g_t) S_{t-1} + d_t k_t v_t^T, o_t = (scale q_t^T S_t + skip v_t) silu(gate_t), token
-// by token in double, for any valid lc_args. d_t is 1 without dt. It must run before the call, which may overwrite the states that it reads.
+// S_t = exp(d_t g_t) S_{t-1} + d_t k_t v_t^T,   o_t = (scale q_t^T S_t + skip v_t) silu(gate_t)
+//
+// It is computed token by token in double, for any valid lc_args. d_t is 1 without dt. It must run
+// before the call, which may overwrite the states that it reads.
 inline Answer reference(const lc_args& a) {
   const Inputs in{a};
   const int64_t N = in.N, K = in.K, V = in.V, Hs = in.Hs, H = in.H;

@@ -1,6 +1,7 @@
 // fuzz_test.cpp - random calls, most of them valid calls with a few random changes. No call may
 // crash. Each one returns a listed status. A refusal names an argument and writes nothing. An
-// accepted call agrees with the definition.
+// accepted call agrees with the definition. One file: the random calls and their checks are one
+// program.
 //
 // LEETCORE_FUZZ_SECONDS (2) and LEETCORE_FUZZ_SEED (1) set the length and the seed.
 //

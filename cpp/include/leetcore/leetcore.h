@@ -242,6 +242,67 @@ LC_API const lc_method_info* lc_method(int index); /* in the order of the table;
  * token_lengths (dt), skip, gate, transposed_states (states whose key dimension is contiguous). */
 LC_API const char* lc_method_serves(int index);
 
+/* ---- the causal convolution ------------------------------------------------------------------
+ *
+ *     u_t = bias + sum_{i < W} weight_i x_{t-W+1+i}        for each of D channels
+ *     y_t = u_t, or u_t / (1 + exp(-u_t)) with LC_CONV_SILU
+ *
+ * The last L inputs before token 0 are initial_state; inputs before them are 0. The last L inputs,
+ * of initial_state followed by x, are final_state. */
+
+/* lc_conv_args.flags */
+enum { LC_CONV_SILU = 1 /* y = silu(u) */ };
+
+/* The arguments of a convolution, filled like lc_args. Sizes: B sequences of N tokens, D channels,
+ * 2 <= W <= 8, L >= W - 1. Any strides are allowed. Calls are fast where the tokens or the channels
+ * of x, y and their gradients are contiguous.
+ *
+ * Dtypes: x and y have the same dtype, float64, float32, float16 or bfloat16. weight, bias and
+ * states each have the dtype of x or float32; with float64 inputs they are float64. All states of a
+ * call have one dtype and one L. Sums are in float32, or in float64 for float64.
+ *
+ * LC_BACKWARD reads the inputs of LC_FORWARD and the gradients of its outputs, d_y and
+ * d_final_state (NULL means zeros; one of them is given). It writes those of d_x, d_weight, d_bias
+ * and d_initial_state that are not NULL; y and final_state must be NULL. A gradient has the shape,
+ * the dtype and the rules of the tensor in its name. */
+typedef struct lc_conv_args {
+  uint32_t struct_size;             /* sizeof(lc_conv_args) */
+  int32_t op;                       /* lc_op: LC_DECODE continues sequences by N <= 64 tokens, in a pool of states */
+  uint32_t flags;                   /* LC_CONV_SILU or 0 */
+  uint32_t reserved;                /* 0 */
+  const lc_tensor* x;               /* [B, D, N] */
+  const lc_tensor* weight;          /* [D, W] */
+  const lc_tensor* bias;            /* [D]. Absent: zeros */
+  const lc_tensor* initial_state;   /* not LC_DECODE: [B, D, L] ([S, D, L] with cu_seqlens). Absent: zeros */
+  const lc_tensor* state_indices;   /* LC_DECODE: as in lc_args; the rows of y of a skipped sequence become 0 */
+  const lc_tensor* cu_seqlens;      /* not LC_DECODE: as in lc_args */
+  const lc_tensor* y;               /* [B, D, N], written; not LC_BACKWARD */
+  const lc_tensor* final_state;     /* LC_FORWARD: [B, D, L] ([S, ...] with cu_seqlens), written; may be initial_state.
+                                     LC_DECODE: the pool [slots, D, L], read and updated in place */
+  const lc_tensor* d_y;             /* LC_BACKWARD: [B, D, N], read */
+  const lc_tensor* d_final_state;   /* [B, D, L] ([S, ...] with cu_seqlens), read */
+  const lc_tensor* d_x;             /* [B, D, N], written like the gradients that follow */
+  const lc_tensor* d_weight;        /* [D, W] */
+  const lc_tensor* d_bias;          /* [D]; bias may be absent, d_bias then has the dtype of weight */
+  const lc_tensor* d_initial_state; /* [B, D, L]; initial_state may be absent */
+  void* workspace;                  /* from here on, the members are those of lc_args */
+  size_t workspace_bytes;
+  void* stream;
+  int32_t num_threads;
+  int (*interrupt)(void* context);
+  void* interrupt_context;
+} lc_conv_args;
+
+/* Runs the convolution on the CPU. Tensors on a GPU are LC_UNSUPPORTED. */
+LC_API lc_status lc_conv_run(const lc_conv_args* args);
+
+/* Writes the scratch that lc_conv_run needs, in bytes, as lc_workspace does: it reads no tensor's
+ * values, and y may be absent. It accepts tensors on a GPU, so that a caller with kernels of its
+ * own there can validate a call; the scratch is then 0. */
+LC_API lc_status lc_conv_workspace(const lc_conv_args* args, size_t* bytes);
+
+/* ---- errors, facts and threads --------------------------------------------------------------- */
+
 /* The sentence of the last failing call of this thread; "" if no call failed. It is valid until the
  * next failing call. */
 LC_API const char* lc_last_error(void);

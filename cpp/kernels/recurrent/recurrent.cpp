@@ -8,8 +8,6 @@
 //   B (H 2KV + Hs 3KV) flop per token; scratch per worker K V + T (K+V) (G+1) numbers, T <= 64
 //   tokens, G = H / Hs
 //   tasks: (sequence, state) pairs; if those are few, pieces of their columns of V
-//   A state of a decode call whose keys are contiguous is updated row by row of V instead, four rows
-//   at a time through all tokens: S_vt = 2^L_t S_v + k_t v_t, o_vt = S_vt.q_t.
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #include <cmath>
 
@@ -109,7 +107,8 @@ LC_INLINE void update_columns(Matrix<T> S, const RowPass<T>& a, int64_t r0, int6
     for (; c < end; ++c) update_rows<T, kTokens, kHeads, 1, kUpdate>(S, a, r0, rows, c * kLanes<T>);
 }
 
-// Values of a transposed state that are updated together.
+// In a decode call, a state whose keys are contiguous is updated row by row of V instead of row by
+// row of K: S_vt = 2^L_t S_v + k_t v_t, o_vt = S_vt.q_t. kRows rows go through all tokens together.
 constexpr int kRows = 4;
 
 // Updates kCount values of a transposed state by one token, and adds their products with q. Rows of

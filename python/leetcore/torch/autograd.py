@@ -77,24 +77,24 @@ def differentiated(passes: Any, operator: Any, inputs: tuple[Any, ...]) -> Any:
     """Runs an operator. If a gradient is asked for, it runs as the two `passes` of a
     torch.autograd.Function, whose attribute `inputs` is the NamedTuple of the operator.
     """
-    if not _is_differentiated(inputs):
-        return _run(operator, inputs)
-    return _apply(passes, passes.inputs(*inputs))
+    if not is_differentiated(inputs):
+        return run(operator, inputs)
+    return apply(passes, passes.inputs(*inputs))
 
 
 def in_place(name: str, other: str, operator: Any, state: Tensor, inputs: tuple[Any, ...]) -> Any:
     """Runs an operator that updates a state. `other` is the function that has gradients."""
-    if _is_differentiated(inputs):
+    if is_differentiated(inputs):
         raise NotImplementedError(
             f"{name} has no gradient, as it updates the state in place; expected tensors that do not require one, or "
             f"torch.no_grad(); {other} with initial_state computes gradients"
         )
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
-    return _run(operator, inputs)
+    return run(operator, inputs)
 
 
-def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
+def is_differentiated(inputs: tuple[Any, ...]) -> bool:
     """Whether a gradient is asked for. Raises if an input has a tangent, which would be lost."""
     if _forward_mode_is_on() and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
@@ -110,7 +110,7 @@ def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
     return False
 
 
-def _run(operator: Any, inputs: tuple[Any, ...]) -> Any:
+def run(operator: Any, inputs: tuple[Any, ...]) -> Any:
     with _below_autograd():
         return operator(*inputs)
 
@@ -154,7 +154,7 @@ class _Backward:
         )
 
 
-def _apply(passes: type, inputs: tuple[Any, ...]) -> Any:
+def apply(passes: type, inputs: tuple[Any, ...]) -> Any:
     """Runs the two passes as a torch.autograd.Function.
 
     torch.func's transforms call a kernel once per level.
@@ -181,6 +181,6 @@ def run_in_function(operator: Any, inputs: tuple[Any, ...]) -> Any:
     The derivatives of outer levels are turned on again for the operator.
     """
     if not _transforms_are_active():
-        return _run(operator, inputs)
+        return run(operator, inputs)
     with torch.enable_grad(), _set_fwd_grad_enabled(True):
-        return _run(operator, inputs)
+        return run(operator, inputs)

@@ -137,15 +137,28 @@ class SsdStepInputs(NamedTuple):
     dt_max: float = 0.0
 
 
-def stand_in(tensors: dict[str, Any], numbers: tuple[str, ...]) -> bool:
+class SsdGradients(NamedTuple):
+    """Gradients by the differentiable inputs of ssd, in the order of SsdInputs."""
+
+    d_x: Any
+    d_dt: Any
+    d_A: Any
+    d_B: Any
+    d_C: Any
+    d_D: Any
+    d_z: Any
+    d_dt_bias: Any
+    d_initial_state: Any
+
+
+def stand_in(**tensors: Any) -> bool:
     """Whether an argument stands in for a tensor, as torch.fx's proxies do.
 
-    The arguments named in `numbers` may be numbers. Raises TypeError for an object that is neither
-    a tensor nor a stand-in.
+    Decays may be numbers. Raises TypeError for an object that is neither a tensor nor a stand-in.
     """
     found = False
     for name, value in tensors.items():
-        if value is None or isinstance(value, Tensor) or (name in numbers and is_number(value)):
+        if value is None or isinstance(value, Tensor) or (name in ("log_decay", "A") and is_number(value)):
             continue
         if not hasattr(value, "__torch_function__"):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -154,7 +167,7 @@ def stand_in(tensors: dict[str, Any], numbers: tuple[str, ...]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is a number of Python or numpy."""
+    """Whether a value is a number of Python or numpy, as a decay may be."""
     return isinstance(value, (float, int, np.number))
 
 

@@ -2,22 +2,23 @@
 
 On the CPU each kernel is one call of the library; only the skip and the gate have their gradients
 from torch. On a GPU, where no method of the library takes lengths of tokens, the same results are
-composed from `linear_attention` and operators of torch.
+composed from other operators (`mamba2_composed.py`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
-from .. import api, mamba2
+from .. import mamba2
 from . import autograd, rules
-from .inputs import SsdBackwardInputs, SsdInputs, SsdStepInputs, is_number, stand_in
+from . import mamba2_composed as composed
+from .inputs import SsdBackwardInputs, SsdGradients, SsdInputs, SsdStepInputs, is_number, stand_in
+from .mamba2_composed import core_wants, exact_dtype
 
 _operators: Any = torch.ops.leetcore
 
@@ -165,7 +166,7 @@ def ssd_step(
 
 
 def _any_stand_in(inputs: Any, tensors: tuple[Any, ...]) -> bool:
-    return stand_in(dict(zip(inputs._fields, tensors, strict=False)), ("A",))
+    return stand_in(**dict(zip(inputs._fields, tensors, strict=False)))
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
@@ -174,14 +175,10 @@ def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
     return least, 0.0 if greatest == math.inf else greatest
 
 
-def _exact_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _exact(value: Any, x: Tensor) -> Any:
     """A tensor in float32 at least; a number as a tensor."""
     if is_number(value):
-        return torch.full((x.shape[-2],), value, dtype=_exact_dtype(x), device=x.device)
+        return torch.full((x.shape[-2],), value, dtype=exact_dtype(x), device=x.device)
     if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() == 2:
         return value.float()
     return value
@@ -191,9 +188,7 @@ def _exact(value: Any, x: Tensor) -> Any:
 
 
 def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The kernel of ssd."""
-    if args.x.is_cuda:
-        return composed_forward(args)
+    """The kernel of ssd on the CPU."""
     result = mamba2.ssd(
         *args[:6],
         z=args.z,
@@ -209,9 +204,24 @@ def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
-    """The kernel of ssd_backward: the gradients that are wanted, and empty tensors for others."""
+    """The kernel of ssd_backward on the CPU."""
+    return _gradients(args, forward, _core_backward)
+
+
+def composed_backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
+    """The kernel of ssd_backward on a GPU, composed likewise."""
+    return _gradients(args, composed.forward, composed.core_gradients)
+
+
+def _gradients(args: SsdBackwardInputs, forward: Any, core: Any) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, and empty tensors for others.
+
+    Args:
+        forward: a kernel of ssd.
+        core: a function that computes the gradients without the skip and the gate.
+    """
     wants = SsdGradients(*args.wants)
-    x, d_y, exact = args.x, args.d_y, _exact_dtype(args.x)
+    x, d_y, exact = args.x, args.d_y, exact_dtype(args.x)
     d_D = d_z = d_dt_bias = None
     if args.z is not None and d_y is not None:
         z = args.z.to(exact)
@@ -222,7 +232,6 @@ def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
         d_y = (d_y * (z * sigmoid)).to(x.dtype)
     if args.D is not None and d_y is not None and wants.d_D:
         d_D = (d_y.to(exact) * x).sum((0, 1, 3) if args.D.ndim == 1 else (0, 1)).to(args.D.dtype)
-    core = composed_backward if x.is_cuda else _core_backward
     # dt in 32 bits at least: the gradient of dt_bias is a sum over tokens.
     d_x, d_dt, d_A, d_B, d_C, d_initial_state = core(args._replace(dt=_exact(args.dt, x), d_y=d_y))
     if args.D is not None and d_y is not None and d_x is not None:
@@ -239,9 +248,7 @@ def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
 
 
 def step(args: SsdStepInputs) -> Tensor:
-    """The kernel of ssd_step."""
-    if args.x.is_cuda:
-        return composed_step(args)
+    """The kernel of ssd_step on the CPU."""
     y: Tensor = mamba2.ssd_step(
         *args[:7],
         z=args.z,
@@ -251,20 +258,6 @@ def step(args: SsdStepInputs) -> Tensor:
         state_indices=args.state_indices,
     )
     return y
-
-
-class SsdGradients(NamedTuple):
-    """Gradients by the differentiable inputs of ssd, in the order of SsdInputs."""
-
-    d_x: Any
-    d_dt: Any
-    d_A: Any
-    d_B: Any
-    d_C: Any
-    d_D: Any
-    d_z: Any
-    d_dt_bias: Any
-    d_initial_state: Any
 
 
 def _dt_limit(args: Any) -> tuple[float, float]:
@@ -277,14 +270,8 @@ def _forward_inputs(args: SsdBackwardInputs) -> SsdInputs:
     return SsdInputs(**shared)._replace(z=None)
 
 
-def _core_wants(args: SsdBackwardInputs) -> tuple[bool, bool, bool, bool, bool, bool]:
-    """Which of d_x, d_dt, d_A, d_B, d_C and d_initial_state to compute."""
-    wants = SsdGradients(*args.wants)
-    return wants.d_x, wants.d_dt or wants.d_dt_bias, wants.d_A, wants.d_B, wants.d_C, wants.d_initial_state
-
-
 def _core_backward(args: SsdBackwardInputs) -> Any:
-    wants = _core_wants(args)
+    wants = core_wants(args)
     if not any(wants) or (args.d_y is None and args.d_final_state is None):
         return (None,) * 6
     return mamba2.core_gradients(
@@ -298,121 +285,6 @@ def _core_backward(args: SsdBackwardInputs) -> Any:
         dt_limit=_dt_limit(args),
         wants=wants,
     )
-
-
-# ---- the same from other operators
-
-
-def _lengths(args: Any) -> Tensor:
-    before = _before_limits(args)
-    return before.clamp(args.dt_min, args.dt_max or None)
-
-
-def _before_limits(args: Any) -> Tensor:
-    u = _dt(args)
-    return F.softplus(u) if args.dt_softplus else u
-
-
-def _dt(args: Any) -> Tensor:
-    dt: Tensor = args.dt.to(_exact_dtype(args.x))
-    return dt if args.dt_bias is None else dt + args.dt_bias
-
-
-def _slopes(args: Any) -> Tensor:
-    """The derivatives of lengths by dt."""
-    before = _before_limits(args)
-    slopes = torch.sigmoid(_dt(args)) if args.dt_softplus else torch.ones_like(before)
-    return torch.where((before < args.dt_min) | (before > (args.dt_max or math.inf)), 0, slopes)
-
-
-def _finished(args: Any, y: Tensor) -> Tensor:
-    """y with the skip and the gate, in x's dtype."""
-    exact = _exact_dtype(args.x)
-    if args.D is not None:
-        y = y.to(exact) + args.x * (args.D if args.D.ndim == 2 else args.D[:, None]).to(exact)
-    if args.z is not None:
-        y = y.to(exact) * F.silu(args.z.to(exact))
-    return y.to(args.x.dtype)
-
-
-def _transposed(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.transpose(2, 3).contiguous()
-
-
-def composed_forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The kernel of ssd, composed from linear_attention and operators of torch."""
-    lengths = _lengths(args)
-    result = api.linear_attention(
-        args.C,
-        args.B,
-        (args.x * lengths[..., None]).to(args.x.dtype),
-        lengths * args.A,
-        initial_state=_transposed(args.initial_state),
-        return_state=args.return_state,
-        cu_seqlens=args.cu_seqlens,
-        layout="bnhd",
-        method=args.method,
-    )
-    y, state = result if args.return_state else (result, None)
-    return _finished(args, y), rules.absent(args.x) if state is None else state.transpose(2, 3).contiguous()
-
-
-def composed_backward(args: SsdBackwardInputs) -> Any:
-    """The gradients by x, dt, A, B, C and initial_state, composed likewise. d_y has passed the
-    gate."""
-    wants = dict(zip(("x", "dt", "A", "B", "C", "state"), _core_wants(args), strict=True))
-    if not any(wants.values()) or (args.d_y is None and args.d_final_state is None):
-        return (None,) * 6
-    weight = _lengths(args)
-    d = api.linear_attention_backward(
-        args.C,
-        args.B,
-        (args.x * weight[..., None]).to(args.x.dtype),
-        weight * args.A,
-        d_o=args.d_y,
-        d_final_state=_transposed(args.d_final_state),
-        initial_state=_transposed(args.initial_state),
-        cu_seqlens=args.cu_seqlens,
-        layout="bnhd",
-        wants=[
-            name
-            for name, wanted in (
-                ("d_q", wants["C"]),
-                ("d_k", wants["B"]),
-                ("d_v", wants["x"] or wants["dt"]),
-                ("d_log_decay", wants["A"] or wants["dt"]),
-                ("d_initial_state", wants["state"]),
-            )
-            if wanted
-        ],
-    )
-    d_x = d_dt = d_A = None
-    if wants["x"]:
-        d_x = (d.d_v * weight[..., None]).to(args.x.dtype)
-    if wants["A"]:
-        d_A = (d.d_log_decay * weight).sum((0, 1))
-    if wants["dt"]:
-        by_length = (d.d_v.to(weight.dtype) * args.x).sum(-1) + d.d_log_decay * args.A
-        d_dt = by_length * _slopes(args)
-    return d_x, d_dt, d_A, d.d_k, d.d_q, _transposed(d.d_initial_state)
-
-
-def composed_step(args: SsdStepInputs) -> Tensor:
-    """The kernel of ssd_step, composed from operators of torch."""
-    exact, state = _exact_dtype(args.x), args.state
-    lengths = _lengths(args)
-    slots = args.state_indices
-    rows = (state[: args.x.shape[0]] if slots is None else state[slots.clamp(0)]).to(exact)
-    B, C = (y.to(exact).repeat_interleave(state.shape[1] // y.shape[1], 1) for y in (args.B, args.C))
-    weighed = args.x.to(exact) * lengths[..., None]
-    after = rows * torch.exp(lengths * args.A)[..., None, None] + weighed[..., None] * B[:, :, None]
-    y = _finished(args, (after @ C[..., None]).squeeze(-1))
-    if slots is None:
-        state[: args.x.shape[0]].copy_(after)
-        return y
-    live = slots >= 0
-    state[slots[live]] = after[live].to(state.dtype)
-    return torch.where(live[:, None, None], y, 0)
 
 
 # ---- gradients
@@ -471,62 +343,3 @@ def step_kernel(*inputs: Any) -> Any:
     """The Autograd kernel of ssd_step, which refuses inputs that require gradients."""
     state = inputs[SsdStepInputs._fields.index("state")]
     return autograd.in_place("ssd_step", "ssd", _operators.ssd_step.default, state, inputs)
-
-
-# ---- shapes, torch.vmap and flop
-
-
-def forward_shapes(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """Empty results of ssd."""
-    rules.require_one_device("x", args.x, *args[1:10])
-    x = args.x
-    if not args.return_state:
-        return x.new_empty(x.shape), rules.absent(x)
-    sequences = x.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
-    shape = (sequences, *x.shape[2:], args.B.shape[3])
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=_exact_dtype(x))
-
-
-def backward_shapes(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
-    """Empty results of ssd_backward."""
-    rules.require_one_device("x", args.x, *args[1:12])
-    return tuple(
-        given.new_empty(given.shape) if wanted and given is not None else rules.absent(args.x)
-        for given, wanted in zip(args[:9], args.wants, strict=True)
-    )
-
-
-def step_shapes(args: SsdStepInputs) -> Tensor:
-    """An empty result of ssd_step."""
-    rules.require_one_device("x", args.x, *args[1:10])
-    return args.x.new_empty(args.x.shape)
-
-
-def vmap_refusal(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-    """Refuses a batch of calls."""
-    raise NotImplementedError("leetcore.torch.ssd: expected no torch.vmap; use its batch dimension")
-
-
-def _flop(x: Any, B: Any, of_K: int, of_P: int, of_KP: int) -> int:
-    K, P = B[3], x[3]
-    count: int = x[0] * x[1] * x[2] * (65 * (of_K * K + of_P * P) + of_KP * K * P)
-    return count
-
-
-def forward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
-    """The flop count of ssd, in chunks of 64 tokens."""
-    args: Any = SsdInputs(*inputs, **named)
-    return _flop(args.x, args.B, 1, 1, 4)
-
-
-def backward_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
-    """The flop count of ssd_backward, in chunks of 64 tokens."""
-    args: Any = SsdBackwardInputs(*inputs, **named)
-    return _flop(args.x, args.B, 3, 2, 10)
-
-
-def step_flop(*inputs: Any, out_shape: Any = None, **named: Any) -> int:
-    """The flop count of ssd_step."""
-    args: Any = SsdStepInputs(*inputs, **named)
-    count: int = 4 * args.x[0] * args.x[1] * args.x[2] * args.B[2]
-    return count

@@ -3,32 +3,32 @@
 `linear_attention` is functional and differentiable, `linear_attention_backward` computes its
 gradients, `decode_step` updates a state in place. Each kernel calls the library once. `inputs.py`
 lists their arguments, `autograd.py` has their gradients, `rules.py` their shapes, autocast, vmap
-and flop. The operators of Mamba-2 are in `mamba2.py`, and are defined here too.
+and flop, and `definition.py` gives them to torch. `mamba2.py` has the operators of Mamba-2,
+`conv.py` those of the convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, method_name, real
-from . import autograd, mamba2, rules
+from . import autograd, conv, mamba2, mamba2_composed, mamba2_rules, rules
+from .definition import Operator, both, define
 from .inputs import (
     BackwardInputs,
     DecodeInputs,
     ForwardInputs,
     SsdBackwardInputs,
+    SsdGradients,
     SsdInputs,
     SsdStepInputs,
     head_axis,
     is_number,
-    schema,
     stand_in,
 )
 
@@ -82,7 +82,7 @@ def linear_attention(
             raises it for float64 on a GPU, and for K or V above 256 there.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
-    if _stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
+    if stand_in(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens):
         return handle_torch_function(
             linear_attention,
             (q, k, v, log_decay, initial_state, cu_seqlens),
@@ -151,17 +151,13 @@ def decode_step(
             call is inside of torch.vmap.
         RuntimeError: a GPU cannot be used, or reported an error.
     """
-    if _stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
+    if stand_in(q=q, k=k, v=v, state=state, log_decay=log_decay, state_indices=state_indices):
         tensors = (q, k, v, state, log_decay, state_indices)
         return handle_torch_function(
             decode_step, tensors, q, k, v, state, log_decay, scale=scale, state_indices=state_indices
         )
     o: Tensor = _DECODE(q, k, v, state, _decay(log_decay, q, k, v), state_indices, _number(scale))
     return o
-
-
-def _stand_in(**tensors: Any) -> bool:
-    return stand_in(tensors, ("log_decay",))
 
 
 def _number(scale: Any) -> Any:
@@ -246,109 +242,75 @@ def _decode(args: DecodeInputs) -> Tensor:
 # ---- the definition of the operators
 
 
-class _Operator(NamedTuple):
-    inputs: Any  # the NamedTuple
-    results: str  # in the language of schemas
-    kernel: Callable[..., Any]
-    autograd: Callable[..., Any]
-    shapes: Callable[..., Any]
-    vmap: Callable[..., Any]
-    flop: Callable[..., int]
-    has_autocast: bool
-
-
 _OPERATORS = {
-    "linear_attention": _Operator(
+    "linear_attention": Operator(
         ForwardInputs,
         "(Tensor o, Tensor final_state)",
-        _forward,
+        both(_forward),
         autograd.forward_kernel,
         rules.forward_shapes,
         rules.vmap_forward,
         rules.forward_flop,
-        has_autocast=True,
+        rules.autocast,
     ),
-    "linear_attention_backward": _Operator(
+    "linear_attention_backward": Operator(
         BackwardInputs,
         "(Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_log_decay, Tensor d_initial_state)",
-        _backward,
+        both(_backward),
         autograd.backward_kernel,
         rules.backward_shapes,
         rules.vmap_backward,
         rules.backward_flop,
-        has_autocast=False,
+        None,
     ),
-    "decode_step": _Operator(
+    "decode_step": Operator(
         DecodeInputs,
         "Tensor o",
-        _decode,
+        both(_decode),
         autograd.decode_kernel,
         rules.decode_shapes,
         rules.vmap_decode,
         rules.decode_flop,
-        has_autocast=True,
+        rules.autocast,
     ),
-    "ssd": _Operator(
+    "ssd": Operator(
         SsdInputs,
         "(Tensor y, Tensor final_state)",
-        mamba2.forward,
+        {"CPU": mamba2.forward, "CUDA": mamba2_composed.forward},
         mamba2.forward_kernel,
-        mamba2.forward_shapes,
-        mamba2.vmap_refusal,
-        mamba2.forward_flop,
-        has_autocast=True,
+        mamba2_rules.forward_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.forward_flop,
+        rules.autocast,
     ),
-    "ssd_backward": _Operator(
+    "ssd_backward": Operator(
         SsdBackwardInputs,
-        f"({', '.join(f'Tensor {name}' for name in mamba2.SsdGradients._fields)})",
-        mamba2.backward,
+        f"({', '.join(f'Tensor {name}' for name in SsdGradients._fields)})",
+        {"CPU": mamba2.backward, "CUDA": mamba2.composed_backward},
         mamba2.backward_kernel,
-        mamba2.backward_shapes,
-        mamba2.vmap_refusal,
-        mamba2.backward_flop,
-        has_autocast=False,
+        mamba2_rules.backward_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.backward_flop,
+        None,
     ),
-    "ssd_step": _Operator(
+    "ssd_step": Operator(
         SsdStepInputs,
         "Tensor y",
-        mamba2.step,
+        {"CPU": mamba2.step, "CUDA": mamba2_composed.step},
         mamba2.step_kernel,
-        mamba2.step_shapes,
-        mamba2.vmap_refusal,
-        mamba2.step_flop,
-        has_autocast=True,
+        mamba2_rules.step_shapes,
+        mamba2_rules.vmap_refusal,
+        mamba2_rules.step_flop,
+        rules.autocast,
     ),
 }
-
-
-def _define() -> torch.library.Library:
-    library = torch.library.Library("leetcore", "DEF")
-    for name, operator in _OPERATORS.items():
-        library.define(schema(name, operator.inputs, operator.results))
-        packet = getattr(torch.ops.leetcore, name)
-        for key in ("CPU", "CUDA"):
-            library.impl(name, _with_tuple(operator.kernel, operator.inputs), key)
-            if operator.has_autocast:
-                kernel = rules.autocast(packet.default, operator.inputs, key.lower())
-                library.impl(name, kernel, f"Autocast{key}")
-        library.impl(name, operator.autograd, "Autograd")
-        shapes = _with_tuple(operator.shapes, operator.inputs)
-        torch.library.register_fake(f"leetcore::{name}", shapes, lib=library)
-        torch.library.register_vmap(f"leetcore::{name}", operator.vmap, lib=library)
-        register_flop_formula(packet)(operator.flop)
-    return library
-
-
-def _with_tuple(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
-    """A function of single inputs, as torch calls it, from a function of their NamedTuple."""
-    return lambda *single: function(inputs(*single))
 
 
 # A second import in the same process uses the operators of the first, which live as long as their
 # library.
 _namespace: Any = torch.ops.leetcore
 if not hasattr(_namespace, "library"):
-    _namespace.library, _namespace.version = _define(), _core.version
+    _namespace.library, _namespace.version = define(_OPERATORS | conv.OPERATORS), _core.version
 if _namespace.version != _core.version:
     raise ImportError(
         f"leetcore.torch: expected the operators of leetcore {_core.version}, got those of {_namespace.version}, which "
