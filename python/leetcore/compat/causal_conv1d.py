@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import Activation
 from ..torch import causal_conv1d, causal_conv1d_step
 from ..torch.packing import one_row, packed
 
@@ -26,7 +27,7 @@ def causal_conv1d_fn(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
     final_states_out: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> Any:
     """The causal convolution of each channel with its own weights.
 
@@ -46,9 +47,8 @@ def causal_conv1d_fn(
 
     Raises:
         ValueError: seq_idx with states, or as in `leetcore.torch.causal_conv1d`.
-        TypeError, NotImplementedError: as in `leetcore.torch.causal_conv1d`.
+        TypeError: as in `leetcore.torch.causal_conv1d`.
     """
-    activation = _activation(activation)
     if seq_idx is None:
         y, states = causal_conv1d(
             x, weight, bias, activation=activation, initial_state=initial_states, return_state=True
@@ -70,13 +70,13 @@ def causal_conv1d_update(
     conv_state: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """A step (or a few tokens) of the causal convolution, which updates the state in place.
 
-    Where a gradient is required, y has one, and the state is updated without.
+    Where a gradient is required and there are no conv_state_indices, y has one.
 
     Args:
         x: [B, D] or [B, D, T].
@@ -92,29 +92,13 @@ def causal_conv1d_update(
         y [B, D] or [B, D, T] of x's dtype.
 
     Raises:
-        NotImplementedError: cache_seqlens is given.
+        NotImplementedError: cache_seqlens is given, or as in `leetcore.torch.causal_conv1d_step`.
         ValueError, TypeError: as in `leetcore.torch.causal_conv1d_step`.
     """
-    activation = _activation(activation)
     if cache_seqlens is not None:
         raise NotImplementedError("cache_seqlens: expected None, got a tensor; states are not circular buffers")
-    if not has_gradient(x, conv_state, weight, bias):
-        y: Tensor = causal_conv1d_step(
-            x, weight, conv_state, bias, activation=activation, state_indices=conv_state_indices
-        )
-        return y
-    slots = None if conv_state_indices is None else conv_state_indices.long()
-    before = conv_state.clone() if slots is None else conv_state[slots]
-    y, after = causal_conv1d(
-        x if x.ndim == 3 else x[:, :, None],
-        weight,
-        bias,
-        activation=activation,
-        initial_state=before,
-        return_state=True,
-    )
-    write_states(conv_state, slots, after)
-    return y if x.ndim == 3 else y[:, :, 0]
+    y: Tensor = causal_conv1d_step(x, weight, conv_state, bias, activation=activation, state_indices=conv_state_indices)
+    return y
 
 
 def has_gradient(*tensors: Tensor | None) -> bool:
@@ -129,9 +113,3 @@ def write_states(state: Tensor, slots: Tensor | None, after: Tensor) -> None:
             state.copy_(after)
         else:
             state.index_copy_(0, slots, after)
-
-
-def _activation(name: str | None) -> str | None:
-    if name not in (None, "silu", "swish"):
-        raise NotImplementedError(f"activation: expected None, 'silu' or 'swish', got {name!r}")
-    return None if name is None else "silu"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...options import Activation
 from ...torch import ssd, ssd_step
 from ...torch.mamba2_layer import gated_rms_norm
 from ...torch.packing import one_row, packed
@@ -177,7 +178,7 @@ def mamba_split_conv1d_scan_combined(
     seq_idx: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
-    activation: str | None = "silu",
+    activation: Activation | None = "silu",
     rmsnorm_weight: Tensor | None = None,
     rmsnorm_eps: float = 1e-6,
     outproj_weight: Tensor | None = None,
