@@ -155,3 +155,13 @@ def test_what_is_refused(trained, text, call, message):
     with pytest.raises(SystemExit) as error:
         call(trained[0], text)
     assert message in str(error.value)
+
+
+def test_a_model_of_mamba2_learns_and_generates(text, tmp_path):
+    final, baselines, _ = train(text, "--model", "mamba2", "--steps", 80, "--every", 80, "--run", tmp_path)
+    assert final < baselines["bigram"]
+    console = Console(record=True, width=100)
+    made, columns = generate.main(["attention ", "--run", str(tmp_path), "--bytes", "50"], console)
+    assert len(made) == 50 and list(columns) == ["by state"]
+    with pytest.raises(SystemExit, match="--quadratic: expected a model of attention, got one of mamba2"):
+        generate.main(["attention ", "--run", str(tmp_path), "--bytes", "20", "--quadratic"], console)
