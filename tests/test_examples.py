@@ -158,7 +158,7 @@ def test_what_is_refused(trained, text, call, message):
 
 
 def test_a_model_of_mamba2_learns_and_generates(text, tmp_path):
-    final, baselines, _ = train(text, "--model", "mamba2", "--steps", 80, "--every", 80, "--run", tmp_path)
+    final, baselines, _ = train(text, "--model", "mamba2", "--steps", 160, "--every", 160, "--run", tmp_path)
     assert final < baselines["bigram"]
     console = Console(record=True, width=100)
     made, columns = generate.main(["attention ", "--run", str(tmp_path), "--bytes", "50"], console)
