@@ -150,7 +150,8 @@ def test_every_other_instruction_set(isa):
     """The set is chosen when the library is loaded, so each one that this process does not run has
     its own."""
     environment = os.environ | {"LEETCORE_ISA": isa}
-    tried = subprocess.run([sys.executable, "-c", "import leetcore; leetcore.methods()"], env=environment, capture_output=True, text=True)
+    methods = [sys.executable, "-c", "import leetcore; leetcore.methods()"]
+    tried = subprocess.run(methods, env=environment, capture_output=True, text=True)
     if "cannot run here" in tried.stderr:
         pytest.skip(f"this machine lacks {isa}")
     chosen = "not 8192 and (test_lengths or test_dims or test_decays or test_decode)"
