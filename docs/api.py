@@ -29,7 +29,18 @@ PAGES = {
     "compat-fla": ("leetcore.compat.fla", None),
     "compat-leetdecoding": ("leetcore.compat.leetdecoding", None),
     "compat-mamba-ssm": ("leetcore.compat.mamba_ssm", None),
-    "reference": ("leetcore.reference", ["decode_step", "error", "linear_attention"]),
+    "reference": (
+        "leetcore.reference",
+        [
+            "causal_conv1d",
+            "causal_conv1d_gradients",
+            "causal_conv1d_step",
+            "decode_step",
+            "error",
+            "linear_attention",
+            "ssd",
+        ],
+    ),
     "tuning": ("leetcore.tuning", ["path", "use"]),
 }
 # What layers inherit from a private class is shown once, under its own heading.

@@ -4,19 +4,32 @@
 
 namespace lc::LC_ISA {
 
-// 1 / (1 + e^-x). The exponential is taken of -|x|, so that it never overflows. The result of -inf
-// is 0, that of NaN is NaN.
+namespace detail {
+
+// e^-x is a normal number for |x| <= kMostOfGates.
 template <class T>
-LC_INLINE Vec<T> sigmoid(Vec<T> x) {
-  constexpr T kLog2e = T(lc::kLog2e);
-  const Vec<T> e = exp2<T>((x < 0 ? x : -x) * kLog2e);
-  return (x < 0 ? e : broadcast<T>(1)) / (e + T(1));
+constexpr T kMostOfGates = sizeof(T) == 8 ? T(708) : T(87);
+
+// 1 + e^-x for x >= -kMostOfGates.
+template <class T>
+LC_INLINE Vec<T> one_plus_exp(Vec<T> x) {
+  const Vec<T> y = at_least<T>(-x, -kMostOfGates<T>), shifted = y * T(kLog2e) + kRound<T>;
+  return exp2_of<T>(shifted, y * T(kLog2e) - (shifted - kRound<T>)) + T(1);
 }
 
-// x / (1 + e^-x)
+}  // namespace detail
+
+// 1 / (1 + e^-x). Below -87 (float64: -708) it is that of -87, which is below 1e-37.
+template <class T>
+LC_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return T(1) / detail::one_plus_exp<T>(at_least<T>(x, -detail::kMostOfGates<T>));
+}
+
+// x / (1 + e^-x). Below -87 (float64: -708) it is that of -87, which is above -1e-35.
 template <class T>
 LC_INLINE Vec<T> silu(Vec<T> x) {
-  return x * sigmoid<T>(x);
+  const Vec<T> y = at_least<T>(x, -detail::kMostOfGates<T>);
+  return y / detail::one_plus_exp<T>(y);
 }
 
 }  // namespace lc::LC_ISA
