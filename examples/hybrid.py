@@ -2,9 +2,9 @@
 
 python examples/hybrid.py
 
-The model has Mamba-2 layers, one attention layer and experts. patch(model) lets leetcore compute the
-Mamba-2 layers. Both models must generate the same tokens in float32. Times are medians of calls that
-alternate between the two.
+The model has Mamba-2 layers, one attention layer and experts. patch(model) lets leetcore compute
+the Mamba-2 layers. Both models must generate the same tokens in float32. Times are medians of calls
+that alternate between the two.
 """
 
 import statistics
@@ -87,7 +87,8 @@ def main(console):
                 if round_:
                     times[name][ours].append(elapsed)
 
-    table = Table(title=f"Granite 4-H, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, float32")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    table = Table(title=f"Granite 4-H, {size:.0f} million parameters, float32")
     for heading in ("", "transformers", "patch(model)", "times faster"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, measured in times.items():

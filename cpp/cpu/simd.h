@@ -53,14 +53,15 @@ LC_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // exact for -0 too
 }
 
-// The larger of x and a bound. NaN stays NaN.
+// The larger of x and a bound. NaN stays NaN. The AVX-512 functions are masked, since GCC 12 warns
+// in its own header of those without a mask.
 template <class T>
 LC_INLINE Vec<T> at_least(Vec<T> x, T least) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
-    return _mm512_max_ps(broadcast<T>(least), x);
+    return _mm512_maskz_max_ps(0xffff, broadcast<T>(least), x);
   else
-    return _mm512_max_pd(broadcast<T>(least), x);
+    return _mm512_maskz_max_pd(0xff, broadcast<T>(least), x);
 #elif defined(__F16C__)
   if constexpr (sizeof(T) == 4)
     return _mm256_max_ps(broadcast<T>(least), x);
@@ -70,6 +71,7 @@ LC_INLINE Vec<T> at_least(Vec<T> x, T least) {
   return x < least ? broadcast<T>(least) : x;
 #endif
 }
+
 // The sum of all elements: the upper half is added to the lower half until one number remains.
 template <class T>
 LC_INLINE T sum(Vec<T> x) {
