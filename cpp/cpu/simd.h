@@ -58,9 +58,9 @@ template <class T>
 LC_INLINE Vec<T> at_least(Vec<T> x, T least) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
-    return _mm512_max_ps(broadcast<T>(least), x);
+    return _mm512_maskz_max_ps(0xffff, broadcast<T>(least), x);
   else
-    return _mm512_max_pd(broadcast<T>(least), x);
+    return _mm512_maskz_max_pd(0xff, broadcast<T>(least), x);
 #elif defined(__F16C__)
   if constexpr (sizeof(T) == 4)
     return _mm256_max_ps(broadcast<T>(least), x);

@@ -2,6 +2,8 @@
 // refusals, for the instruction set that LEETCORE_ISA names.
 #include <gtest/gtest.h>
 
+#include <memory>
+
 #include "call.h"
 #include "isa.h"
 
@@ -204,11 +206,12 @@ class Convolution : public WithIsa {
           << " W=" << spec.W << " L=" << spec.L << " form " << int(spec.form) << " silu " << spec.silu;
     SCOPED_TRACE(words.str());
     std::vector<Bytes> first;
+    std::unique_ptr<Definition> want;
     for (int threads : {1, 2, 5}) {
       SCOPED_TRACE(threads);
       lc_set_num_threads(threads);
       Call call(spec);
-      const Definition want(call);
+      if (threads == 1) want = std::make_unique<Definition>(call);
       for (const lc_tensor* t : call.written())
         if (spec.op != LC_DECODE || t != call.args.final_state)
           if (!spec.in_place || t != call.args.initial_state)
@@ -225,12 +228,12 @@ class Convolution : public WithIsa {
         const char* name;
         const lc_tensor* tensor;
         const std::vector<double>& want;
-      } outputs[] = {{"y", call.args.y, want.y},
-                     {"final_state", call.args.final_state, want.state},
-                     {"d_x", call.args.d_x, want.d_x},
-                     {"d_weight", call.args.d_weight, want.d_weight},
-                     {"d_bias", call.args.d_bias, want.d_bias},
-                     {"d_initial_state", call.args.d_initial_state, want.d_initial_state}};
+      } outputs[] = {{"y", call.args.y, want->y},
+                     {"final_state", call.args.final_state, want->state},
+                     {"d_x", call.args.d_x, want->d_x},
+                     {"d_weight", call.args.d_weight, want->d_weight},
+                     {"d_bias", call.args.d_bias, want->d_bias},
+                     {"d_initial_state", call.args.d_initial_state, want->d_initial_state}};
       for (const auto& o : outputs) {
         if (!o.tensor) continue;
         const double most = spec.op == LC_BACKWARD ? tolerance_of_gradients(spec.dtype) : tolerance(spec.dtype);
@@ -296,6 +299,22 @@ TEST_F(Convolution, ManyChannelsAndTokens) {
       spec.B = 1;
       spec.D = 3;
       spec.N = 4500;
+      check(spec);
+    }
+}
+
+// Outputs that are larger than the caches are written past them. The rows of both layouts begin at
+// addresses that are no multiples of a vector.
+TEST_F(Convolution, OutputsLargerThanTheCaches) {
+  for (Form form : {Form::tokens, Form::channels})
+    for (lc_dtype dtype : {kF32, kBf16}) {
+      if (form == Form::tokens && dtype == kBf16) continue;
+      Spec spec;
+      spec.dtype = dtype;
+      spec.form = form;
+      spec.B = 1;
+      spec.D = dtype == kF32 ? 1099 : 2203;
+      spec.N = 2001;
       check(spec);
     }
 }
@@ -447,7 +466,7 @@ TEST_F(Convolution, AnInterruptionEndsACall) {
   spec.form = Form::scattered;
   spec.B = 1;
   spec.D = 4;
-  spec.N = 4000000;
+  spec.N = 1500000;
   spec.initial = spec.final = false;
   Call call(spec);
   call.args.interrupt = [](void*) { return 1; };
