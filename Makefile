@@ -105,8 +105,9 @@ lint: .venv/test
 	clang-format --dry-run -Werror $(c_files)
 	mypy
 
+# One process per two cores would leave a core idle, as most tests use one thread.
 pytest: .venv/test
-	python -m pytest -q --junitxml=build/logs/pytest.xml
+	python -m pytest -q -n $(JOBS) --dist worksteal --junitxml=build/logs/pytest.xml
 
 # Runs the tests of array libraries with the oldest and with the newest versions that leetcore
 # supports; .venv has versions in between. Each set of versions has a virtual environment of 6 GB
