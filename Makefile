@@ -105,7 +105,7 @@ lint: .venv/test
 	clang-format --dry-run -Werror $(c_files)
 	mypy
 
-# One process per two cores would leave a core idle, as most tests use one thread.
+# Each core has a process of its own, since most tests use one thread.
 pytest: .venv/test
 	python -m pytest -q -n $(JOBS) --dist worksteal --junitxml=build/logs/pytest.xml
 

@@ -240,13 +240,13 @@ def test_ctrl_c_ends_a_call():
     code = """
 import leetcore
 q = np.ones((1, 32, 20_000, 64), np.float32)
-f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # takes seconds
-threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+f = lambda: leetcore.linear_attention(q, q, q, -0.1, method="parallel")  # takes ten seconds
 began = time.time()
 try:
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     f()
 except KeyboardInterrupt:
-    print("ok" if time.time() - began < 1.5 and right() else "late")
+    print("ok" if time.time() - began < 3 and right() else "late")
 """
     assert program(code) == "ok"
 
