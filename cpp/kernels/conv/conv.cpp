@@ -2,8 +2,8 @@
 //
 //   u_t = bias + sum_i weight_i x_{t-W+1+i}, y_t = u_t or silu(u_t)
 //
-//   Vectors run over channels or over tokens, whichever is contiguous in x and y. Other layouts, and
-//   tokens that read the initial state, go through blocks in scratch.
+//   Vectors run over channels or over tokens, whichever is contiguous in x and y. Other layouts and
+//   tokens that read the initial state go through blocks in scratch.
 //   B D N (2W flop, silu: about 20 more); x is read once and y written once: memory is the limit
 //   tasks: (piece of a sequence, channels) pairs
 //   Gu and Dao 2023 (Mamba), arXiv:2312.00752; Fu et al. 2022 (H3), arXiv:2212.14052
@@ -22,17 +22,16 @@ LC_INLINE Layout layout(const ConvProblem& p) {
   return contiguous(2, p.N) ? Layout::tokens : contiguous(1, p.D) ? Layout::channels : Layout::scattered;
 }
 
-constexpr int kManyChannels = 512;  // of a task, where channels are contiguous
-
 // The channels and the tokens of one task.
 struct TaskSize {
   int channels;
   int64_t tokens;
 };
-LC_INLINE TaskSize task_size(Layout layout) {
-  if (layout == Layout::channels) return {kManyChannels, 128};
-  if (layout == Layout::tokens) return {16, 4096};
-  return {kChannels, 8 * kTokens};
+LC_INLINE TaskSize task_size(const ConvProblem& p) {
+  const Layout form = layout(p);
+  if (form == Layout::channels) return {kManyChannels, 128};
+  if (form == Layout::scattered || p.N <= kTokens) return {4 * kChannels, 8 * kTokens};
+  return {16, 4096};
 }
 
 // An output that does not stay in the caches is written past them.
@@ -228,7 +227,7 @@ struct ForwardWorker {
       : p(problem),
         form(layout(p)),
         past_caches(double(p.cu_bits ? p.N : p.B * p.N) * double(p.D) * sizeof(E) > kCaches),
-        taps(p, arena, task_size(form).channels),
+        taps(p, arena, task_size(p).channels),
         in(arena.take<T>(kInputs)),
         out(arena.take<T>(kTokens * kChannels)),
         turned(arena.take<T>(kChannels * kTokens)) {}
@@ -365,7 +364,7 @@ struct Forward {
 
   explicit Forward(const ConvProblem& problem, void* memory)
       : p(problem),
-        size(task_size(layout(p))),
+        size(task_size(p)),
         blocks((p.D + size.channels - 1) / size.channels),
         arena(memory),
         pieces(p, arena, size.tokens),

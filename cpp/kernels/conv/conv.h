@@ -21,6 +21,12 @@ void conv_backward(const ConvProblem& p);
 namespace {
 
 constexpr int kChannels = 64, kTokens = 64;  // most of a block in scratch
+constexpr int kManyChannels = 512;           // most of a block of a few tokens
+
+template <class T>
+LC_INLINE void clear(T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = 0;
+}
 
 // Elements of a tensor with the axes [channel, token].
 template <class E>
@@ -34,43 +40,85 @@ LC_INLINE Strided<E> strided(const View& v, int64_t b, int64_t d, int64_t n) {
   return {v.at<E>(b, d, n), v.stride[1], v.stride[2]};
 }
 
+// Calls f with n as a constant, for n <= kMostTaps.
+template <class F>
+LC_INLINE void with_few(int n, F&& f) {
+  switch (n) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
+    case 7:
+      return f(std::integral_constant<int, 7>{});
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// Copies n tokens of C channels element by element. A few contiguous tokens, as states and weights
+// have them, are copied channel by channel.
+template <class To, class From>
+LC_INLINE void copy_elements(Strided<To> to, Strided<const From> from, int C, int n) {
+  const auto turn = [&](auto count, int64_t t) {
+    for (int c = 0; c < C; ++c)
+      for (int i = 0; i < count; ++i)
+        to.data[c * to.channel + (t + i) * to.token] = from.data[c * from.channel + (t + i) * from.token];
+  };
+  if (n <= kMostTaps)
+    with_few(n, [&](auto count) { turn(count, 0); });
+  else
+    for (int t = 0; t < n; ++t) turn(std::integral_constant<int, 1>{}, t);
+}
+
 // Writes a block of n tokens and C channels to scratch. The channels up to the next whole vector
-// become 0.
+// become 0. Elements that are copied one by one are not read as vectors at once, since a vector
+// waits until all stores to it are in the cache.
 template <class T, class E>
 __attribute__((noinline)) void load_block(Matrix<T> to, Strided<const E> from, int C, int n) {
-  constexpr int L = kLanes<T>;
   if (from.channel == 1 || C == 1) {
     for (int t = 0; t < n; ++t) load_row<T>(to.row(t), from.data + t * from.token, C);
-  } else if (from.token == 1 && 2 * n >= L) {
+  } else if (from.token == 1 && n > kMostTaps) {
     load_transposed<T>(to, Matrix<const E>{from.data, from.channel}, C, n);
+  } else if constexpr (std::is_same_v<T, E>) {
+    copy_elements(Strided<T>{to.data, 1, to.ld}, from, C, n);
+    for (int t = 0; t < n; ++t) clear(to.row(t) + C, padded<T>(C) - C);
   } else {
-    for (int c = 0; c < C; c += L)
-      for (int t = 0; t < n; ++t) {
-        E part[L] = {};
-        const E* first = from.data + c * from.channel + t * from.token;
-        for (int l = 0; l < L && c + l < C; ++l) part[l] = first[l * from.channel];
-        store<T>(to.row(t) + c, load<T>(part));
-      }
+    E part[kMostTaps * kManyChannels];
+    for (int t = 0; t < n; t += int(kMostTaps)) {
+      const int some = std::min(n - t, int(kMostTaps));
+      copy_elements(Strided<E>{part, 1, kManyChannels},
+                    Strided<const E>{from.data + t * from.token, from.channel, from.token}, C, some);
+      for (int i = 0; i < some; ++i) load_row<T>(to.row(t + i), part + i * kManyChannels, C);
+    }
   }
 }
 
 // Writes a block of scratch to memory. `turned` [kChannels, kTokens] holds its transpose.
 template <class T, class E>
 __attribute__((noinline)) void store_block(Strided<E> to, Matrix<const T> from, int C, int n, T* turned) {
-  constexpr int L = kLanes<T>;
   if (to.channel == 1 || C == 1) {
     for (int t = 0; t < n; ++t) store_row<T>(to.data + t * to.token, from.row(t), C);
-  } else if (to.token == 1 && 2 * n >= L) {
+  } else if (to.token == 1 && n > kMostTaps) {
     load_transposed<T>(Matrix<T>{turned, kTokens}, from, n, C);
     for (int c = 0; c < C; ++c) store_row<T>(to.data + c * to.channel, turned + c * kTokens, n);
+  } else if constexpr (std::is_same_v<T, E>) {
+    copy_elements(to, Strided<const T>{from.data, 1, from.ld}, C, n);
   } else {
-    for (int c = 0; c < C; c += L)
-      for (int t = 0; t < n; ++t) {
-        E part[L];
-        store<T>(part, load<T>(from.row(t) + c));
-        E* first = to.data + c * to.channel + t * to.token;
-        for (int l = 0; l < L && c + l < C; ++l) first[l * to.channel] = part[l];
-      }
+    E part[kMostTaps * kManyChannels];
+    for (int t = 0; t < n; t += int(kMostTaps)) {
+      const int some = std::min(n - t, int(kMostTaps));
+      for (int i = 0; i < some; ++i) store_row<T>(part + i * kManyChannels, from.row(t + i), C);
+      copy_elements(Strided<E>{to.data + t * to.token, to.channel, to.token}, Strided<const E>{part, 1, kManyChannels},
+                    C, some);
+    }
   }
 }
 
@@ -89,11 +137,6 @@ LC_INLINE void store_block(Type type, const View& v, int64_t b, int64_t d, int64
     store_block<T>(strided<T>(v, b, d, n), from, C, rows, turned);
   else
     store_block<T>(strided<E>(v, b, d, n), from, C, rows, turned);
-}
-
-template <class T>
-LC_INLINE void clear(T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = 0;
 }
 
 // The weights and the bias of consecutive channels, in scratch.
