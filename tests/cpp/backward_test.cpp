@@ -77,8 +77,9 @@ TEST_F(Backward, Mamba2) {
   constexpr int64_t shapes[][4] = {{1, 1, 16, 24}, {4, 1, 33, 17}, {6, 3, 8, 80}, {3, 3, 1, 40}, {4, 2, 128, 1}};
   for (lc_dtype dtype : kInputs)
     for (const auto& [heads, groups, K, V] : shapes)
-      for (int64_t N : {1, 64, 130})
+      for (int64_t N : {1, 130})
         for (int form = 0; form < 3; ++form) {
+          if ((heads * V > 100 || dtype == kF16) && form != 1) continue;
           Spec spec = backward();
           spec.dtype = dtype;
           spec.N = N;

@@ -126,7 +126,7 @@ TEST_F(Methods, Mamba2) {
     for (const auto& [heads, groups, K, V] : shapes)
       for (int64_t N : {1, 130})
         for (int form = 0; form < 3; ++form) {
-          if (heads * V > 100 && form != 1) continue;
+          if ((heads * V > 100 || dtype == kF16) && form != 1) continue;
           Spec spec(dtype, N, K, V);
           spec.B = 1 + form;
           spec.heads(groups, groups, heads);
