@@ -90,8 +90,7 @@ def test_gradcheck_without_a_part(absent):
         y, state = ssd(**dict(zip(names, tensors, strict=True)), return_state=True, dt_softplus=True)
         return state if absent == "y" else y if absent == "state" else (y, state)
 
-    leaves = [x for x in given.values() if absent != "y" or x is not given["C"]]  # a state does not depend on C
-    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True) and leaves
+    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
 
 
 def test_gradcheck_of_packed_sequences():

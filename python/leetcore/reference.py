@@ -220,7 +220,7 @@ def ssd(
         y = y + x * (D if D.ndim == 2 else D[:, None])
     if z is not None:
         z = np.asarray(z).astype(np.float64)
-        y = y * z / (1 + np.exp(-z))
+        y = y * z * _sigmoid(z)
     return y, state.swapaxes(2, 3)
 
 

@@ -21,7 +21,7 @@
 namespace lc::LC_ISA {
 namespace {
 
-// The states of a family fit these bytes of the L2 cache, beside the chunk.
+// The states of a family fit these bytes. The rest of the L2 cache is for the chunk.
 constexpr double kFamilyBytes = 1 << 18;
 constexpr int64_t kMostStates = 8;
 
