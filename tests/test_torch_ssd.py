@@ -1,6 +1,4 @@
-"""leetcore.torch.ssd and ssd_step: gradients, tracing, compilation, autocast, and the same results
-composed from other operators, as on a GPU.
-"""
+"""leetcore.torch.ssd and ssd_step: gradients, tracing, compilation and autocast."""
 
 import leetcore
 import numpy as np
@@ -8,8 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import normal
-from leetcore.torch import mamba2, mamba2_composed, ssd, ssd_step
-from leetcore.torch.inputs import SsdBackwardInputs, SsdInputs, SsdStepInputs
+from leetcore.torch import ssd, ssd_step
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,53 +153,6 @@ def test_forward_mode_is_refused():
         given["x"] = forward_ad.make_dual(given["x"], given["x"])
         with pytest.raises(NotImplementedError, match="no forward mode"):
             ssd(**given)
-
-
-# ---- the composition that GPUs use
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("packed", [0, 3])
-def test_the_composition_has_the_same_results(form, packed):
-    sizes = {"B": 1 if packed else 2, "N": 70, "packed": packed}
-    options = FORMS[form] | ({"cu_seqlens": torch.tensor([0, 5, 5, 70])} if packed else {})
-    given = problem(**sizes)
-    kernel = {"dt_limit": (0.0, INF)} | options
-    forward = SsdInputs(
-        *given.values(),
-        options.get("cu_seqlens"),
-        kernel.get("dt_softplus", False),
-        kernel["dt_limit"][0],
-        0.0 if kernel["dt_limit"][1] == INF else kernel["dt_limit"][1],
-        True,
-    )
-    with torch.no_grad():
-        for got, want in zip(mamba2_composed.forward(forward), ssd(**given, return_state=True, **options), strict=True):
-            assert relative(got, want) <= 1e-13
-    known = forward._asdict() | {"d_y": torch.randn_like(given["x"]), "d_final_state": given["initial_state"].detach()}
-    backward = SsdBackwardInputs(
-        **{name: known[name] for name in SsdBackwardInputs._fields if name in known}, wants=[True] * 9
-    )
-    with torch.no_grad():
-        got, want = mamba2.composed_backward(backward), torch.ops.leetcore.ssd_backward.default(*backward)
-    for name, a, b in zip(given, got, want, strict=True):
-        assert a.shape == b.shape and relative(a, b) <= 1e-12, name
-
-
-@pytest.mark.parametrize("slots", [None, [3, -1, 0]])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_the_composed_step_has_the_same_results(slots, state_dtype):
-    given = {name: x.detach() for name, x in problem(B=3, dtype=torch.float32).items()}
-    given.pop("initial_state")
-    one = {name: x[:, 0] if x.ndim > 2 else x for name, x in given.items()}
-    one["A"], one["D"], one["dt_bias"] = given["A"], given["D"], given["dt_bias"]
-    states = [torch.randn(5, 4, 3, 5, generator=torch.Generator().manual_seed(1)).to(state_dtype) for _ in range(2)]
-    indices = None if slots is None else torch.tensor(slots)
-    want = ssd_step(**one, state=states[0], state_indices=indices, dt_softplus=True)
-    named = one | {"state": states[1], "state_indices": indices, "dt_softplus": True}
-    got = mamba2_composed.step(SsdStepInputs(**named))
-    assert relative(got, want) <= 1e-6
-    assert relative(states[1], states[0]) <= (1e-6 if state_dtype is torch.float32 else 1e-2)
 
 
 # ---- torch's transforms

@@ -6,6 +6,9 @@
 //   out[j]       = 2^(cum_last - cum_j)         weight of token j in the state after the chunk
 //   total + rest = 2^cum_last                   weight of the state before in the state after
 //
+// If tokens have lengths, mask(i, j) and out[j] are multiplied by the length of token j. A walk
+// backward in time multiplies row i of its outputs by the length of token i instead.
+//
 // The sums cum are made in float64. Each is stored as two floats, a multiple of 1/64 and the
 // remainder: a single float would lose 1e-4 after a step of -160.
 #pragma once
@@ -13,53 +16,76 @@
 
 namespace lc::cuda {
 
-// Loads the log-decays of the n tokens of a chunk from token t on, two per lane (own: the lane).
-// The values are used later, by ChunkDecay::set, so that the loads have time. With skip_first the
-// first token does not decay.
-SIMT_DEV float2 load_decay(gptr<const float> from, int64_t stride, int64_t t, int n, int own, bool skip_first = false) {
+// Loads the log-decays or the lengths of the n tokens of a chunk from token t on, two per lane (own:
+// the lane). The values are used later, by ChunkDecay::set, so that the loads have time. With
+// skip_first the first token has 0.
+SIMT_DEV float2 load_pair(gptr<const float> from, int64_t stride, int64_t t, int n, int own, bool skip_first = false) {
   const int first = 2 * own;
   const int64_t i = t + first;
   return {first < n && (first || !skip_first) ? from.ld(i * stride) : 0, first + 1 < n ? from.ld((i + 1) * stride) : 0};
 }
 
+// What two tokens bring: their log-decays and, where tokens have lengths, their lengths.
+struct TwoTokens {
+  float2 log_decay, length;
+};
+
+// Whose weights the lengths of tokens multiply.
+enum class Lengths { none, of_inputs, of_outputs };
+
 struct ChunkDecay {
   static constexpr int kNumbers = 4 * kChunk + 4;
-  sptr<float> in, out;
+  sptr<float> out, length;
+  Lengths lengths;
 
-  SIMT_DEV explicit ChunkDecay(sptr<float> memory)
-      : in(memory.sub(0, kChunk)), out(memory.sub(kChunk, kChunk)), cum_(memory.sub(2 * kChunk, 2 * kChunk + 4)) {}
+  SIMT_DEV ChunkDecay(sptr<float> memory, Lengths multiply)
+      : out(memory.sub(0, kChunk)),
+        length(memory.sub(kChunk, kChunk)),
+        lengths(multiply),
+        cum_(memory.sub(2 * kChunk, 2 * kChunk + 4)) {}
 
   SIMT_DEV float mask(int i, int j) const {
-    const float high = cum_.ld(i) - cum_.ld(j), low = cum_.ld(kChunk + i) - cum_.ld(kChunk + j);
-    const float x = high + low;
-    return ex2(x < 0 ? x : 0);
+    const float x = between(i, j);
+    return lengths == Lengths::of_inputs ? x * length.ld(j) : x;
   }
   // Weights of tokens i and i + 1 in the state that a backward walk carries into this chunk, before
-  // the first token's decay is applied.
+  // the first token's decay is applied; times their lengths if `with_lengths`.
   struct SinceFirst {
     const ChunkDecay& decay;
+    bool with_lengths;
     template <class>
     SIMT_DEV float2 ldv(int i) const {
-      return {decay.mask(i, 0), decay.mask(i + 1, 0)};
+      const float2 x{decay.between(i, 0), decay.between(i + 1, 0)};
+      return with_lengths ? float2{x.x * decay.length.ld(i), x.y * decay.length.ld(i + 1)} : x;
     }
   };
+  SIMT_DEV float in(int i) const { return ex2(cum_.ld(i) + cum_.ld(kChunk + i)); }
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
+  // A power of two near the greatest length, by which `out` is divided: products of f16 have a
+  // small range.
+  SIMT_DEV float unit() const { return lengths == Lengths::of_inputs ? cum_.ld(2 * kChunk + 2) : 1; }
 
   // Computes the weights from the natural log-decays of n tokens, by one warp. Tokens after them do
   // not decay, nor does the first token with skip_first. Returns the log2 of the decay over the
   // chunk.
-  SIMT_DEV double set(const Problem& p, float2 log_decay, int n, bool skip_first = false) const {
+  SIMT_DEV double set(const Problem& p, const TwoTokens& own, int n, bool skip_first = false) const {
     const auto log2 = [&](float x) { return log2_decay(p, p.log_decay ? double(x) : p.uniform_log_decay); };
-    const double x0 = 2 * lane() < n && (lane() || !skip_first) ? log2(log_decay.x) : 0;
-    const double x1 = 2 * lane() + 1 < n ? log2(log_decay.y) : 0;
+    const double x0 = 2 * lane() < n && (lane() || !skip_first) ? log2(own.log_decay.x) : 0;
+    const double x1 = 2 * lane() + 1 < n ? log2(own.log_decay.y) : 0;
     const double second = cumulative(x0 + x1), first = second - x1, last = shfl_idx(second, 31);
     const double high0 = ::rint(first * 64) / 64, high1 = ::rint(second * 64) / 64;
     const int at = 2 * lane();
     cum_.stv(at, float2{float(high0), float(high1)});
     cum_.stv(kChunk + at, float2{float(first - high0), float(second - high1)});
-    in.stv(at, float2{ex2(float(first)), ex2(float(second))});
-    out.stv(at, float2{ex2(float(last - first)), ex2(float(last - second))});
+    float2 after{ex2(float(last - first)), ex2(float(last - second))};
+    if (lengths != Lengths::none) length.stv(at, own.length);
+    if (lengths == Lengths::of_inputs) {
+      const float u = power_near(warp_max(own.length.x > own.length.y ? own.length.x : own.length.y));
+      after = {after.x * (own.length.x / u), after.y * (own.length.y / u)};
+      if (!lane()) cum_.st(2 * kChunk + 2, u);
+    }
+    out.stv(at, after);
     // A state is multiplied by 2^last once per chunk, so the rounding error of 2^last would grow
     // with the number of chunks. Where the state decays slowly, total is 1 and rest is the
     // difference to 1.
@@ -69,7 +95,23 @@ struct ChunkDecay {
   }
 
  private:
-  sptr<float> cum_;  // high parts, low parts, total, rest
+  // 2^(cum_i - cum_j), j <= i.
+  SIMT_DEV float between(int i, int j) const {
+    const float high = cum_.ld(i) - cum_.ld(j), low = cum_.ld(kChunk + i) - cum_.ld(kChunk + j);
+    const float x = high + low;
+    return ex2(x < 0 ? x : 0);
+  }
+  // The greatest power of two that is at most x; 1 for 0, infinity and NaN.
+  static SIMT_DEV float power_near(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    u &= 0x7f800000u;
+    if (!u || u == 0x7f800000u) u = 0x3f800000u;
+    std::memcpy(&x, &u, sizeof x);
+    return x;
+  }
+
+  sptr<float> cum_;  // high parts, low parts, total, rest, unit
 };
 
 }  // namespace lc::cuda

@@ -37,11 +37,14 @@ SIMT_DEV int64_t slot_at(const Problem& p, int64_t b) {
   return gptr<const int32_t>{static_cast<const int32_t*>(p.state_indices)}.ld(b);
 }
 
-// log2_decay() of problem.h.
+// log_decay() and log2_decay() of problem.h.
+SIMT_DEV double log_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n) {
+  if (!p.log_decay) return p.uniform_log_decay;
+  return p.decay_type == Type::f64 ? row<const double>(p.log_decay, b, hs, n).ld(0)
+                                   : double(row<const float>(p.log_decay, b, hs, n).ld(0));
+}
 SIMT_DEV double log2_decay_at(const Problem& p, int64_t b, int64_t hs, int64_t n) {
-  if (!p.log_decay) return log2_decay(p, p.uniform_log_decay);
-  return log2_decay(p, p.decay_type == Type::f64 ? row<const double>(p.log_decay, b, hs, n).ld(0)
-                                                 : double(row<const float>(p.log_decay, b, hs, n).ld(0)));
+  return log2_decay(p, log_decay_at(p, b, hs, n));
 }
 
 // 2^x - 1, accurate for x close to 0.
@@ -53,6 +56,16 @@ template <class T>
 SIMT_DEV T warp_sum(T x) {
   SIMT_UNROLL
   for (int d = 1; d < 32; d *= 2) x += shfl_xor(x, d);
+  return x;
+}
+
+// The greatest x of the lanes of a warp, returned to all lanes.
+SIMT_DEV float warp_max(float x) {
+  SIMT_UNROLL
+  for (int d = 1; d < 32; d *= 2) {
+    const float y = shfl_xor(x, d);
+    x = y > x ? y : x;
+  }
   return x;
 }
 

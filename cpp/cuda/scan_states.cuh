@@ -39,7 +39,8 @@ struct ScanStates {
     float state = 0;
     if (p.initial_state && hs % w.share == 0) {
       const int64_t columns = w.transposed ? p.K : p.V;
-      state = row<const float>(p.initial_state, b, hs / w.share, at / columns).ld(at % columns);
+      state =
+          row<const float>(p.initial_state, b, hs / w.share, at / columns).ld(at % columns * p.initial_state.stride[3]);
     }
     for (int64_t i = 0; i < count; i += kAhead) {
       float own[kAhead];

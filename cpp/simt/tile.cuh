@@ -67,6 +67,7 @@ struct Shared {
     const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
     return (i0 + i) * C + unit * kUnit + j % kUnit;
   }
+  SIMT_DEV E ld(int i, int j) const { return s.ld(at(i / 8 * 8, j / 16 * 16, i % 8, j % 16)); }
   // Rows from i on, a multiple of 8.
   template <int R2>
   SIMT_DEV Shared<E, R2, C> rows(int i) const {

@@ -730,7 +730,8 @@ inline std::vector<Output> gradient_outputs(Call& call, const Gradients& d) {
           {"d_v", &call.d_v, &d.d_v, &d.d_v, tolerance},
           {"d_log_decay", &call.d_log_decay, &d.d_log_decay, cancels ? &d.d_log_decay_size : &d.d_log_decay,
            call.spec.dtype == kF32 ? tolerance : 2 * tolerance},
-          {"d_initial_state", &call.d_initial_state, &d.d_initial_state, &d.d_initial_state, tolerance}};
+          {"d_initial_state", &call.d_initial_state, &d.d_initial_state, &d.d_initial_state, tolerance},
+          {"d_dt", &call.d_dt, &d.d_dt, &d.d_dt, call.spec.dtype == kF32 ? tolerance : 2 * tolerance}};
 }
 
 }  // namespace test

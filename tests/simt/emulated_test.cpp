@@ -134,6 +134,7 @@ class Emulated : public ::testing::Test {
 };
 
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
+constexpr lc_dtype kOnMatrixUnit[] = {kF32, kF16, kBf16};
 
 // Every row serves each of its dtypes. This is the smallest call with a second chunk.
 TEST_F(Emulated, EveryRowServes) {
@@ -477,9 +478,150 @@ TEST_F(Emulated, DecodeDevices) {
   EXPECT_EQ(0, served_["recurrent"]);
 }
 
-// ---- gradients
+// ---- Mamba-2
 
-constexpr lc_dtype kOnMatrixUnit[] = {kF32, kF16, kBf16};
+// What a call of Mamba-2 has besides plain tensors: a part of it, or everything.
+enum class Parts { lengths, limits, outputs, states, all };
+constexpr Parts kParts[] = {Parts::lengths, Parts::limits, Parts::outputs, Parts::states, Parts::all};
+
+Spec mamba2(lc_dtype dtype, int64_t N, int64_t K, int64_t V, Parts parts) {
+  Spec spec(dtype, N, K, V);
+  spec.heads(1, 1, 3);
+  spec.B = 1;
+  const bool all = parts == Parts::all;
+  spec.dt = parts != Parts::outputs && parts != Parts::states;
+  spec.softplus = parts == Parts::limits || all;
+  if (parts == Parts::limits) {
+    spec.dt_min = 0.05;
+    spec.dt_max = 0.5;
+    spec.decay = Decay::batch;
+  }
+  spec.skip = all ? 2 : parts == Parts::outputs ? 1 : 0;
+  spec.gate = all || parts == Parts::outputs;
+  spec.transposed = all || parts == Parts::states;
+  spec.bnhd = parts != Parts::lengths;
+  spec.strided = parts == Parts::states;
+  spec.initial = spec.final = true;
+  return spec;
+}
+
+// chunk, scan, block, recursive and recurrent serve every part in every dtype that they have.
+TEST_F(Emulated, Mamba2) {
+  constexpr int64_t shapes[][3] = {{1, 16, 24}, {65, 16, 24}, {200, 33, 17}, {130, 1, 80}};
+  for (lc_dtype dtype : kInputs)
+    for (Parts parts : kParts)
+      for (const auto& [N, K, V] : shapes) {
+        served_.clear();
+        check(mamba2(dtype, N, K, V, parts));
+        for (const char* name : {"chunk", "scan", "block", "recursive"})
+          EXPECT_EQ(dtype != kF64, served_[name]) << name;
+        EXPECT_EQ(1, served_["recurrent"]);
+      }
+}
+
+// Head dims of models: Nemotron Nano, Puzzle, Falcon-H1, Zamba2.
+TEST_F(Emulated, Mamba2HeadDims) {
+  constexpr int64_t head_dims[][2] = {{128, 80}, {96, 64}, {256, 64}, {64, 64}, {128, 64}};
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (const auto& [K, V] : head_dims) {
+      Spec spec = mamba2(dtype, 70, K, V, Parts::all);
+      spec.Hv = 1;
+      check(spec);
+    }
+}
+
+TEST_F(Emulated, Mamba2Schedules) {
+  for (lc_dtype dtype : kInputs) check(mamba2(dtype, 200, 24, 16, Parts::all), std::size(kSchedules));
+}
+
+TEST_F(Emulated, Mamba2Segments) {
+  for (lc_dtype dtype : {kF32, kBf16}) {
+    Spec spec = mamba2(dtype, 700, 8, 16, Parts::all);
+    check(spec);
+    spec.N = 1000;
+    spec.cu = {0, 0, 300, 300, 310, 950, 1000};
+    check(spec);
+    spec.in_place = true;
+    spec.final = false;
+    check(spec);
+  }
+}
+
+// Tokens of length 0 and tokens so long that they decay the state to nothing, with decays from none
+// to -inf. Lengths of float16 are scaled to the range of its products.
+TEST_F(Emulated, Mamba2Lengths) {
+  for (lc_dtype dtype : kInputs)
+    for (double gamma : {0., 0.5, 1.})
+      for (const auto& [least, most] : {std::pair{1e-6, 1e-6}, std::pair{3e4, 3e4}, std::pair{0., 1e-30}}) {
+        Spec spec = mamba2(dtype, 140, 8, 16, Parts::lengths);
+        spec.gamma = gamma;
+        spec.dt_min = least;
+        spec.dt_max = most;
+        spec.initial = false;
+        spec.scale = 1 / most;
+        check(spec);
+      }
+}
+
+TEST_F(Emulated, Mamba2Decode) {
+  constexpr int64_t head_dims[][2] = {{22, 40}, {128, 64}, {1, 3}, {7, 1}, {256, 80}};
+  for (lc_dtype dtype : kInputs)
+    for (lc_dtype pool : kInputs)
+      for (Parts parts : kParts)
+        for (const auto& [K, V] : head_dims) {
+          if ((pool == kF64) != (dtype == kF64) || (K > 100 && parts != Parts::all)) continue;
+          Spec spec = mamba2(dtype, K == 22 ? 3 : 1, K, V, parts);
+          spec.op = LC_DECODE;
+          spec.pool = pool;
+          spec.B = 3;
+          spec.slots = 5;
+          if (parts != Parts::states) spec.indices = {4, -1, 0};
+          served_.clear();
+          check(spec, K == 22 && parts == Parts::all ? int(std::size(kSchedules)) : 1);
+          EXPECT_EQ(1, served_["recurrent"]);
+        }
+}
+
+TEST_F(Emulated, Mamba2Gradients) {
+  constexpr int64_t shapes[][4] = {{1, 1, 16, 24}, {3, 1, 33, 17}, {4, 2, 64, 64}, {2, 2, 7, 80}, {1, 1, 128, 3}};
+  for (lc_dtype dtype : kOnMatrixUnit)
+    for (Parts parts : {Parts::lengths, Parts::limits, Parts::states})
+      for (const auto& [heads, groups, K, V] : shapes)
+        for (int64_t N : {1, 130}) {
+          Spec spec = mamba2(dtype, N, K, V, parts);
+          spec.heads(groups, groups, heads);
+          spec.transposed = heads > 1;
+          check_gradients(spec);
+        }
+}
+
+TEST_F(Emulated, Mamba2GradientsOfSegments) {
+  for (lc_dtype dtype : kOnMatrixUnit) {
+    Spec spec = mamba2(dtype, 2200, 8, 16, Parts::limits);
+    spec.heads(1, 1, 2);
+    spec.transposed = true;
+    spec.gamma = 0.9;
+    check_gradients(spec);
+    spec.decay = Decay::head;
+    spec.cu = {0, 0, 300, 300, 310, 2150, 2200};
+    check_gradients(spec, 2);
+  }
+}
+
+TEST_F(Emulated, Mamba2SomeGradients) {
+  for (unsigned wants = 1; wants < 64; ++wants) {
+    Spec spec = mamba2(wants % 2 ? kF32 : kBf16, 140, 8, 16, wants % 4 < 2 ? Parts::lengths : Parts::limits);
+    spec.wants = wants;
+    spec.transposed = wants % 3;
+    spec.initial = wants % 5;
+    spec.final = wants % 7;
+    spec.d_o = !spec.final || wants % 11;
+    if (wants % 13 == 0) spec.decay = Decay::none;
+    check_gradients(spec);
+  }
+}
+
+// ---- gradients
 
 TEST_F(Emulated, GradientsOfTokensAndHeadDims) {
   constexpr int64_t head_dims[][2] = {{1, 1}, {16, 24}, {33, 17}, {64, 64}, {7, 80}, {128, 3}};

@@ -71,15 +71,25 @@ struct WalkBlock {
             {stage.sub(Shape::kDecays ? Shape::kFactor : 0, C * V)}};
   }
 
-  // The log-decays of two of its tokens per lane.
-  SIMT_DEV float2 log_decays(int i) const {
+  // The log-decays and lengths of two of its tokens per lane.
+  SIMT_DEV TwoTokens two_tokens(int i) const {
     const At at = place();
-    if (!task.p.log_decay) return {0, 0};
-    return load_decay(at.log_decay, task.p.log_decay.stride[2], first_token(at, i), tokens(at, i),
-                      Shape::kAhead ? lane() : fresh(lane()), skips_first_decay(at, i));
+    const Problem& p = task.p;
+    const auto load = [&](gptr<const float> from, const View& w, bool skip_first) {
+      return load_pair(from, w.stride[2], first_token(at, i), tokens(at, i), Shape::kAhead ? lane() : fresh(lane()),
+                       skip_first);
+    };
+    TwoTokens two = {};
+    if (p.log_decay) two.log_decay = load(at.log_decay, p.log_decay, skips_first_decay(at, i));
+    if (p.dt) two.length = load(at.length, p.dt, false);
+    return two;
   }
   SIMT_DEV ChunkDecay decay(int i) const {
-    return ChunkDecay(weights.sub((i & 1) * ChunkDecay::kNumbers, ChunkDecay::kNumbers));
+    return ChunkDecay(weights.sub((i & 1) * ChunkDecay::kNumbers, ChunkDecay::kNumbers), lengths());
+  }
+  SIMT_DEV Lengths lengths() const {
+    if (!task.p.dt) return Lengths::none;
+    return backward() ? Lengths::of_outputs : Lengths::of_inputs;
   }
 
   // ---- columns of V -----------------------------------------------------------------------------
@@ -105,13 +115,6 @@ struct WalkBlock {
 
   // ---- states in memory -------------------------------------------------------------------------
 
-  // Distances of rows and columns of a state. `stride` is the distance of the rows as stored,
-  // transposed or not.
-  struct Steps {
-    int64_t row, column;
-    SIMT_DEV Steps(const Task& task, int64_t stride)
-        : row(kGradient && task.walk.transposed ? 1 : stride), column(kGradient && task.walk.transposed ? stride : 1) {}
-  };
   SIMT_DEV void load_state(Strip<kColumns, K>& S, gptr<const float> from, const Steps& step) const {
     const auto own = from.sub((block_column() + warp_column()) * step.column);
     const int columns = columns_left(), rows = int(task.p.K);

@@ -9,6 +9,6 @@ const char* decays_refuse(const Problem& p) { return Launcher{p}.refuses(); }
 
 void walk_decays(const Problem& p, int concurrent, const GradientWalks& walks) { Launcher{p}.run(concurrent, walks); }
 
-int decay_slices(const Problem& p) { return Launcher{p}.slices(p.K, /*wide=*/false).count; }
+int decay_slices(const Problem& p, int64_t columns) { return Launcher{p}.slices(columns, /*wide=*/false).count; }
 
 }  // namespace lc::cuda

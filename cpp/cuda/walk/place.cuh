@@ -17,11 +17,23 @@ struct Task {
   bool q_aligned, k_aligned, v_aligned, o_aligned, factor_aligned;  // whether every row is aligned to 16 bytes
 };
 
-// The members of a Place that only gradients have.
+// Distances of the rows and of the columns of a state in memory.
+struct Steps {
+  int64_t row, column;
+};
+SIMT_DEV Steps steps(const View& state, bool transposed) {
+  return transposed ? Steps{state.stride[3], state.stride[2]} : Steps{state.stride[2], state.stride[3]};
+}
+// Of the states of a Walk, which are dense.
+SIMT_DEV Steps dense_steps(const Problem& p, const Walk& w) { return w.transposed ? Steps{1, p.K} : Steps{p.V, 1}; }
+
+// The members of a Place that only outputs have, or only gradients.
 template <class E, bool kGradient>
-struct PlaceOfGradient {};
+struct PlaceOfAim {
+  int64_t entry, head, start_token;  // batch entry, q head, first token of the walk
+};
 template <class E>
-struct PlaceOfGradient<E, true> {
+struct PlaceOfAim<E, true> {
   gptr<const E> factor;     // first token of the walk, or null
   gptr<float> products;     // first token of the walk, or null
   gptr<float> checkpoints;  // first checkpoint of the sequence, or null
@@ -32,17 +44,18 @@ struct PlaceOfGradient<E, true> {
 
 // The place of a block for one q head. One thread computes it and stores it in shared memory.
 template <class E, bool kGradient>
-struct Place : PlaceOfGradient<E, kGradient> {
-  gptr<const E> q, k, v;                // first token of the walk, column 0
-  gptr<E> o;                            // first token of the walk, column 0
-  gptr<const float> log_decay;          // first token of the walk; null if all tokens have the same
-  gptr<const float> before;             // state before the first token; null: zeros
-  gptr<float> after;                    // state after the last token, or null
-  gptr<double> log2;                    // log2 of the decay over all tokens, or null
-  int64_t before_stride, after_stride;  // distance of rows of the two states
-  int chunks;                           // chunks of the walk
-  int tail;                             // tokens of the last chunk in time, which may not be full
-  int first_output;                     // first chunk with outputs; the chunks before it only make the state
+struct Place : PlaceOfAim<E, kGradient> {
+  gptr<const E> q, k, v;            // first token of the walk, column 0
+  gptr<E> o;                        // first token of the walk, column 0
+  gptr<const float> log_decay;      // first token of the walk; null if all tokens have the same
+  gptr<const float> length;         // first token of the walk; null if tokens have no lengths
+  gptr<const float> before;         // state before the first token; null: zeros
+  gptr<float> after;                // state after the last token, or null
+  gptr<double> log2;                // log2 of the decay over all tokens, or null
+  Steps before_steps, after_steps;  // of the two states
+  int chunks;                       // chunks of the walk
+  int tail;                         // tokens of the last chunk in time, which may not be full
+  int first_output;                 // first chunk with outputs; the chunks before it only make the state
 
   Place() = default;
   SIMT_DEV Place(const Problem& p, const Walk& w, int64_t block, int parts, int part, bool writes) {
@@ -70,16 +83,17 @@ struct Place : PlaceOfGradient<E, kGradient> {
     o = row<E>(p.o, s.row, h, n);
     log_decay = {nullptr};
     if (p.log_decay) log_decay = row<const float>(p.log_decay, s.row, hs / share, backward ? n - 1 : n);
+    length = {nullptr};
+    if (p.dt) length = row<const float>(p.dt, s.row, hs / share, n);
     chunks = int((tokens + kChunk - 1) / kChunk);
     tail = int(tokens - (chunks - 1) * int64_t(kChunk));
     first_output = w.states_only ? chunks : int((begin - start + kChunk - 1) / kChunk);
 
     const int64_t size = p.K * p.V, state = (slot * p.Hs + hs) * size;
-    const int64_t dense = kGradient && w.transposed ? p.K : p.V;
     before = {nullptr};
-    before_stride = dense;
+    before_steps = dense_steps(p, w);
     after = {nullptr};
-    after_stride = dense;
+    after_steps = dense_steps(p, w);
     log2 = {nullptr};
     if constexpr (kGradient) {
       this->factor = {nullptr};
@@ -88,6 +102,10 @@ struct Place : PlaceOfGradient<E, kGradient> {
       this->first_chunk = int(backward ? (s.length - start + kChunk - 1) / kChunk - 1 : start / kChunk);
       this->skip_first_decay = backward && !start;
       if (!p.o && !w.products) first_output = chunks;
+    } else {
+      this->entry = s.row;
+      this->head = h;
+      this->start_token = token;
     }
     if (nothing) return;
     if (w.states_only) log2 = {w.log2 + slot * p.Hs + hs};
@@ -96,7 +114,7 @@ struct Place : PlaceOfGradient<E, kGradient> {
         before = {w.before + state + (start ? 0 : backward ? count - 1 - segment : -segment) * p.Hs * size};
       } else if (hs % share == 0) {
         before = row<const float>(p.initial_state, b, hs / share, 0);
-        before_stride = p.initial_state.stride[2];
+        before_steps = steps(p.initial_state, w.transposed);
       }
     }
     if constexpr (kGradient) {
@@ -112,7 +130,7 @@ struct Place : PlaceOfGradient<E, kGradient> {
       after = {w.after ? w.after + state : nullptr};
     } else if (p.final_state) {
       after = row<float>(p.final_state, b, hs, 0);
-      after_stride = p.final_state.stride[2];
+      after_steps = steps(p.final_state, w.transposed);
     }
     if constexpr (kGradient)
       if (backward && last && s.length) this->after_weight = ex2(float(log2_decay_at(p, s.row, hs / share, -s.begin)));

@@ -1,9 +1,10 @@
-// products.cuh - the steps of a walk that only d log_decay needs (Aim::decays): one product per
-// token, and checkpoints.
+// products.cuh - the steps of a walk that only the gradients of decays and of lengths need
+// (Aim::decays): one product per token, and checkpoints.
 //
 //   products_t = factor_t.o'_t                       o': the part of o that comes through the state
 //              + sum_{j<t} w_tj - sum_{i>t} w_it     forward in time only; i, j, t in one chunk
 //   w_ij       = mask_ij q_i.k_j factor_i.v_j
+//   whole:       factor_t.o_t, without the length of token t, which is what the length multiplies
 //
 // The gradient is a sum of these products over chunks, plus products of states. Errors add up if
 // the two disagree. So o' is computed from all digits of the state, and the factor is rounded
@@ -17,12 +18,11 @@ namespace lc::cuda {
 template <bool kRounded = false, class Shape, class Values>
 SIMT_DEV void add_to_state(const WalkBlock<Shape>& b, Strip<Shape::kColumns, Shape::K>& S, const Values& values,
                            const Shared<typename Shape::E, Shape::C, Shape::K>& k, const ChunkDecay& decay, int j) {
-  const float total = decay.total(), rest = decay.rest(), scale = b.key_scale();
+  const float total = decay.total(), rest = decay.rest(), scale = b.key_scale() * decay.unit();
   Strip<Shape::kColumns, 32> sum;
   zero(sum);
   mma<kRounded>(sum, values, k, j);
-  merge(S, j, sum,
-        [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, Shape::kGradient ? y * scale : y)); });
+  merge(S, j, sum, [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, y * scale)); });
 }
 
 // Walks without products: only the plain O^T += S^T Q^T is left.
@@ -78,15 +78,17 @@ struct Products<Shape, true> {
   // Adds w of the scores from (i0, j0) on, given mask_ij q_i.k_j.
   static SIMT_DEV void add_scores(const Block& b, sptr<E> stage, const Strip<16, C / 2>& scores, int i0, int j0,
                                   sptr<float> sums) {
-    if (b.backward()) return;
+    const bool whole = b.task.walk.whole;
+    if (b.backward() && !whole) return;
     const Tiles chunk = Block::tiles(stage);
     Strip<16, C / 2> w;
     zero(w);
     mma_nt(w, operand<Own>(chunk.factor, i0), chunk.v.template rows<C / 2>(j0));
-    merge(w, 0, scores, [](float x, float y) { return x * y; });
-    map(w, [&](int i, int j, float x) { return j0 + j < i0 + i ? x : 0.f; });
+    const float scale = b.key_scale();
+    merge(w, 0, scores, [&](float x, float y) { return x * y * scale; });
+    map(w, [&](int i, int j, float x) { return j0 + j < i0 + i + whole ? x : 0.f; });
     add_rows(sums, i0, w);
-    add_columns(sums, j0, w, -1);
+    if (!whole) add_columns(sums, j0, w, -1);
   }
 
   // O^T += S^T Q^T from all digits of S, and the products of O with the factor.
@@ -97,11 +99,11 @@ struct Products<Shape, true> {
     else
       mma_nt(O, in_two<X>(operand<float>(S)), chunk.q);
     const auto columns = operand_t<E>(chunk.factor, Block::warp_column());
-    const ChunkDecay::SinceFirst weights{decay};
+    const ChunkDecay::SinceFirst weights{decay, decay.lengths == Lengths::of_outputs && !b.task.walk.whole};
     if (is_precise(b))
-      add_products(sums, O, weighted<float>(columns, weights), decay.in.ld(0));
+      add_products(sums, O, weighted<float>(columns, weights), decay.in(0));
     else
-      add_products(sums, O, weighted<Own>(columns, weights), decay.in.ld(0));
+      add_products(sums, O, weighted<Own>(columns, weights), decay.in(0));
   }
 
   // Adds the sums of all warps and writes the products of chunk i.
@@ -140,8 +142,7 @@ struct Products<Shape, true> {
     if (!at.checkpoints.p || chunk % kEvery) return;
     if (b.backward() ? i <= at.first_output : i < at.first_output || i >= at.chunks) return;
     const Problem& p = b.task.p;
-    b.store_state(at.checkpoints.sub(chunk / kEvery * p.Hs * (p.K * p.V)), {b.task, b.task.walk.transposed ? p.K : p.V},
-                  S, 1);
+    b.store_state(at.checkpoints.sub(chunk / kEvery * p.Hs * (p.K * p.V)), dense_steps(p, b.task.walk), S, 1);
   }
 
  private:

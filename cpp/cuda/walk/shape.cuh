@@ -3,6 +3,7 @@
 #pragma once
 #include "../../simt/tile.cuh"
 #include "../decay.cuh"
+#include "../lengths.cuh"
 #include "place.cuh"
 
 namespace lc::cuda {

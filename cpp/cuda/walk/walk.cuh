@@ -3,7 +3,7 @@
 // stays in float32 registers as a Strip:
 //
 //   A    = [j <= i] mask_ij q_i.k_j                   [C, C]   in shared memory
-//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)         [V, C]   in registers
+//   O^T  = scale (S^T Q^T diag(in) + V^T A^T)         [V, C]   in registers; then skip and gate
 //   S^T  = total S^T + (rest S^T + V^T diag(out) K)   [V, K]   in registers; weights: decay.cuh
 //
 // The sum of a chunk starts from zero and is added to S outside of the matrix unit, which
@@ -44,14 +44,14 @@ struct ChunkWalk {
 
   static SIMT_DEV void walk(const Block& b) {
     for (int i = 0; i + 1 < b.stages; ++i) fetch(b, i);
-    float2 log_decays = first_weights(b);
+    TwoTokens ahead = first_weights(b);
     State S;
     load_initial(b, S);
 
     Extras::checkpoint(b, 0, S);
     for (int i = 0; b.exists(i); ++i) {
       arrive(b, i);
-      if (Block::makes_weights() && b.exists(i + 1)) log_decays = next_weights(b, i, log_decays);
+      if (Block::makes_weights() && b.exists(i + 1)) ahead = next_weights(b, i, ahead);
       const auto stage = b.stage(i);
       const Tiles chunk = Block::tiles(stage);
       const ChunkDecay decay = b.decay(i);
@@ -102,24 +102,24 @@ struct ChunkWalk {
   // ---- weights, by one warp ---------------------------------------------------------------------
 
   // Computes the weights of chunk i, and adds to the log2 of the decay up to its end.
-  static SIMT_DEV void make_weights(const Block& b, float2 log_decays, int i) {
+  static SIMT_DEV void make_weights(const Block& b, const TwoTokens& own, int i) {
     const auto at = b.place();
-    const double log2 = b.decay(i).set(b.task.p, log_decays, b.tokens(at, i), Block::skips_first_decay(at, i));
+    const double log2 = b.decay(i).set(b.task.p, own, b.tokens(at, i), Block::skips_first_decay(at, i));
     const auto sum = b.place().log2;
     if (sum.p && !lane() && !b.block_column()) sum.st(0, i ? sum.ld(0) + log2 : log2);
   }
-  // Both return the log-decays that were loaded ahead.
-  static SIMT_DEV float2 first_weights(const Block& b) {
-    float2 log_decays = b.log_decays(0);
+  // Both return the tokens that were loaded ahead.
+  static SIMT_DEV TwoTokens first_weights(const Block& b) {
+    TwoTokens ahead = b.two_tokens(0);
     if (Block::makes_weights()) {
-      make_weights(b, log_decays, 0);
-      if (Shape::kAhead) log_decays = b.log_decays(1);
+      make_weights(b, ahead, 0);
+      if (Shape::kAhead) ahead = b.two_tokens(1);
     }
-    return log_decays;
+    return ahead;
   }
-  static SIMT_DEV float2 next_weights(const Block& b, int i, float2 log_decays) {
-    make_weights(b, Shape::kAhead ? log_decays : b.log_decays(i + 1), i + 1);
-    return Shape::kAhead ? b.log_decays(i + 2) : log_decays;
+  static SIMT_DEV TwoTokens next_weights(const Block& b, int i, const TwoTokens& ahead) {
+    make_weights(b, Shape::kAhead ? ahead : b.two_tokens(i + 1), i + 1);
+    return Shape::kAhead ? b.two_tokens(i + 2) : ahead;
   }
 
   // ---- outputs ----------------------------------------------------------------------------------
@@ -136,19 +136,38 @@ struct ChunkWalk {
     Strip<kColumns, C> O;
     zero(O);
     Extras::read_state(b, O, S, chunk, decay, sums);
-    map(O, [&](int, int j, float x) { return x * decay.in.ld(j); });
+    map(O, [&](int, int j, float x) { return x * decay.in(j); });
     sync_cta();  // A is complete, and q is no longer needed
     Extras::write(b, i);
     if (!kGradient || b.task.p.o) {
       mma_nt</*kLower=*/true>(O, operand_t<X>(chunk.v, Block::warp_column()), b.A);
       const float scale = b.output_scale();
       map(O, [&](int, int, float x) { return x * scale; });
+      const auto at = b.place();
+      finish(b, at, i, chunk, decay, O);
       store_t(chunk.o, Block::warp_column(), O);
       sync_warp();
-      const auto at = b.place();
       const int64_t stride = b.task.p.o.stride[2];
       write_rows<kColumns>(at.o.sub(b.first_token(at, i) * stride + b.block_column() + Block::warp_column()), stride,
                            chunk.o, Block::warp_column(), b.tokens(at, i), b.columns_left(), b.task.o_aligned);
+    }
+  }
+
+  // Takes outputs through the skip and the gate; multiplies gradients by the lengths of tokens.
+  static SIMT_DEV void finish(const Block& b, const typename Shape::At& at, int i, const Tiles& chunk,
+                              const ChunkDecay& decay, Strip<kColumns, C>& O) {
+    if constexpr (kGradient) {
+      if (decay.lengths == Lengths::of_outputs) map(O, [&](int, int j, float x) { return x * decay.length.ld(j); });
+    } else {
+      const Problem& p = b.task.p;
+      if (!p.skip && !p.gate) return;
+      const int own = Block::warp_column(), columns = b.columns_left(), n = b.tokens(at, i);
+      const int64_t first = at.start_token + b.first_token(at, i);
+      map(O, [&](int c, int j, float x) {
+        if (c >= columns || j >= n) return x;
+        return finished<E>(p, x, widen(chunk.v.ld(j, own + c)), at.entry, at.head, first + j,
+                           b.block_column() + own + c);
+      });
     }
   }
 
@@ -187,14 +206,14 @@ struct ChunkWalk {
 
   static SIMT_DEV void load_initial(const Block& b, State& S) {
     zero(S);
-    if (const auto before = b.place().before; before.p) b.load_state(S, before, {b.task, b.place().before_stride});
+    if (const auto before = b.place().before; before.p) b.load_state(S, before, b.place().before_steps);
   }
   static SIMT_DEV void store_final(const Block& b, const State& S) {
     const auto after = b.place().after;
     if (!after.p) return;
     float weight = 1;
     if constexpr (kGradient) weight = b.place().after_weight;
-    b.store_state(after, {b.task, b.place().after_stride}, S, weight);
+    b.store_state(after, b.place().after_steps, S, weight);
   }
 };
 

@@ -29,6 +29,7 @@ struct Walk {
   View factor = {};              // [B, factor_heads, N, V]: the factor of the products
   int64_t factor_heads = 1;      // heads of `factor`
   float* products = nullptr;     // [slice, H, token], to be summed over slices of V; products.cuh defines them
+  bool whole = false;            // products of the factor with all of the outputs: the gradient of lengths
   bool precise = false;          // walks with products compute states to full float32 precision
   float* checkpoints = nullptr;  // states at every kCheckpoint tokens: before them forward in time, after them backward
 };
@@ -40,8 +41,8 @@ int64_t segment_chunks(const Problem& p, int64_t blocks);
 const char* walk_refuses(const Problem& p);
 void walk(const Problem& p, const Walk& w);
 
-// The results of a walk: o; one of dq, dk, dv; dq or dk with the products that d log_decay is made
-// of.
+// The results of a walk: o; one of dq, dk, dv; one of these with the products that d log_decay and
+// d dt are made of.
 enum class Aim { outputs, gradients, decays };
 
 // A walk over the operands of gradient.h, with K and V up to 256. One launch runs up to three of
@@ -57,7 +58,7 @@ const char* decays_refuse(const Problem& p);
 // device is.
 void walk_gradients(const Problem& p, int concurrent, const GradientWalks& walks);
 void walk_decays(const Problem& p, int concurrent, const GradientWalks& walks);
-int decay_slices(const Problem& p);  // slices of Walk::products
+int decay_slices(const Problem& p, int64_t columns);  // slices of Walk::products
 
 // For cost().
 int64_t walk_blocks(const Problem& p, const Walk& w);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../../cuda/cost.h"
+#include "../../cuda/lengths.h"
 #include "../../cuda/walk/walk.h"
 
 namespace lc {
@@ -24,7 +25,8 @@ int64_t blocks(const Problem& p) { return std::max<int64_t>(1, (p.N + kTokens - 
 
 int64_t numbers(const Problem& p) { return p.B * p.Hs * p.K * p.V; }
 
-void run(const Problem& p) {
+void run(const Problem& given) {
+  const Problem p = with_lengths(given);
   Walk w;
   w.length = kTokens;
   float* before = static_cast<float*>(p.workspace);
@@ -46,13 +48,15 @@ Cost cost(const Problem& p) {
                      /*launches=*/count, double(walk_blocks(p, w)), /*steps=*/chunks, chunk_step_us(p)});
 }
 
-size_t workspace(const Problem& p) { return blocks(p) > 1 ? size_t(2 * numbers(p)) * sizeof(float) : 0; }
+size_t workspace(const Problem& p) {
+  return lengths_bytes(p) + (blocks(p) > 1 ? size_t(2 * numbers(p)) * sizeof(float) : 0);
+}
 
 }  // namespace
 
 extern const Method block_cuda = {
     {"block", "cuda", "blocks of 256 tokens, all heads in each; states in memory", "LeetDecoding, arXiv:2501.02573"},
-    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences | kMamba2},
     walk_refuses,
     cost,
     workspace,

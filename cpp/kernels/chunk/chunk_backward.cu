@@ -2,6 +2,7 @@
 // recurrence itself over other operands (gradient.h), computed by cuda/walk/walk.cuh.
 //
 //   dq: forward in time, with states S^T    dk, dv: backward in time, with states dS^T and dS
+//   Lengths of tokens are weights of keys forward in time, and of outputs backward in time
 //
 //   States are in memory between segments, where heads are few (as in scan), and at every 1024
 //   tokens for d log_decay (chunk_backward.cuh). Gradients that heads share are written per head,
@@ -13,6 +14,7 @@
 
 #include "../../cuda/cost.h"
 #include "../../cuda/launch.h"
+#include "../../cuda/lengths.h"
 #include "../../cuda/scan_states.cuh"
 #include "../../cuda/walk/walk.h"
 #include "../../gradient.h"
@@ -24,7 +26,7 @@ namespace {
 // The walks of a call, and their memory in the workspace.
 struct BackwardCall {
   Problem p;
-  bool decays;                 // whether d log_decay is asked for
+  bool decays;                 // whether d log_decay or d dt is asked for
   bool queries, keys, values;  // whether the call has the walk for dq, dk, dv
   bool precise;                // walks need states to full precision: d log_decay is a sum over all tokens
   int slices = 0;              // slices of the products
@@ -33,15 +35,16 @@ struct BackwardCall {
   size_t bytes = 0;  // of the workspace
   View zeros, d_q, d_k, d_v, d_initial_state;
   double *log2_before, *log2_after, *sums;
-  float *before, *after, *states, *gradients, *x, *y;
+  float *before, *after, *states, *gradients, *x, *y, *u;
 
+  // The problem has lengths of tokens in the place of dt: cuda/lengths.h.
   explicit BackwardCall(const Problem& problem) : p(problem) {
-    decays = bool(p.d_log_decay);
-    precise = decays && p.decay == Decay::constant;
+    decays = p.d_log_decay || p.d_dt;
+    precise = p.d_log_decay && (p.decay == Decay::constant || p.dt);
     queries = p.d_q || decays;
     keys = p.d_k || decays;
-    values = p.d_v || p.d_initial_state;
-    if (decays) slices = decay_slices(p);
+    values = p.d_v || p.d_initial_state || p.d_dt;
+    if (decays) slices = decay_slices(p, p.K);
     cut_sequences();
 
     const int64_t size = p.K * p.V, ends = is_cut ? cut.slots(p) : 0;
@@ -55,6 +58,7 @@ struct BackwardCall {
     take(gradients, checkpoints * p.H * size);
     take(x, slices * p.H * tokens(p));
     take(y, slices * p.H * tokens(p));
+    take(u, p.d_dt ? value_slices() * p.H * tokens(p) : 0);
     const int width = int(type_bytes(p.type));
     d_q = per_head(p.d_q, batch(p), p.Hq, p.N, p.K, width);
     d_k = per_head(p.d_k, batch(p), p.Hk, p.N, p.K, width);
@@ -62,10 +66,11 @@ struct BackwardCall {
     d_initial_state = per_head(p.d_initial_state, p.B, p.Hs, p.K, p.V, 4);
     uint8_t* zero_row;
     take(zero_row, p.d_o ? 0 : p.V * width);
-    zeros = {zero_row, {}};
+    zeros = {zero_row, {0, 0, 0, 1}};
   }
 
   int walks() const { return int(queries) + int(keys) + int(values); }
+  int value_slices() const { return decay_slices(p, p.V); }  // of u
 
  private:
   // Chooses the length of segments. Their ends are checkpoints, or divide the tokens between two
@@ -105,7 +110,7 @@ Walk walk_of(const BackwardCall& c) {
   return w;
 }
 void backward_in_time(GradientWalk& r) {
-  for (View* view : {&r.p.q, &r.p.k, &r.p.v, &r.p.o, &r.p.log_decay, &r.walk.factor})
+  for (View* view : {&r.p.q, &r.p.k, &r.p.v, &r.p.o, &r.p.log_decay, &r.p.dt, &r.walk.factor})
     view->stride[2] = -view->stride[2];
   r.p.initial_state = r.p.d_final_state;
   r.walk.backward = true;
@@ -136,6 +141,8 @@ GradientWalk values_of(const BackwardCall& c) {
   GradientWalk r{of_values(c.p), walk_of(c)};
   r.p.o = c.d_v;
   r.p.final_state = c.d_initial_state;
+  if (c.p.d_dt) with_products(r, c.p.v, c.p.Hv, c.u, /*checkpoints=*/nullptr);
+  r.walk.whole = bool(c.p.d_dt);
   backward_in_time(r);
   return r;
 }
@@ -175,13 +182,13 @@ void sum_heads(const Problem& p, const View& from, const View& to, int64_t b, in
 
 const char* refuses(const Problem& p) {
   const char* why = gradients_refuse(p);
-  return why || !p.d_log_decay ? why : decays_refuse(p);
+  return why || !(p.d_log_decay || p.d_dt) ? why : decays_refuse(p);
 }
 
 size_t workspace(const Problem& p) { return BackwardCall(p).bytes; }
 
-void run(const Problem& problem) {
-  BackwardCall c(problem);
+void run(const Problem& given) {
+  BackwardCall c(with_lengths(given));
   Problem& p = c.p;
   if (!p.d_o) {
     p.d_o = c.zeros;
@@ -199,14 +206,16 @@ void run(const Problem& problem) {
   GradientWalks walks;
   if (c.queries) walks.push_back(of_q);
   if (c.keys) walks.push_back(of_k);
-  if (c.values && !c.decays) walks.push_back(of_v);
+  const bool apart = c.values && c.decays && !p.d_dt;  // the walk for dv has no products
+  if (c.values && !apart) walks.push_back(of_v);
   walk(c, walks);
-  if (c.values && c.decays) walk_gradients(p, c.walks(), {of_v});
+  if (apart) walk_gradients(p, c.walks(), {of_v});
 
   if (c.decays) {
-    start<DecayGradient>(p, dim3(unsigned(Segments{kCheckpoint}.slots(p) * p.Hs)), DecayGradient::kMaxThreads,
-                         DecayGradient::kSharedBytes,
-                         {p, c.states, c.gradients, c.x, c.y, c.slices, c.precise ? c.sums : nullptr});
+    start<DecayGradient>(
+        p, dim3(unsigned(Segments{kCheckpoint}.slots(p) * p.Hs)), DecayGradient::kMaxThreads,
+        DecayGradient::kSharedBytes,
+        {p, given, c.states, c.gradients, c.x, c.y, c.u, c.slices, c.value_slices(), c.precise ? c.sums : nullptr});
     const bool by_row = p.d_log_decay.stride[0], by_head = p.d_log_decay.stride[1];
     if (c.precise)
       start<SumDecays>(p, dim3(by_row ? unsigned(p.B) : 1, by_head ? unsigned(p.Hs) : 1), SumDecays::kMaxThreads,

@@ -1,4 +1,4 @@
-// chunk_backward.cuh - GPU: kernels of gradients besides walks: sums over heads, and d log_decay.
+// chunk_backward.cuh - GPU: kernels of gradients besides walks: sums over heads, d log_decay, d dt.
 // The gradient of token t's decay is the part of the loss that crosses from before t to t or later:
 //
 //   dg_t = M + sum_{j<t} y_j + sum_{i>=t} x_i    M = total <S, dS>: S before, dS after the chunk
@@ -6,8 +6,10 @@
 //   x, y: products of the walks for dq and dk (cuda/walk/products.cuh). M = (crossing into the
 //   chunk) - sum x, and M + sum y crosses into the next chunk. As rounding errors would add up,
 //   this restarts at every kCheckpoint tokens from <S, dS> of two stored states
+//   d length_t = log_decay dg_t + u_t, and log_decay gets length_t dg_t      u: the walk for dv
 //   grid: (kCheckpoint tokens, state); 2 K V flop and a few per token; Mamba-2, arXiv:2405.21060
 #pragma once
+#include "../../cuda/lengths.cuh"
 #include "../../cuda/segments.cuh"
 
 namespace lc::cuda {
@@ -31,7 +33,7 @@ struct SumHeads {
     const int64_t b = head / a.heads, h = head % a.heads;
     Accumulator<E> sum = 0;
     for (int64_t i = 0; i < a.share; ++i) sum += widen(row<const E>(a.from, b, a.share * h + i, n).ld(j));
-    row<E>(a.to, b, h, n).st(j, narrow<E>(sum));
+    row<E>(a.to, b, h, n).st(j * a.to.stride[3], narrow<E>(sum));
   }
 };
 
@@ -40,11 +42,11 @@ struct DecayGradient {
   static constexpr int kMaxThreads = 256, kMinBlocks = 2, kWarps = kMaxThreads / 32, kChunks = kCheckpoint / kChunk;
   static constexpr int kSharedBytes = 2 * kCheckpoint * 4 + (2 * kWarps + 3 * kChunks) * 8;
   struct Params {
-    Problem p;
+    Problem p, given;                 // with lengths in the place of dt, and as given
     const float *states, *gradients;  // S [slot, Hs, V, K], dS [slot, H, V, K] at checkpoints
-    const float *x, *y;               // [slice, H, token]
-    int slices;
-    double* sums;  // [slot, Hs]: sums over tokens, if tokens share their decay
+    const float *x, *y, *u;           // [slice, H, token]
+    int slices, value_slices;         // of x and y; of u
+    double* sums;                     // [slot, Hs]: sums over tokens, if tokens share their log-decay
   };
 
   static SIMT_DEV void run(const Params& a) {
@@ -96,7 +98,7 @@ struct DecayGradient {
     }
     sync_cta();
     for (int c = warp(); c < chunks; c += kWarps) {
-      const double of_chunk = write(p, s, hs, first, n, c, through.ld(c), x, y);
+      const double of_chunk = write(a, s, hs, first, n, c, through.ld(c), x, y);
       if (!lane()) total.st(warp(), total.ld(warp()) + of_chunk);
     }
     sync_cta();
@@ -141,9 +143,10 @@ struct DecayGradient {
     return sum;
   }
 
-  // Writes dg of the tokens of chunk c, by one warp. Returns the sum of dg.
-  static SIMT_DEV double write(const Problem& p, const Sequence& s, int64_t hs, int64_t first, int n, int c, double M,
+  // Writes dg and d dt of the tokens of chunk c, by one warp. Returns the sum of dg, times lengths.
+  static SIMT_DEV double write(const Params& a, const Sequence& s, int64_t hs, int64_t first, int n, int c, double M,
                                sptr<float> x, sptr<float> y) {
+    const Problem& p = a.p;
     const int i = c * kChunk + 2 * lane();
     const double x0 = x.ld(i), x1 = x.ld(i + 1), y0 = y.ld(i), y1 = y.ld(i + 1);
     const double before = cumulative(y0 + y1) - y1 - y0;
@@ -161,10 +164,26 @@ struct DecayGradient {
       const int64_t t = first + i + e;
       // Nothing crosses a token whose decay leaves nothing of a state.
       const double gradient = log2_at(p, s, hs, t, first + n) > log2_decay(p, -1e300) ? dg[e] : 0;
-      sum += gradient;
-      if (p.decay == Decay::per_token) row<float>(p.d_log_decay, s.row, hs, s.begin + t).st(0, float(gradient));
+      if (p.dt) {
+        sum += gradient * row<const float>(p.dt, s.row, hs, s.begin + t).ld(0);
+        if (p.d_dt) write_length(a, s.row, hs, s.begin + t, gradient);
+      } else {
+        sum += gradient;
+        if (p.decay == Decay::per_token) row<float>(p.d_log_decay, s.row, hs, s.begin + t).st(0, float(gradient));
+      }
     }
     return warp_sum(sum);
+  }
+
+  // Writes d dt of token n, given its dg.
+  static SIMT_DEV void write_length(const Params& a, int64_t b, int64_t hs, int64_t n, double dg) {
+    const Problem& p = a.given;
+    const double rate = rate_at(p, b, hs);
+    double gradient = rate > kLeastRate ? rate * dg : 0;
+    for (int64_t slice = 0; slice < a.value_slices; ++slice)
+      for (int64_t h = hs * group(p); h < (hs + 1) * group(p); ++h)
+        gradient += double(gptr<const float>{a.u}.ld((slice * p.H + h) * tokens(p) + b * p.N + n));
+    set_number(p.dt_type, p.d_dt.data, offset(p.d_dt, b, hs, n), gradient * double(Length<float>(p, b, hs, n).slope));
   }
 };
 

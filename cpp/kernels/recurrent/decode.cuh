@@ -1,39 +1,42 @@
 // decode.cuh - GPU: a few tokens per sequence. The state is in a pool and is updated in place.
 //
-//   S <- 2^L_t S + k_t v_t^T;   o_t = scale q_t^T S     for every token t and q head of the state
+//   S <- 2^L_t S + length_t k_t v_t^T;   o_t = (scale q_t^T S + skip v_t) silu(gate_t)
 //
-//   pool [slots, Hs, K, V] of type P. Shared memory has some pairs of a token and a q head, in the
-//   accumulator's type T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
-//   block: a slice of V, `columns` vectors of 16 bytes wide. A thread keeps one vector of kRows
-//   rows in registers for all tokens. grid: (sequence, state, slice); small batches have more
-//   slices
-//   B (H 2KV + Hs 3KV) flop per token. Memory bound: a thread loads all rows before it uses one
+//   for every token t and q head of the state. pool [slots, Hs, K, V] of type P; either of K and V
+//   is contiguous. Shared memory has some pairs of a token and a q head, in the accumulator's type
+//   T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
+//   block: `columns` groups of kColumns columns of V. A thread keeps kRows rows of one group in
+//   registers for all tokens: kVectors vectors of 16 bytes along the contiguous dimension
+//   grid: (sequence, state, slice); small batches have more slices; B (H 2KV + Hs 3KV) flop per
+//   token. Memory bound: a thread loads all vectors before it uses one
 //   Katharopoulos et al. 2020, arXiv:2006.16236
 #pragma once
-#include "../../cuda/problem.cuh"
+#include "../../cuda/lengths.cuh"
 #include "../../cuda/staging.cuh"
 
 namespace lc::cuda {
 
-template <class E, class P>
+// kTransposed: K is contiguous in the pool.
+template <class E, class P, bool kTransposed>
 struct Decode {
   using T = Accumulator<E>;
   static constexpr const char* kName = "decode";
-  static constexpr int kVector = 16 / int(sizeof(P)), kRows = 4;
+  static constexpr int kVector = 16 / int(sizeof(P)), kVectors = 4;
+  static constexpr int kRows = kTransposed ? kVector : kVectors, kColumns = kTransposed ? kVectors : kVector;
   static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector > 4 ? 2 : 3;
   struct Params {
     Problem p;
     unsigned slices;                            // of V
     unsigned heads, q_share, k_share, v_share;  // H / Hs, H / Hq, Hs / Hk, Hs / Hv: 64-bit divisions are calls
-    int columns, row_groups;                    // threads of a block: across columns, across rows
+    int columns, row_groups;                    // threads of a block: across groups of columns, of rows
     int pairs;                                  // staged at once: kPairs, or all if there are fewer
     bool whole;                                 // whether all vectors are complete and aligned to 16 bytes
 
-    LC_INLINE int width() const { return columns * kVector; }
+    LC_INLINE int width() const { return columns * kColumns; }
     LC_INLINE int rows() const { return row_groups * kRows; }  // K, padded
     LC_INLINE int threads() const { return columns * row_groups; }
     int64_t shared_bytes() const {
-      return int64_t(sizeof(T)) * pairs * (2 * rows() + width() + row_groups * width() + 2);
+      return int64_t(sizeof(T)) * pairs * (2 * rows() + width() + row_groups * width() + kFactors);
     }
   };
 
@@ -44,16 +47,12 @@ struct Decode {
     if (block.slot < 0 || block.slot >= p.slots) return write_zeros(p, block, heads, all_pairs);
 
     const Vectors state(a, block);
-    Vector stored[kRows] = {};
+    Vector stored[kVectors] = {};
     state.load(stored);
     const Memory memory(a, block);
     stage(a, block, memory, 0, a.pairs);
-    T S[kRows][kVector];
-    SIMT_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      SIMT_UNROLL
-      for (int j = 0; j < kVector; ++j) S[i][j] = widen(stored[i].x[j]);
-    }
+    T S[kRows][kColumns];
+    each_number([&](int i, int j, int vector, int at) { S[i][j] = widen(stored[vector].x[at]); });
     for (int first = 0; first < all_pairs; first += a.pairs) {
       const int n = all_pairs - first < a.pairs ? all_pairs - first : a.pairs;
       if (first) stage(a, block, memory, first, n);
@@ -62,11 +61,7 @@ struct Decode {
         read(a, memory, pair, S);
       }
       if (first + n == all_pairs) {
-        SIMT_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          SIMT_UNROLL
-          for (int j = 0; j < kVector; ++j) stored[i].x[j] = narrow<P>(S[i][j]);
-        }
+        each_number([&](int i, int j, int vector, int at) { stored[vector].x[at] = narrow<P>(S[i][j]); });
         state.store(stored);
       }
       sync_cta();
@@ -79,12 +74,26 @@ struct Decode {
   // the number of tokens.
   static constexpr double kSlow = -0.0145;
 
+  static constexpr int kFactors = 3;  // of a pair: see Memory::factors
+
   using Vector = Packed<P, kVector>;
 
-  // A thread's vector of columns and its rows.
+  // Calls f(row, column, vector, place in the vector) for every number of a thread.
+  template <class F>
+  static SIMT_DEV void each_number(F&& f) {
+    SIMT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      SIMT_UNROLL
+      for (int j = 0; j < kColumns; ++j) kTransposed ? f(i, j, j, i) : f(i, j, i, j);
+    }
+  }
+
+  // A thread's columns and rows. Adjacent threads have adjacent vectors.
   static SIMT_DEV bool is_active(const Params& a) { return tid() < a.threads(); }
-  static SIMT_DEV int own_column(const Params& a) { return tid() % a.columns * kVector; }
-  static SIMT_DEV int own_group(const Params& a) { return tid() / a.columns; }
+  static SIMT_DEV int own_column(const Params& a) {
+    return (kTransposed ? tid() / a.row_groups : tid() % a.columns) * kColumns;
+  }
+  static SIMT_DEV int own_group(const Params& a) { return kTransposed ? tid() % a.row_groups : tid() / a.columns; }
   static SIMT_DEV int own_row(const Params& a) { return own_group(a) * kRows; }
 
   // The part of the problem that a block has.
@@ -111,17 +120,17 @@ struct Decode {
   // The inputs of the block, and the shared memory for `pairs` pairs of a token and a q head.
   struct Memory {
     gptr<const E> from_q, from_k, from_v;
-    sptr<T> q, k;   // [pairs, rows]
-    sptr<T> v;      // [pairs, width]
-    sptr<T> sums;   // [pairs, row groups, width]: parts of the outputs
-    sptr<T> decay;  // [pairs, 2]: the factor of the state, and whether it is to be added to 1
+    sptr<T> q, k;     // [pairs, rows]
+    sptr<T> v;        // [pairs, width]
+    sptr<T> sums;     // [pairs, row groups, width]: parts of the outputs
+    sptr<T> factors;  // [pairs, kFactors]: of the state; whether to add it to 1; the length of the token
     SIMT_DEV Memory(const Params& a, const Block& b) {
       Smem smem;
       q = smem.alloc<T>(a.pairs * a.rows());
       k = smem.alloc<T>(a.pairs * a.rows());
       v = smem.alloc<T>(a.pairs * a.width());
       sums = smem.alloc<T>(a.pairs * a.row_groups * a.width());
-      decay = smem.alloc<T>(2 * a.pairs);
+      factors = smem.alloc<T>(kFactors * a.pairs);
       from_q = row<const E>(a.p.q, b.b, b.h / a.q_share, 0);
       from_k = row<const E>(a.p.k, b.b, b.hs / a.k_share, 0);
       from_v = row<const E>(a.p.v, b.b, b.hs / a.v_share, 0).sub(b.c0);
@@ -151,24 +160,29 @@ struct Decode {
     }
     const int i = nthreads() - 1 - tid();  // the last threads have the least to copy
     if (i < n) {
-      const double log2 = log2_decay_at(p, b.b, b.hs, (first + i) / heads);
+      const int64_t t = (first + i) / heads;
+      const T length = p.dt ? Length<T>(p, b.b, b.hs, t).value : T(1);
+      const double log2 = p.dt ? log2_decay(p, rate_at(p, b.b, b.hs) * double(length)) : log2_decay_at(p, b.b, b.hs, t);
       const bool slow = log2 > kSlow;
-      m.decay.st(2 * i, slow ? T(ex2m1(log2)) : ex2(T(log2)));
-      m.decay.st(2 * i + 1, T(slow));
+      m.factors.st(kFactors * i, slow ? T(ex2m1(log2)) : ex2(T(log2)));
+      m.factors.st(kFactors * i + 1, T(slow));
+      m.factors.st(kFactors * i + 2, length);
     }
     sync_cta();
   }
 
-  // S <- 2^L S + k v^T for the token of a pair.
-  static SIMT_DEV void update(const Params& a, const Memory& m, int pair, T (&S)[kRows][kVector]) {
-    const T factor = m.decay.ld(2 * pair);
-    const bool slow = m.decay.ld(2 * pair + 1) != 0;
+  // S <- 2^L S + length k v^T for the token of a pair.
+  static SIMT_DEV void update(const Params& a, const Memory& m, int pair, T (&S)[kRows][kColumns]) {
+    const T factor = m.factors.ld(kFactors * pair), length = m.factors.ld(kFactors * pair + 2);
+    const bool slow = m.factors.ld(kFactors * pair + 1) != 0;
     const auto key = m.k.template ldv<Packed<T, kRows>>(pair * a.rows() + own_row(a));
-    const auto value = m.v.template ldv<Packed<T, kVector>>(pair * a.width() + own_column(a));
+    auto value = m.v.template ldv<Packed<T, kColumns>>(pair * a.width() + own_column(a));
+    SIMT_UNROLL
+    for (int j = 0; j < kColumns; ++j) value.x[j] *= length;
     SIMT_UNROLL
     for (int i = 0; i < kRows; ++i) {
       SIMT_UNROLL
-      for (int j = 0; j < kVector; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         const T x = mul_add(factor, S[i][j], key.x[i] * value.x[j]);
         S[i][j] = slow ? S[i][j] + x : x;
       }
@@ -176,69 +190,75 @@ struct Decode {
   }
 
   // This thread's part of q^T S for a pair.
-  static SIMT_DEV void read(const Params& a, const Memory& m, int pair, const T (&S)[kRows][kVector]) {
+  static SIMT_DEV void read(const Params& a, const Memory& m, int pair, const T (&S)[kRows][kColumns]) {
     const auto query = m.q.template ldv<Packed<T, kRows>>(pair * a.rows() + own_row(a));
-    Packed<T, kVector> sum = {};
+    Packed<T, kColumns> sum = {};
     SIMT_UNROLL
     for (int i = 0; i < kRows; ++i) {
       SIMT_UNROLL
-      for (int j = 0; j < kVector; ++j) sum.x[j] = mul_add(query.x[i], S[i][j], sum.x[j]);
+      for (int j = 0; j < kColumns; ++j) sum.x[j] = mul_add(query.x[i], S[i][j], sum.x[j]);
     }
     m.sums.stv((pair * a.row_groups + own_group(a)) * a.width() + own_column(a), sum);
   }
 
   // Adds the parts of all row groups and writes the outputs of n pairs.
   static SIMT_DEV void write(const Params& a, const Block& b, const Memory& m, int first, int n) {
+    const Problem& p = a.p;
+    const int heads = int(a.heads);
     for (int at = tid(); at < n * a.width(); at += nthreads()) {
       const int pair = at / a.width(), c = at % a.width();
       if (c >= b.columns) continue;
       T sum = 0;
       for (int g = 0; g < a.row_groups; ++g) sum += m.sums.ld((pair * a.row_groups + g) * a.width() + c);
-      b.output(a.p, int(a.heads), first + pair).st(c, narrow<E>(sum * T(a.p.scale)));
+      sum *= T(p.scale);
+      const int64_t t = (first + pair) / heads, h = b.h + (first + pair) % heads;
+      if (p.skip || p.gate) sum = finished<E>(p, sum, widen(m.from_v.ld(t * p.v.stride[2] + c)), b.b, h, t, b.c0 + c);
+      b.output(p, heads, first + pair).st(c, narrow<E>(sum));
     }
   }
 
-  // The vectors of one thread in the pool: `rows` rows, and `numbers` numbers from the thread's
-  // first column on that are in the slice.
+  // The vectors of one thread in the pool: those before `vectors`, and in each the numbers before
+  // `numbers`, are parts of the state.
   struct Vectors {
     gptr<P> at;
     int64_t stride;
-    int rows, numbers;
+    int vectors, numbers;
     bool whole;
 
     SIMT_DEV Vectors(const Params& a, const Block& b) {
-      const Problem& p = a.p;
-      at = row<P>(p.final_state, b.slot, b.hs, own_row(a)).sub(b.c0 + own_column(a));
-      stride = p.final_state.stride[2];
-      rows = !is_active(a) ? 0 : p.K - own_row(a) < kRows ? int(p.K) - own_row(a) : kRows;
-      numbers = b.columns - own_column(a);
+      const View& pool = a.p.final_state;
+      const int rows = is_active(a) ? int(a.p.K) - own_row(a) : 0, columns = b.columns - own_column(a);
+      at = row<P>(pool, b.slot, b.hs, own_row(a)).sub((b.c0 + own_column(a)) * pool.stride[3]);
+      stride = pool.stride[kTransposed ? 3 : 2];
+      vectors = kTransposed ? columns : rows;
+      numbers = kTransposed ? rows : columns;
       whole = a.whole;
     }
-    SIMT_DEV void load(Vector (&x)[kRows]) const {
+    SIMT_DEV void load(Vector (&x)[kVectors]) const {
       if (whole) {
         SIMT_UNROLL
-        for (int i = 0; i < kRows; ++i)
-          if (i < rows && numbers > 0) x[i] = at.template ldv<Vector>(i * stride);
+        for (int i = 0; i < kVectors; ++i)
+          if (i < vectors && numbers > 0) x[i] = at.template ldv<Vector>(i * stride);
       } else {
         SIMT_UNROLL
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kVectors; ++i) {
           SIMT_UNROLL
           for (int j = 0; j < kVector; ++j)
-            if (i < rows && j < numbers) x[i].x[j] = at.ld(i * stride + j);
+            if (i < vectors && j < numbers) x[i].x[j] = at.ld(i * stride + j);
         }
       }
     }
-    SIMT_DEV void store(const Vector (&x)[kRows]) const {
+    SIMT_DEV void store(const Vector (&x)[kVectors]) const {
       if (whole) {
         SIMT_UNROLL
-        for (int i = 0; i < kRows; ++i)
-          if (i < rows && numbers > 0) at.template stv<Vector>(i * stride, x[i]);
+        for (int i = 0; i < kVectors; ++i)
+          if (i < vectors && numbers > 0) at.template stv<Vector>(i * stride, x[i]);
       } else {
         SIMT_UNROLL
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kVectors; ++i) {
           SIMT_UNROLL
           for (int j = 0; j < kVector; ++j)
-            if (i < rows && j < numbers) at.st(i * stride + j, x[i].x[j]);
+            if (i < vectors && j < numbers) at.st(i * stride + j, x[i].x[j]);
         }
       }
     }

@@ -8,6 +8,7 @@
 
 #include "../../cuda/cost.h"
 #include "../../cuda/launch.h"
+#include "../../cuda/lengths.h"
 #include "decode.cuh"
 
 namespace lc {
@@ -17,7 +18,8 @@ using namespace cuda;
 
 // ---- forward ------------------------------------------------------------------------------------
 
-void forward(const Problem& p) {
+void forward(const Problem& given) {
+  const Problem p = with_lengths(given);
   const int heads = heads_per_block(p);
   with_type(p.type, [&](auto e) {
     using Kernel = RecurrentForward<decltype(e)>;
@@ -29,14 +31,15 @@ void forward(const Problem& p) {
 // ---- decode -------------------------------------------------------------------------------------
 
 constexpr int kBlocksPerProcessor = 4;  // that decode aims for
-constexpr int64_t kLeastColumns = 2;    // vectors of a slice in decode: memory moves 32 bytes at least
+constexpr int64_t kLeastColumns = 2;    // groups of columns of a slice in decode: memory moves 32 bytes at least
 
 // Calls f(kernel) with the kernel for the types of p.
 template <class E, class F>
 void with_pool(const Problem& p, F& f) {
   with_type(p.state_type, [&](auto s) {
     using P = decltype(s);
-    if constexpr (std::is_same_v<E, double> == std::is_same_v<P, double>) f(Decode<E, P>());
+    if constexpr (std::is_same_v<E, double> == std::is_same_v<P, double>)
+      is_transposed(p, p.final_state) ? f(Decode<E, P, true>()) : f(Decode<E, P, false>());
   });
 }
 template <class F>
@@ -48,18 +51,18 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Slices as wide as a block has threads for, or narrower if that would leave processors without
 // work.
-template <class E, class P>
-typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
-  using Kernel = Decode<E, P>;
-  const int64_t vectors = ceil_div(p.V, Kernel::kVector), row_groups = ceil_div(p.K, Kernel::kRows);
+template <class E, class P, bool kTransposed>
+typename Decode<E, P, kTransposed>::Params plan(const Decode<E, P, kTransposed>&, const Problem& p) {
+  using Kernel = Decode<E, P, kTransposed>;
+  const int64_t groups = ceil_div(p.V, Kernel::kColumns), row_groups = ceil_div(p.K, Kernel::kRows);
   const int64_t blocks = kBlocksPerProcessor * limits(p.device.id).processors;
   const int64_t enough = ceil_div(blocks, std::max<int64_t>(1, p.B * p.Hs));
   const int64_t most = std::max<int64_t>(1, Kernel::kMaxThreads / row_groups);
-  const int64_t columns = std::min(most, std::max(kLeastColumns, vectors / enough));
+  const int64_t columns = std::min(most, std::max(kLeastColumns, groups / enough));
   typename Kernel::Params a = {};
   a.p = p;
-  a.columns = int(ceil_div(vectors, ceil_div(vectors, columns)));  // slices of equal width
-  a.slices = unsigned(ceil_div(vectors, a.columns));
+  a.columns = int(ceil_div(groups, ceil_div(groups, columns)));  // slices of equal width
+  a.slices = unsigned(ceil_div(groups, a.columns));
   a.row_groups = int(row_groups);
   a.heads = unsigned(group(p));
   a.q_share = unsigned(p.H / p.Hq);
@@ -67,8 +70,8 @@ typename Decode<E, P>::Params plan(const Decode<E, P>&, const Problem& p) {
   a.v_share = unsigned(p.Hs / p.Hv);
   a.pairs = int(std::min<int64_t>(Kernel::kPairs, p.N * group(p)));
   const View& pool = p.final_state;
-  a.whole = p.V % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
-  for (int i = 0; i < 3; ++i) a.whole = a.whole && pool.stride[i] % Kernel::kVector == 0;
+  a.whole = (kTransposed ? p.K : p.V) % Kernel::kVector == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
+  for (int i : {0, 1, kTransposed ? 3 : 2}) a.whole = a.whole && pool.stride[i] % Kernel::kVector == 0;
   return a;
 }
 
@@ -113,7 +116,7 @@ Cost cost(const Problem& p) {
                      /*steps=*/std::ceil(length / 32), /*step_us=*/1 + 0.06 * double(p.K)});
 }
 
-size_t workspace(const Problem&) { return 0; }
+size_t workspace(const Problem& p) { return p.op == LC_DECODE ? 0 : lengths_bytes(p); }
 
 }  // namespace
 
@@ -121,7 +124,7 @@ extern const Method recurrent_cuda = {
     {"recurrent", "cuda", "32 tokens at a time, each number of the state by a scan over a warp; decodes in place",
      "Katharopoulos et al. 2020, arXiv:2006.16236"},
     {Feature::forward | Feature::decode | Feature::state_indices | Feature::short_states | kAllTypes | kAllDecays |
-     kSequences},
+     kSequences | kMamba2},
     refuses,
     cost,
     workspace,

@@ -1,7 +1,7 @@
 // recurrent.cuh - GPU: the recurrence, 32 tokens at a time. Eight lanes scan a number of the state.
 //
 //   S_t = 2^L_t S_{t-1} + k_t v_t^T by a scan: 3 steps in a lane with four tokens, 3 across lanes
-//   o_t = scale q_t^T S_t                                                        L: log2 decays
+//   o_t = scale q_t^T S_t, then skip and gate; v_t times the length of t         L: log2 decays
 //
 //   Shared memory has Q^T, K^T [32 ranks, 32 tokens] and V^T [32 columns, 32 tokens] of a tile, and
 //   S [K, 32], in the accumulator's type T: (3 * 32 * 36 + 32 K) T bytes
@@ -9,7 +9,7 @@
 //   B N H 8.5 K V flop, K V / 8 shuffles per token: for short sequences, small head dims, float64
 //   Katharopoulos et al. 2020, arXiv:2006.16236; scans: Martin and Cundy 2018, arXiv:1709.04057
 #pragma once
-#include "../../cuda/problem.cuh"
+#include "../../cuda/lengths.cuh"
 #include "../../cuda/staging.cuh"
 
 namespace lc::cuda {
@@ -47,6 +47,7 @@ struct RecurrentForward {
             SIMT_UNROLL
             for (int j = 0; j < kOwn; ++j)
               own_v[j] = block.v.template ldv<Four>((column() + j) * padded(kTokens) + token());
+            if (p.dt) multiply_by_lengths(p, block, t + token(), n - token(), own_v);
           }
           for (int r = 0; r < ranks; r += 2) scan(block, weight, own_v, r0, r, o);
         }
@@ -126,16 +127,27 @@ struct RecurrentForward {
       total_minus_1 = T(ex2m1(shfl_idx(sum, lane() | (kLanes - 1))));
     }
   };
+  static SIMT_DEV void multiply_by_lengths(const Problem& p, const Block& b, int64_t t, int n, Four (&own_v)[kOwn]) {
+    SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const T length = i < n ? row<const T>(p.dt, b.s.row, b.hs, b.s.begin + t + i).ld(0) : T(0);
+      SIMT_UNROLL
+      for (int j = 0; j < kOwn; ++j) own_v[j].x[i] *= length;
+    }
+  }
   static SIMT_DEV void load_state(const Problem& p, const Block& b) {
     for (int i = tid(); i < int(rows(p)) * kColumns; i += nthreads()) {
       const int r = i / kColumns, c = i % kColumns;
       const bool given = p.initial_state && r < p.K && c < b.columns;
-      b.S.st(i, given ? row<const T>(p.initial_state, b.b, b.hs, r).ld(b.c0 + c) : T(0));
+      const int64_t at = (b.c0 + c) * p.initial_state.stride[3];
+      b.S.st(i, given ? row<const T>(p.initial_state, b.b, b.hs, r).ld(at) : T(0));
     }
   }
   static SIMT_DEV void write_state(const Problem& p, const Block& b) {
-    for (int i = tid(); i < int(p.K) * kColumns; i += nthreads())
-      if (i % kColumns < b.columns) row<T>(p.final_state, b.b, b.hs, i / kColumns).st(b.c0 + i % kColumns, b.S.ld(i));
+    for (int i = tid(); i < int(p.K) * kColumns; i += nthreads()) {
+      const int64_t at = (b.c0 + i % kColumns) * p.final_state.stride[3];
+      if (i % kColumns < b.columns) row<T>(p.final_state, b.b, b.hs, i / kColumns).st(at, b.S.ld(i));
+    }
   }
 
   // Copies q and k of n tokens from token t on, ranks [r0, r0 + ranks), to shared memory, and v
@@ -212,10 +224,18 @@ struct RecurrentForward {
     SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (token() + i >= n) continue;
-      const auto to = row<E>(p.o, b.s.row, h, b.s.begin + t + token() + i);
+      const int64_t token_of_row = b.s.begin + t + token() + i;
+      const auto to = row<E>(p.o, b.s.row, h, token_of_row);
       SIMT_UNROLL
-      for (int j = 0; j < kOwn; ++j)
-        if (column() + j < b.columns) to.st(b.c0 + column() + j, narrow<E>(o[j][i] * T(p.scale)));
+      for (int j = 0; j < kOwn; ++j) {
+        if (column() + j >= b.columns) continue;
+        const int64_t c = b.c0 + column() + j;
+        T x = o[j][i] * T(p.scale);
+        if (p.skip || p.gate)
+          x = finished<E>(p, x, widen(row<const E>(p.v, b.s.row, v_head(p, b.hs), token_of_row).ld(c)), b.s.row, h,
+                          token_of_row, c);
+        to.st(c, narrow<E>(x));
+      }
     }
   }
 };

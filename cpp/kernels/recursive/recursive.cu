@@ -10,6 +10,7 @@
 
 #include "../../cuda/cost.h"
 #include "../../cuda/launch.h"
+#include "../../cuda/lengths.h"
 #include "../../cuda/walk/walk.h"
 
 namespace lc {
@@ -40,11 +41,12 @@ size_t state_bytes(const Problem& p, const Segments& cut) {
 
 size_t workspace(const Problem& p) {
   const Segments cut = leaves(p);
-  if (one_leaf(p, cut)) return 0;
-  return 2 * state_bytes(p, cut) + size_t(cut.slots(p) * p.Hs) * sizeof(double);
+  if (one_leaf(p, cut)) return lengths_bytes(p);
+  return lengths_bytes(p) + 2 * state_bytes(p, cut) + size_t(cut.slots(p) * p.Hs) * sizeof(double);
 }
 
-void run(const Problem& p) {
+void run(const Problem& given) {
+  const Problem p = with_lengths(given);
   const Segments cut = leaves(p);
   if (one_leaf(p, cut)) return walk(p, {cut.length});
 
@@ -90,7 +92,7 @@ Cost cost(const Problem& p) {
 extern const Method recursive_cuda = {
     {"recursive", "cuda", "divide and conquer: leaves see the states of the left halves before them",
      "LeetDecoding, arXiv:2501.02573"},
-    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences | kMamba2},
     walk_refuses,
     cost,
     workspace,

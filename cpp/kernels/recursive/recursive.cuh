@@ -119,7 +119,9 @@ struct RecursiveRead {
     SIMT_UNROLL
     for (int j = 0; j < Tree::kOwn; ++j) {
       const int64_t i = i0 + j * kMaxThreads;
-      x[j] = p.initial_state && i < size ? row<const float>(p.initial_state, b, hs, i / p.V).ld(i % p.V) : 0.f;
+      x[j] = p.initial_state && i < size
+                 ? row<const float>(p.initial_state, b, hs, i / p.V).ld(i % p.V * p.initial_state.stride[3])
+                 : 0.f;
     }
     int64_t seen = 0, bit = 1;
     while (2 * bit <= leaf) bit *= 2;

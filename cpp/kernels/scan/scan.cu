@@ -9,6 +9,7 @@
 //   zero, W tokens earlier. B H N ((C+1)(K+V) + 6KV) flop; workspace: K V numbers per segment
 //   Mamba-2 (state passing), arXiv:2405.21060; scans: Martin and Cundy 2018, arXiv:1709.04057
 #include "../../cuda/cost.h"
+#include "../../cuda/lengths.h"
 #include "../../cuda/scan_states.cuh"
 #include "../../cuda/walk/walk.h"
 
@@ -32,7 +33,8 @@ struct Workspace {
   }
 };
 
-void run(const Problem& p) {
+void run(const Problem& given) {
+  const Problem p = with_lengths(given);
   const Segments cut = segments(p);
   Walk w;
   w.length = cut.length;
@@ -63,13 +65,13 @@ Cost cost(const Problem& p) {
           /*launches=*/one ? 1. : 3., double(walk_blocks(p, w)), /*steps=*/(one ? 1 : 1.6) * chunks, chunk_step_us(p)});
 }
 
-size_t workspace(const Problem& p) { return Workspace(p).bytes; }
+size_t workspace(const Problem& p) { return lengths_bytes(p) + Workspace(p).bytes; }
 
 }  // namespace
 
 extern const Method scan_cuda = {
     {"scan", "cuda", "segments in parallel, a scan over their states, then the outputs", "Mamba-2, arXiv:2405.21060"},
-    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences},
+    {Feature::forward | kMatrixUnitTypes | kAllDecays | kSequences | kMamba2},
     walk_refuses,
     cost,
     workspace,

@@ -1,8 +1,6 @@
 """Mamba-2 as operators of torch: `ssd`, its gradients and `ssd_step`.
 
-On the CPU each kernel is one call of the library; only the skip and the gate have their gradients
-from torch. On a GPU, where no method of the library takes lengths of tokens, the same results are
-composed from other operators (`mamba2_composed.py`).
+Each kernel is one call of the library; only the skip and the gate have their gradients from torch.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ from torch.overrides import handle_torch_function
 
 from .. import mamba2
 from . import autograd, rules
-from . import mamba2_composed as composed
 from .inputs import SsdBackwardInputs, SsdGradients, SsdInputs, SsdStepInputs, is_number, stand_in
-from .mamba2_composed import core_wants, exact_dtype
+from .mamba2_rules import exact_dtype
 
 _operators: Any = torch.ops.leetcore
 
@@ -188,7 +185,7 @@ def _exact(value: Any, x: Tensor) -> Any:
 
 
 def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The kernel of ssd on the CPU."""
+    """The kernel of ssd."""
     result = mamba2.ssd(
         *args[:6],
         z=args.z,
@@ -204,22 +201,7 @@ def forward(args: SsdInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
-    """The kernel of ssd_backward on the CPU."""
-    return _gradients(args, forward, _core_backward)
-
-
-def composed_backward(args: SsdBackwardInputs) -> tuple[Tensor, ...]:
-    """The kernel of ssd_backward on a GPU, composed likewise."""
-    return _gradients(args, composed.forward, composed.core_gradients)
-
-
-def _gradients(args: SsdBackwardInputs, forward: Any, core: Any) -> tuple[Tensor, ...]:
-    """The gradients that are wanted, and empty tensors for others.
-
-    Args:
-        forward: a kernel of ssd.
-        core: a function that computes the gradients without the skip and the gate.
-    """
+    """The kernel of ssd_backward: the gradients that are wanted, and empty tensors for others."""
     wants = SsdGradients(*args.wants)
     x, d_y, exact = args.x, args.d_y, exact_dtype(args.x)
     d_D = d_z = d_dt_bias = None
@@ -233,7 +215,7 @@ def _gradients(args: SsdBackwardInputs, forward: Any, core: Any) -> tuple[Tensor
     if args.D is not None and d_y is not None and wants.d_D:
         d_D = (d_y.to(exact) * x).sum((0, 1, 3) if args.D.ndim == 1 else (0, 1)).to(args.D.dtype)
     # dt in 32 bits at least: the gradient of dt_bias is a sum over tokens.
-    d_x, d_dt, d_A, d_B, d_C, d_initial_state = core(args._replace(dt=_exact(args.dt, x), d_y=d_y))
+    d_x, d_dt, d_A, d_B, d_C, d_initial_state = _core(args._replace(dt=_exact(args.dt, x), d_y=d_y))
     if args.D is not None and d_y is not None and d_x is not None:
         d_x = torch.addcmul(d_x, d_y, (args.D if args.D.ndim == 2 else args.D[:, None]).to(x.dtype))
     if wants.d_dt_bias and d_dt is not None and args.dt_bias is not None:
@@ -248,7 +230,7 @@ def _gradients(args: SsdBackwardInputs, forward: Any, core: Any) -> tuple[Tensor
 
 
 def step(args: SsdStepInputs) -> Tensor:
-    """The kernel of ssd_step on the CPU."""
+    """The kernel of ssd_step."""
     y: Tensor = mamba2.ssd_step(
         *args[:7],
         z=args.z,
@@ -270,8 +252,17 @@ def _forward_inputs(args: SsdBackwardInputs) -> SsdInputs:
     return SsdInputs(**shared)._replace(z=None)
 
 
-def _core_backward(args: SsdBackwardInputs) -> Any:
-    wants = core_wants(args)
+def _core(args: SsdBackwardInputs) -> Any:
+    """The gradients by x, dt, A, B, C and initial_state, of y before the skip and the gate."""
+    asked = SsdGradients(*args.wants)
+    wants = (
+        asked.d_x,
+        asked.d_dt or asked.d_dt_bias,
+        asked.d_A,
+        asked.d_B,
+        asked.d_C,
+        asked.d_initial_state,
+    )
     if not any(wants) or (args.d_y is None and args.d_final_state is None):
         return (None,) * 6
     return mamba2.core_gradients(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import rules
 from .inputs import SsdBackwardInputs, SsdInputs, SsdStepInputs
-from .mamba2_composed import exact_dtype
+
+
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states: float64 for float64 inputs, else float32."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def forward_shapes(args: SsdInputs) -> tuple[Tensor, Tensor]:

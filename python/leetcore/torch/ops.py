@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function
 
 from .. import _core, api
 from ..options import Layout, Precision, allows_tf32, method_name, real
-from . import autograd, conv, mamba2, mamba2_composed, mamba2_rules, rules
+from . import autograd, conv, mamba2, mamba2_rules, rules
 from .definition import Operator, both, define
 from .inputs import (
     BackwardInputs,
@@ -276,7 +276,7 @@ _OPERATORS = {
     "ssd": Operator(
         SsdInputs,
         "(Tensor y, Tensor final_state)",
-        {"CPU": mamba2.forward, "CUDA": mamba2_composed.forward},
+        both(mamba2.forward),
         mamba2.forward_kernel,
         mamba2_rules.forward_shapes,
         mamba2_rules.vmap_refusal,
@@ -286,7 +286,7 @@ _OPERATORS = {
     "ssd_backward": Operator(
         SsdBackwardInputs,
         f"({', '.join(f'Tensor {name}' for name in SsdGradients._fields)})",
-        {"CPU": mamba2.backward, "CUDA": mamba2.composed_backward},
+        both(mamba2.backward),
         mamba2.backward_kernel,
         mamba2_rules.backward_shapes,
         mamba2_rules.vmap_refusal,
@@ -296,7 +296,7 @@ _OPERATORS = {
     "ssd_step": Operator(
         SsdStepInputs,
         "Tensor y",
-        {"CPU": mamba2.step, "CUDA": mamba2_composed.step},
+        both(mamba2.step),
         mamba2.step_kernel,
         mamba2_rules.step_shapes,
         mamba2_rules.vmap_refusal,
