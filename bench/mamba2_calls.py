@@ -8,6 +8,7 @@ from typing import Any
 
 import leetcore
 import torch
+import transformers
 from leetcore import reference
 from leetcore.bench.problems import TOLERANCE, Shape
 from leetcore.bench.session import Judge
@@ -15,6 +16,7 @@ from leetcore.bench.timing import Call
 from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2 as theirs
 
+transformers.logging.set_verbosity_error()
 CHUNK = 256  # tokens of a chunk of transformers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 JUDGED = 128  # first tokens that are compared with float64 before a call is timed

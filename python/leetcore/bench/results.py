@@ -6,8 +6,8 @@ A file has the keys of `machine.conditions`, and
   (KINDS);
 - interrupted, and ceilings as `Ceilings.to_json` gives them (None where nothing was timed);
 - rows: timings, with the keys of `session.Row.to_json`; keys with the values of _OMITTED are left
-  out; a row of mamba2_speed also has G, the number of groups of heads, and, if it is no row of
-  leetcore or of the bare operator, `ratio`, its time over that of leetcore in the same rounds;
+  out; a row of mamba2_speed also has G, the number of groups of heads, and `ratio`, the statistic
+  of its time over that of its problem's first row in the same round;
 - errors: worst relative errors against float64, as {method, dtype, N, decay, output, state}; N may
   be None;
 - facts: numbers of no method; left_out: variants of rivals that failed.
