@@ -26,11 +26,11 @@ from leetcore.bench import results as of
 from leetcore.bench.ceilings import Ceilings
 from leetcore.bench.problems import TOLERANCE
 from leetcore.bench.speed import collect
-from leetcore.bench.timing import SAMPLE_S, SETTLE_S, Call, clock_ceiling, stats
+from leetcore.bench.timing import SAMPLE_S, SETTLE_S, SLOW_S, Call, clock_ceiling, stats
 from mamba2_calls import DTYPES, Heads, exact
 
 HERE = Path(__file__).parent
-MOST = 25  # samples of a row
+LEAST, MOST = 5, 25  # samples of a row, unless it is slow
 DECAY = "new layers, G={}"
 # H, P, K, G
 HEADS = (
@@ -230,18 +230,25 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
 
 
 def affordable(rows: list[Row], seconds: float, most: int, overhead: float) -> int:
-    """Rounds that fit into the time, at least FEWEST; overhead: seconds around a sample, for its
-    pause and its ceiling."""
+    """Rounds that fit into the time, at least LEAST. A call slower than SLOW_S has fewer samples.
+
+    overhead: seconds around a sample, for its pause and its ceiling.
+    """
     took = [row.took for row in rows if row.call]
-    warmup, one = 2 * sum(took), sum(max(2 * SAMPLE_S, t) + overhead for t in took) + overhead
-    return min(most, max(of.FEWEST, int((seconds - warmup) / one)))
+
+    def cost(rounds: int) -> float:
+        samples = [rounds if t < SLOW_S else max(of.FEWEST, int(rounds * SLOW_S / t)) for t in took]
+        return sum(n * (max(2 * SAMPLE_S, t) + overhead) for n, t in zip(samples, took, strict=True))
+
+    left = seconds - sum(took)  # every row has one more call before its samples
+    return max((n for n in range(LEAST, most + 1) if cost(n) <= left), default=min(LEAST, most))
 
 
 def measure(cases: list[Case], minutes: float, most: int = MOST, say: Callable[[str], Any] = print) -> of.Results:
     """Measures the cases; returns the file of results.
 
-    The time that is left is shared out over the cases that are left. A case has at least FEWEST
-    rounds, even if they take longer.
+    The time that is left is shared out over the cases that are left. Every row has at least FEWEST
+    samples, even if they take longer.
     """
     threads = machine.cores()
     lab.set_threads(threads)
