@@ -18,6 +18,7 @@ from typing import Any
 import lab
 import leetcore
 import mamba2_calls as calls
+import mamba2_rivals
 import torch
 import transformers
 from leetcore import reference
@@ -103,8 +104,8 @@ def memory_of_child(method: str, tokens: int) -> int | None:
 
 
 def prefill(shape: Heads, dtype: str, rival: bool, measure_memory: bool) -> Prepared:
-    """leetcore.ssd, linear_attention with the same heads and decays, and the scan of
-    transformers."""
+    """leetcore.ssd, linear_attention with the same heads and decays, the scan of transformers, and
+    the optional rivals."""
     given = calls.inputs(shape, DTYPES[dtype])
     want = calls.wanted(given)
     judged = calls.judge(want, dtype)
@@ -114,7 +115,8 @@ def prefill(shape: Heads, dtype: str, rival: bool, measure_memory: bool) -> Prep
     ]
     if rival:
         loose = calls.judge(want, dtype, calls.LOOSE)
-        found.append(("transformers", "rival", calls.prefill_of_transformers, loose))
+        others = {"transformers": calls.prefill_of_transformers} | mamba2_rivals.prefills(dtype)
+        found += [(name, "rival", call, loose) for name, call in others.items()]
     rows, flop = [], shape.exact_flop(lab.chunk_size())
     for method, kind, call, compare in found:
         row = Row(method, kind, shape, dtype, DECAY.format(shape.G), "prefill", work=flop, flop=flop)
@@ -147,15 +149,15 @@ def decoding(shape: Heads, dtype: str) -> Prepared:
     start = torch.randn(shape.B, shape.H, shape.V, shape.K)
     pool, other = torch.ones(2, shape.state_bytes() // 4)
     moved = 2.0 * shape.state_bytes()
+    of_layers = {"leetcore.ssd_step": calls.our_step, "transformers": calls.their_step}
+    steps = {name: partial(step, **token, state=start.clone()) for name, step in of_layers.items()}
+    steps |= {name: make(token, start.clone()) for name, make in mamba2_rivals.steps(dtype).items()}
     rows = []
-    for method, kind, step, loose in (
-        ("leetcore.ssd_step", "leetcore", calls.our_step, 1),
-        ("transformers", "rival", calls.their_step, calls.LOOSE),
-    ):
+    for method, call in steps.items():
+        kind, loose = ("rival", calls.LOOSE) if rows else ("leetcore", 1)
         row = Row(method, kind, shape, dtype, DECAY.format(shape.G), "decoding", work=moved, unit="bytes")
         row.least_bytes = moved + shape.token_bytes(DTYPES[dtype].itemsize)
         row.flop = 5.0 * shape.B * shape.H * shape.K * shape.V
-        call = partial(step, **token, state=start.clone())
         rows.append(session.gate(row, call, calls.judge_step(given, start, dtype, loose)))
     return against_first(rows), lambda: moved / clock_ceiling(lambda: other.copy_(pool))
 
@@ -268,5 +270,9 @@ def measure(cases: list[Case], minutes: float, most: int = MOST, say: Callable[[
             break
         except Exception as error:  # the other cases are measured still
             found.facts.setdefault("failed", {})[case.text] = options.sentence(error)
-    found.facts |= {"transformers": transformers.__version__, "chunk": lab.chunk_size()}
+    found.facts |= {
+        "transformers": transformers.__version__,
+        "chunk": lab.chunk_size(),
+        "rivals": mamba2_rivals.versions(),
+    }
     return collect(found, "mamba2_speed", HERE, interrupted=interrupted)

@@ -271,8 +271,7 @@ MAMBA2_COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 MAMBA2_TABLES = {  # beginning of the sections: caption, method, columns
     "prefill": (
-        "Prefill. The fraction is that of the rate of a matrix product, and the last columns compare with "
-        "`linear_attention` of the same heads and decays, and with the scan of transformers:",
+        "Prefill. The fraction is that of the rate of a matrix product:",
         "leetcore.ssd",
         ("heads", "state", "groups", "tokens", "dtype", "of matmul"),
     ),
@@ -343,9 +342,11 @@ def mamba2_speed(results: Results) -> str:
     """Every table of the record."""
     tables = [mamba2_table(results, section) for section in MAMBA2_TABLES]
     tables.insert(1, mamba2_memory(results))
-    absent = [name for name, version in results["facts"].get("rivals", {}).items() if version == "not installed"]
-    missing = f"Not installed, and so not measured: {', '.join(absent)}." if absent else ""
-    return "\n".join(part for part in (f"{origin(results)}\n", *tables, wrapped(missing)) if part)
+    versions = results["facts"]["rivals"].items()
+    absent = [name for name, version in versions if version == "not installed"]
+    rivals = f"Rivals: {', '.join(f'{name} {version}' for name, version in versions if name not in absent)}."
+    rivals += f" Not installed, and so not measured: {', '.join(absent)}." if absent else ""
+    return "\n".join(part for part in (f"{origin(results)}\n", f"{wrapped(rivals)}\n", *tables) if part)
 
 
 def mamba2_headline(results: Results) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 import mamba2_models as models
+import mamba2_rivals
 import mamba2_speed as speed
 import pages
 from leetcore.bench import results as of
@@ -36,15 +37,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> of.Results:
     def broken() -> Any:
         raise MemoryError("too large")
 
+    with pytest.MonkeyPatch.context() as environment:
+        for variable in mamba2_rivals.VARIABLES.values():
+            environment.delenv(variable, raising=False)
+        mamba2_rivals.versions.cache_clear()
+        mamba2_rivals.versions()
     file = tmp_path_factory.mktemp("record") / "mamba2_speed-x.json"
     of.write(file, speed.measure([*tiny(), Case("broken", broken)], 0, 3, lambda text: None))
     return of.read(file)
 
 
 def test_a_record_has_every_case_with_enough_samples(results: of.Results) -> None:
-    rows = results["rows"]
+    rows, absent = results["rows"], mamba2_rivals.ABSENT
     assert results["kind"] == "mamba2_speed"
     assert results["facts"]["failed"] == {"broken": "MemoryError: too large"}
+    assert results["facts"]["rivals"] | {"transformers": ""} == {"transformers": "", "vllm": absent, "ggml": absent}
     assert {row["status"] for row in rows} == {"ok"}
     assert min(row["seconds"]["n"] for row in rows) == of.FEWEST
     methods = ["leetcore.ssd", "leetcore.linear_attention", "transformers"]
@@ -100,6 +107,7 @@ def test_pages_have_a_table_of_each_kind(results: of.Results) -> None:
         assert wanted in text
     assert "| - | - |" in text, "transformers has no row of the second prefill"
     assert "Memory" not in text
+    assert "Not installed, and so not measured: vllm, ggml." in text
     measured = {**results, "rows": [row | {"peak_bytes": 1 << 20} for row in results["rows"]]}
     assert "| 70 | 1 MiB | 1 MiB | 1 MiB |" in pages.mamba2_speed(measured)
 
@@ -112,6 +120,13 @@ def test_the_headline_names_processor_and_commit(results: of.Results, monkeypatc
     assert f"On {results['device']['processor']}, " in text
     assert "prefill of 3 tokens takes **5.3 times** less time" in text and "commit abc" in text
     assert "Do not quote" in pages.mamba2_headline({**made, "warnings": ["the machine was not quiet"]})
+
+
+def test_a_rival_that_cannot_be_loaded_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in mamba2_rivals.VARIABLES.values():
+        monkeypatch.setenv(variable, str(tmp_path / "nothing.so"))
+    found = mamba2_rivals.versions.__wrapped__()
+    assert found == {"vllm": "failed: OSError", "ggml": "failed: OSError"}
 
 
 def test_pages_say_that_no_record_exists(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
