@@ -270,9 +270,6 @@ def measure(cases: list[Case], minutes: float, most: int = MOST, say: Callable[[
             break
         except Exception as error:  # the other cases are measured still
             found.facts.setdefault("failed", {})[case.text] = options.sentence(error)
-    found.facts |= {
-        "transformers": transformers.__version__,
-        "chunk": lab.chunk_size(),
-        "rivals": mamba2_rivals.versions(),
-    }
+    versions = {"transformers": transformers.__version__} | mamba2_rivals.versions()
+    found.facts |= {"chunk": lab.chunk_size(), "rivals": versions}
     return collect(found, "mamba2_speed", HERE, interrupted=interrupted)

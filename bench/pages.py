@@ -1,8 +1,8 @@
 """Fills the measured parts of README.md and docs/*.md from bench/results: `python bench/pages.py`.
 
 A part stands between `<!-- figures:NAME -->` and `<!-- end -->`. Its text comes from the newest
-record of its kind, so the pages say what the files say; a test compares them. `bench/records.py`
-and `bench/accuracy.py` write the records.
+record of its kind, so the pages say what the files say; a test compares them. `bench/records.py`,
+`bench/accuracy.py` and `bench/mamba2.py` write the records.
 """
 
 from __future__ import annotations

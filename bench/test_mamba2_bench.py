@@ -12,6 +12,7 @@ import mamba2_models as models
 import mamba2_rivals
 import mamba2_speed as speed
 import pages
+import transformers
 from leetcore.bench import results as of
 from mamba2_calls import Heads
 from mamba2_speed import Case, Row
@@ -51,7 +52,7 @@ def test_a_record_has_every_case_with_enough_samples(results: of.Results) -> Non
     rows, absent = results["rows"], mamba2_rivals.ABSENT
     assert results["kind"] == "mamba2_speed"
     assert results["facts"]["failed"] == {"broken": "MemoryError: too large"}
-    assert results["facts"]["rivals"] | {"transformers": ""} == {"transformers": "", "vllm": absent, "ggml": absent}
+    assert results["facts"]["rivals"] == {"transformers": transformers.__version__, "vllm": absent, "ggml": absent}
     assert {row["status"] for row in rows} == {"ok"}
     assert min(row["seconds"]["n"] for row in rows) == of.FEWEST
     methods = ["leetcore.ssd", "leetcore.linear_attention", "transformers"]
