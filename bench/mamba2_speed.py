@@ -117,6 +117,8 @@ def prefill(shape: Heads, dtype: str, rival: bool, measure_memory: bool) -> Prep
         loose = calls.judge(want, dtype, calls.LOOSE)
         others = {"transformers": calls.prefill_of_transformers} | mamba2_rivals.prefills(dtype)
         found += [(name, "rival", call, loose) for name, call in others.items()]
+        bare = mamba2_rivals.operators(dtype)
+        found += [(name, "rival", lambda x, f=call: f(calls.bare(x)), None) for name, call in bare.items()]
     rows, flop = [], shape.exact_flop(lab.chunk_size())
     for method, kind, call, compare in found:
         row = Row(method, kind, shape, dtype, DECAY.format(shape.G), "prefill", work=flop, flop=flop)
