@@ -17,18 +17,13 @@
 namespace lc::cuda {
 
 // Loads the log-decays or the lengths of the n tokens of a chunk from token t on, two per lane (own:
-// the lane). The values are used later, by ChunkDecay::set, so that the loads have time. With
-// skip_first the first token has 0.
+// the lane). The values are used later, by ChunkDecay, so that the loads have time. With skip_first
+// the first token has 0.
 SIMT_DEV float2 load_pair(gptr<const float> from, int64_t stride, int64_t t, int n, int own, bool skip_first = false) {
   const int first = 2 * own;
   const int64_t i = t + first;
   return {first < n && (first || !skip_first) ? from.ld(i * stride) : 0, first + 1 < n ? from.ld((i + 1) * stride) : 0};
 }
-
-// What two tokens bring: their log-decays and, where tokens have lengths, their lengths.
-struct TwoTokens {
-  float2 log_decay, length;
-};
 
 // Whose weights the lengths of tokens multiply.
 enum class Lengths { none, of_inputs, of_outputs };
@@ -37,11 +32,13 @@ struct ChunkDecay {
   static constexpr int kNumbers = 4 * kChunk + 4;
   sptr<float> out, length;
   Lengths lengths;
+  bool has_unit;
 
-  SIMT_DEV ChunkDecay(sptr<float> memory, Lengths multiply)
+  SIMT_DEV ChunkDecay(sptr<float> memory, Lengths multiply, bool divides)
       : out(memory.sub(0, kChunk)),
         length(memory.sub(kChunk, kChunk)),
         lengths(multiply),
+        has_unit(divides && multiply == Lengths::of_inputs),
         cum_(memory.sub(2 * kChunk, 2 * kChunk + 4)) {}
 
   SIMT_DEV float mask(int i, int j) const {
@@ -62,36 +59,42 @@ struct ChunkDecay {
   SIMT_DEV float in(int i) const { return ex2(cum_.ld(i) + cum_.ld(kChunk + i)); }
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
-  // A power of two near the greatest length, by which `out` is divided: products of f16 have a
-  // small range.
-  SIMT_DEV float unit() const { return lengths == Lengths::of_inputs ? cum_.ld(2 * kChunk + 2) : 1; }
+  // A power of two near the greatest length, by which `out` is divided if products are of f16, which
+  // has a small range.
+  SIMT_DEV float unit() const { return has_unit ? cum_.ld(2 * kChunk + 2) : 1; }
 
   // Computes the weights from the natural log-decays of n tokens, by one warp. Tokens after them do
   // not decay, nor does the first token with skip_first. Returns the log2 of the decay over the
   // chunk.
-  SIMT_DEV double set(const Problem& p, const TwoTokens& own, int n, bool skip_first = false) const {
+  SIMT_DEV double set(const Problem& p, float2 log_decay, int n, bool skip_first = false) const {
     const auto log2 = [&](float x) { return log2_decay(p, p.log_decay ? double(x) : p.uniform_log_decay); };
-    const double x0 = 2 * lane() < n && (lane() || !skip_first) ? log2(own.log_decay.x) : 0;
-    const double x1 = 2 * lane() + 1 < n ? log2(own.log_decay.y) : 0;
+    const double x0 = 2 * lane() < n && (lane() || !skip_first) ? log2(log_decay.x) : 0;
+    const double x1 = 2 * lane() + 1 < n ? log2(log_decay.y) : 0;
     const double second = cumulative(x0 + x1), first = second - x1, last = shfl_idx(second, 31);
     const double high0 = ::rint(first * 64) / 64, high1 = ::rint(second * 64) / 64;
     const int at = 2 * lane();
     cum_.stv(at, float2{float(high0), float(high1)});
     cum_.stv(kChunk + at, float2{float(first - high0), float(second - high1)});
-    float2 after{ex2(float(last - first)), ex2(float(last - second))};
-    if (lengths != Lengths::none) length.stv(at, own.length);
-    if (lengths == Lengths::of_inputs) {
-      const float u = power_near(warp_max(own.length.x > own.length.y ? own.length.x : own.length.y));
-      after = {after.x * (own.length.x / u), after.y * (own.length.y / u)};
-      if (!lane()) cum_.st(2 * kChunk + 2, u);
-    }
-    out.stv(at, after);
+    out.stv(at, float2{ex2(float(last - first)), ex2(float(last - second))});
     // A state is multiplied by 2^last once per chunk, so the rounding error of 2^last would grow
     // with the number of chunks. Where the state decays slowly, total is 1 and rest is the
     // difference to 1.
     const bool slow = last > -0.5;
     if (!lane()) cum_.stv(2 * kChunk, float2{slow ? 1 : ex2(float(last)), slow ? ex2m1(float(last)) : 0});
     return last;
+  }
+  // Multiplies the weights by the lengths of two tokens per lane, by the warp that has called `set`.
+  SIMT_DEV void set_lengths(float2 own) const {
+    const int at = 2 * lane();
+    length.stv(at, own);
+    if (lengths != Lengths::of_inputs) return;
+    if (has_unit) {
+      const float u = power_near(warp_max(own.x > own.y ? own.x : own.y));
+      if (!lane()) cum_.st(2 * kChunk + 2, u);
+      own = {own.x / u, own.y / u};
+    }
+    const auto x = out.ldv<float2>(at);
+    out.stv(at, float2{x.x * own.x, x.y * own.y});
   }
 
  private:

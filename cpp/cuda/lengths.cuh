@@ -111,17 +111,7 @@ template <class T>
 SIMT_DEV T skip_at(const Problem& p, int64_t h, int64_t column) {
   return number<T>(p.skip_type, p.skip.data, h * p.skip.stride[1] + column * p.skip.stride[3]);
 }
-template <class T>
-SIMT_DEV T silu(T x) {
-  return x / (1 + exp_of(-x));
-}
-
-// (o + skip v) silu(gate) for column `column` of head h at token (b, n); o if the call has neither.
-template <class E, class T = Accumulator<E>>
-SIMT_DEV T finished(const Problem& p, T o, T v, int64_t b, int64_t h, int64_t n, int64_t column) {
-  if (p.skip) o = mul_add(skip_at<T>(p, h, column), v, o);
-  if (p.gate) o *= silu(T(widen(row<const E>(p.gate, b, h, n).ld(column))));
-  return o;
-}
+SIMT_DEV double silu(double x) { return x / (1 + exp_of(-x)); }
+SIMT_DEV float silu(float x) { return x * rcp(1 + ex2(float(-kLog2e) * x)); }
 
 }  // namespace lc::cuda

@@ -121,6 +121,12 @@ SIMT_DEV float ex2(float x) {
   return y;
 }
 SIMT_DEV double ex2(double x) { return exp2(x); }
+// 1 / x, within one unit of the last place.
+SIMT_DEV float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Sine and cosine of pi x, accurate at both ends of 0 <= x <= 1 and in the middle.
 SIMT_DEV double sin_pi(double x) { return sinpi(x); }
 SIMT_DEV double cos_pi(double x) { return cospi(x); }

@@ -67,7 +67,6 @@ struct Shared {
     const int unit = j0 / kUnit ^ j / kUnit ^ turn(i);
     return (i0 + i) * C + unit * kUnit + j % kUnit;
   }
-  SIMT_DEV E ld(int i, int j) const { return s.ld(at(i / 8 * 8, j / 16 * 16, i % 8, j % 16)); }
   // Rows from i on, a multiple of 8.
   template <int R2>
   SIMT_DEV Shared<E, R2, C> rows(int i) const {
@@ -249,6 +248,24 @@ SIMT_DEV void write_rows(gptr<E> to, int64_t stride, const Shared<E, R, C>& t, i
     for (int i = own / kAcross; i < n; i += 32 / kAcross)
       for (int e = 0; e < some; ++e) to.st(i * stride + j + e, t.s.ld(t.at(0, j0 + j, i, 0) + e));
   }
+}
+
+// Reads columns [j0, j0 + kWide) of n rows that are `stride` apart, by one warp, as write_rows
+// writes them. Columns from `columns` on and rows from n on become 0.
+template <int kWide, class E, int R, int C>
+SIMT_DEV void read_rows(const Shared<E, R, C>& t, int j0, gptr<const E> from, int64_t stride, int n, int columns,
+                        bool aligned) {
+  constexpr int kUnit = Shared<E, R, C>::kUnit, kAcross = kWide / kUnit;
+  const int own = fresh(lane()), j = own % kAcross * kUnit, some = columns - j < kUnit ? columns - j : kUnit;
+  int i = own / kAcross;
+  if (aligned && some == kUnit) {
+    SIMT_LOOP
+    for (; i < n; i += 32 / kAcross) t.s.stv(t.at(0, j0 + j, i, 0), from.template ldv<uint4>(i * stride + j));
+  }
+  SIMT_LOOP
+  for (; i < R; i += 32 / kAcross)
+    for (int e = 0; e < kUnit; ++e)
+      t.s.st(t.at(0, j0 + j, i, 0) + e, i < n && e < some ? from.ld(i * stride + j + e) : E{});
 }
 
 // ---- operands -----------------------------------------------------------------------------------
@@ -522,6 +539,28 @@ SIMT_DEV Held<typename A::Kind, R, L> hold(const A& a) {
   for (int m = 0; m < R / 16; ++m) SIMT_UNROLL
   for (int l = 0; l < L / 16; ++l) to.x[m][l] = a.piece(m, l);
   return to;
+}
+
+// a_ij = f(a_ij, b_ij, of_row(i)), piece by piece of the operand b.
+template <int R, int C, class B, class W, class F>
+SIMT_DEV void merge_operand(Strip<R, C>& a, const B& b, W&& of_row, F&& f) {
+  const Lane lane;
+  SIMT_UNROLL
+  for (int m = 0; m < R / 16; ++m) {
+    const float weight[2] = {of_row(16 * m + lane.row()), of_row(16 * m + lane.row() + 8)};
+    SIMT_UNROLL
+    for (int l = 0; l < C / 16; ++l) {
+      const auto piece = b.piece(m, l);
+      SIMT_UNROLL
+      for (int s = 0; s < 2; ++s) SIMT_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float2 x = pair(piece, s, r);
+        float* to = &a.x[m][2 * l + s][2 * r];
+        to[0] = f(to[0], x.x, weight[r]);
+        to[1] = f(to[1], x.y, weight[r]);
+      }
+    }
+  }
 }
 
 // to_j += weight sum_i a_ij b_ij, by one warp.

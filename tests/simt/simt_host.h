@@ -276,6 +276,7 @@ inline float ex2(float x) {
   return y < 1.17549435e-38f ? 0 : y;
 }
 inline double ex2(double x) { return std::exp2(x); }
+inline float rcp(float x) { return 1 / x; }
 inline double sin_pi(double x) { return std::sin(3.14159265358979323846 * (x > 0.5 ? 1 - x : x)); }
 inline double cos_pi(double x) { return sin_pi(0.5 - x < 0 ? x - 0.5 : 0.5 - x) * (x > 0.5 ? -1 : 1); }
 inline float mul_add(float a, float b, float c) { return std::fma(a, b, c); }

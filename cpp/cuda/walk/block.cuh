@@ -39,6 +39,10 @@ struct WalkBlock {
   SIMT_DEV float output_scale() const { return backward() ? 1 : float(task.p.scale); }
   SIMT_DEV float key_scale() const { return backward() ? float(task.p.scale) : 1; }
 
+  SIMT_DEV float sum_scale(const ChunkDecay& decay) const {
+    return Shape::kUnits ? key_scale() * decay.unit() : key_scale();
+  }
+
   // ---- chunk i ----------------------------------------------------------------------------------
 
   SIMT_DEV bool exists(int i) const { return i < place().chunks; }
@@ -71,23 +75,22 @@ struct WalkBlock {
             {stage.sub(Shape::kDecays ? Shape::kFactor : 0, C * V)}};
   }
 
-  // The log-decays and lengths of two of its tokens per lane.
-  SIMT_DEV TwoTokens two_tokens(int i) const {
+  // The log-decays or lengths of two of its tokens per lane.
+  SIMT_DEV float2 log_decays(int i) const {
     const At at = place();
     const Problem& p = task.p;
-    const auto load = [&](gptr<const float> from, const View& w, bool skip_first) {
-      return load_pair(from, w.stride[2], first_token(at, i), tokens(at, i), Shape::kAhead ? lane() : fresh(lane()),
-                       skip_first);
-    };
-    TwoTokens two = {};
-    if (p.log_decay) two.log_decay = load(at.log_decay, p.log_decay, skips_first_decay(at, i));
-    if (p.dt) two.length = load(at.length, p.dt, false);
-    return two;
+    return p.log_decay ? load_two(at, i, at.log_decay, p.log_decay, skips_first_decay(at, i)) : float2{0, 0};
+  }
+  SIMT_DEV float2 lengths(int i) const {
+    const At at = place();
+    const Problem& p = task.p;
+    return p.dt ? load_two(at, i, at.length, p.dt, false) : float2{0, 0};
   }
   SIMT_DEV ChunkDecay decay(int i) const {
-    return ChunkDecay(weights.sub((i & 1) * ChunkDecay::kNumbers, ChunkDecay::kNumbers), lengths());
+    return ChunkDecay(weights.sub((i & 1) * ChunkDecay::kNumbers, ChunkDecay::kNumbers), which_lengths(),
+                      Shape::kUnits);
   }
-  SIMT_DEV Lengths lengths() const {
+  SIMT_DEV Lengths which_lengths() const {
     if (!task.p.dt) return Lengths::none;
     return backward() ? Lengths::of_outputs : Lengths::of_inputs;
   }
@@ -115,6 +118,14 @@ struct WalkBlock {
 
   // ---- states in memory -------------------------------------------------------------------------
 
+  SIMT_DEV Steps before_steps() const {
+    const Walk& w = task.walk;
+    return w.before ? dense_steps(task.p, w) : steps(task.p.initial_state, w.transposed);
+  }
+  SIMT_DEV Steps after_steps() const {
+    const Walk& w = task.walk;
+    return place().after_is_final ? steps(task.p.final_state, w.transposed) : dense_steps(task.p, w);
+  }
   SIMT_DEV void load_state(Strip<kColumns, K>& S, gptr<const float> from, const Steps& step) const {
     const auto own = from.sub((block_column() + warp_column()) * step.column);
     const int columns = columns_left(), rows = int(task.p.K);
@@ -126,6 +137,12 @@ struct WalkBlock {
     each(S, [&](int c, int r, float x) {
       if (c < columns && r < rows) own.st(r * step.row + c * step.column, kGradient ? x * weight : x);
     });
+  }
+
+ private:
+  SIMT_DEV float2 load_two(const At& at, int i, gptr<const float> from, const View& w, bool skip_first) const {
+    return load_pair(from, w.stride[2], first_token(at, i), tokens(at, i), Shape::kAhead ? lane() : fresh(lane()),
+                     skip_first);
   }
 };
 

@@ -90,6 +90,7 @@ inline Task task_of(const Problem& p, const Walk& w, const Slices& slices, int p
           aligned(p.k, bytes),
           aligned(p.v, bytes),
           aligned(p.o, bytes),
+          aligned(p.gate, bytes),
           aligned(w.factor, bytes)};
 }
 

@@ -14,7 +14,8 @@ struct Task {
   bool writes;          // whether blocks write states
   int columns, slices;  // columns of V for one block, a multiple of 16; blocks that share the columns of V
   unsigned blocks;
-  bool q_aligned, k_aligned, v_aligned, o_aligned, factor_aligned;  // whether every row is aligned to 16 bytes
+  bool q_aligned, k_aligned, v_aligned, o_aligned, gate_aligned,
+      factor_aligned;  // whether every row is aligned to 16 bytes
 };
 
 // Distances of the rows and of the columns of a state in memory.
@@ -30,7 +31,8 @@ SIMT_DEV Steps dense_steps(const Problem& p, const Walk& w) { return w.transpose
 // The members of a Place that only outputs have, or only gradients.
 template <class E, bool kGradient>
 struct PlaceOfAim {
-  int64_t entry, head, start_token;  // batch entry, q head, first token of the walk
+  gptr<const E> gate;  // first token of the walk, column 0
+  int64_t head;        // the q head
 };
 template <class E>
 struct PlaceOfAim<E, true> {
@@ -45,17 +47,17 @@ struct PlaceOfAim<E, true> {
 // The place of a block for one q head. One thread computes it and stores it in shared memory.
 template <class E, bool kGradient>
 struct Place : PlaceOfAim<E, kGradient> {
-  gptr<const E> q, k, v;            // first token of the walk, column 0
-  gptr<E> o;                        // first token of the walk, column 0
-  gptr<const float> log_decay;      // first token of the walk; null if all tokens have the same
-  gptr<const float> length;         // first token of the walk; null if tokens have no lengths
-  gptr<const float> before;         // state before the first token; null: zeros
-  gptr<float> after;                // state after the last token, or null
-  gptr<double> log2;                // log2 of the decay over all tokens, or null
-  Steps before_steps, after_steps;  // of the two states
-  int chunks;                       // chunks of the walk
-  int tail;                         // tokens of the last chunk in time, which may not be full
-  int first_output;                 // first chunk with outputs; the chunks before it only make the state
+  gptr<const E> q, k, v;        // first token of the walk, column 0
+  gptr<E> o;                    // first token of the walk, column 0
+  gptr<const float> log_decay;  // first token of the walk; null if all tokens have the same
+  gptr<const float> length;     // first token of the walk; null if tokens have no lengths
+  gptr<const float> before;     // state before the first token; null: zeros
+  gptr<float> after;            // state after the last token, or null
+  gptr<double> log2;            // log2 of the decay over all tokens, or null
+  int chunks;                   // chunks of the walk
+  int tail;                     // tokens of the last chunk in time, which may not be full
+  int first_output;             // first chunk with outputs; the chunks before it only make the state
+  bool after_is_final;          // whether `after` is the final state, not a state of the Walk
 
   Place() = default;
   SIMT_DEV Place(const Problem& p, const Walk& w, int64_t block, int parts, int part, bool writes) {
@@ -91,9 +93,8 @@ struct Place : PlaceOfAim<E, kGradient> {
 
     const int64_t size = p.K * p.V, state = (slot * p.Hs + hs) * size;
     before = {nullptr};
-    before_steps = dense_steps(p, w);
     after = {nullptr};
-    after_steps = dense_steps(p, w);
+    after_is_final = last;
     log2 = {nullptr};
     if constexpr (kGradient) {
       this->factor = {nullptr};
@@ -103,9 +104,8 @@ struct Place : PlaceOfAim<E, kGradient> {
       this->skip_first_decay = backward && !start;
       if (!p.o && !w.products) first_output = chunks;
     } else {
-      this->entry = s.row;
+      this->gate = row<const E>(p.gate, s.row, h, n);
       this->head = h;
-      this->start_token = token;
     }
     if (nothing) return;
     if (w.states_only) log2 = {w.log2 + slot * p.Hs + hs};
@@ -114,7 +114,6 @@ struct Place : PlaceOfAim<E, kGradient> {
         before = {w.before + state + (start ? 0 : backward ? count - 1 - segment : -segment) * p.Hs * size};
       } else if (hs % share == 0) {
         before = row<const float>(p.initial_state, b, hs / share, 0);
-        before_steps = steps(p.initial_state, w.transposed);
       }
     }
     if constexpr (kGradient) {
@@ -130,7 +129,6 @@ struct Place : PlaceOfAim<E, kGradient> {
       after = {w.after ? w.after + state : nullptr};
     } else if (p.final_state) {
       after = row<float>(p.final_state, b, hs, 0);
-      after_steps = steps(p.final_state, w.transposed);
     }
     if constexpr (kGradient)
       if (backward && last && s.length) this->after_weight = ex2(float(log2_decay_at(p, s.row, hs / share, -s.begin)));

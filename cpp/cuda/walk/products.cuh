@@ -18,11 +18,12 @@ namespace lc::cuda {
 template <bool kRounded = false, class Shape, class Values>
 SIMT_DEV void add_to_state(const WalkBlock<Shape>& b, Strip<Shape::kColumns, Shape::K>& S, const Values& values,
                            const Shared<typename Shape::E, Shape::C, Shape::K>& k, const ChunkDecay& decay, int j) {
-  const float total = decay.total(), rest = decay.rest(), scale = b.key_scale() * decay.unit();
+  const float total = decay.total(), rest = decay.rest(), scale = b.sum_scale(decay);
   Strip<Shape::kColumns, 32> sum;
   zero(sum);
   mma<kRounded>(sum, values, k, j);
-  merge(S, j, sum, [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, y * scale)); });
+  merge(S, j, sum,
+        [&](float x, float y) { return mul_add(x, total, mul_add(x, rest, Shape::kSumScale ? y * scale : y)); });
 }
 
 // Walks without products: only the plain O^T += S^T Q^T is left.

@@ -101,25 +101,34 @@ struct ChunkWalk {
 
   // ---- weights, by one warp ---------------------------------------------------------------------
 
+  // What two tokens of a lane bring.
+  struct TwoTokens {
+    float2 log_decays, lengths;
+    SIMT_DEV TwoTokens(const Block& b, int i) : log_decays(b.log_decays(i)), lengths(b.lengths(i)) {}
+  };
+
   // Computes the weights of chunk i, and adds to the log2 of the decay up to its end.
-  static SIMT_DEV void make_weights(const Block& b, const TwoTokens& own, int i) {
+  static SIMT_DEV void make_weights(const Block& b, const TwoTokens& ahead, int i) {
     const auto at = b.place();
-    const double log2 = b.decay(i).set(b.task.p, own, b.tokens(at, i), Block::skips_first_decay(at, i));
+    const ChunkDecay decay = b.decay(i);
+    const float2 log_decays = Shape::kAhead || !i ? ahead.log_decays : b.log_decays(i);
+    const double log2 = decay.set(b.task.p, log_decays, b.tokens(at, i), Block::skips_first_decay(at, i));
+    if (decay.lengths != Lengths::none) decay.set_lengths(Shape::kAhead ? ahead.lengths : b.lengths(i));
     const auto sum = b.place().log2;
     if (sum.p && !lane() && !b.block_column()) sum.st(0, i ? sum.ld(0) + log2 : log2);
   }
   // Both return the tokens that were loaded ahead.
   static SIMT_DEV TwoTokens first_weights(const Block& b) {
-    TwoTokens ahead = b.two_tokens(0);
+    TwoTokens ahead(b, 0);
     if (Block::makes_weights()) {
       make_weights(b, ahead, 0);
-      if (Shape::kAhead) ahead = b.two_tokens(1);
+      if (Shape::kAhead) ahead = TwoTokens(b, 1);
     }
     return ahead;
   }
   static SIMT_DEV TwoTokens next_weights(const Block& b, int i, const TwoTokens& ahead) {
-    make_weights(b, Shape::kAhead ? ahead : b.two_tokens(i + 1), i + 1);
-    return Shape::kAhead ? b.two_tokens(i + 2) : ahead;
+    make_weights(b, ahead, i + 1);
+    return Shape::kAhead ? TwoTokens(b, i + 2) : ahead;
   }
 
   // ---- outputs ----------------------------------------------------------------------------------
@@ -143,10 +152,10 @@ struct ChunkWalk {
       mma_nt</*kLower=*/true>(O, operand_t<X>(chunk.v, Block::warp_column()), b.A);
       const float scale = b.output_scale();
       map(O, [&](int, int, float x) { return x * scale; });
-      const auto at = b.place();
-      finish(b, at, i, chunk, decay, O);
+      finish(b, i, chunk, decay, O);
       store_t(chunk.o, Block::warp_column(), O);
       sync_warp();
+      const auto at = b.place();
       const int64_t stride = b.task.p.o.stride[2];
       write_rows<kColumns>(at.o.sub(b.first_token(at, i) * stride + b.block_column() + Block::warp_column()), stride,
                            chunk.o, Block::warp_column(), b.tokens(at, i), b.columns_left(), b.task.o_aligned);
@@ -154,20 +163,29 @@ struct ChunkWalk {
   }
 
   // Takes outputs through the skip and the gate; multiplies gradients by the lengths of tokens.
-  static SIMT_DEV void finish(const Block& b, const typename Shape::At& at, int i, const Tiles& chunk,
-                              const ChunkDecay& decay, Strip<kColumns, C>& O) {
+  static SIMT_DEV void finish(const Block& b, int i, const Tiles& chunk, const ChunkDecay& decay,
+                              Strip<kColumns, C>& O) {
     if constexpr (kGradient) {
       if (decay.lengths == Lengths::of_outputs) map(O, [&](int, int j, float x) { return x * decay.length.ld(j); });
     } else {
       const Problem& p = b.task.p;
-      if (!p.skip && !p.gate) return;
-      const int own = Block::warp_column(), columns = b.columns_left(), n = b.tokens(at, i);
-      const int64_t first = at.start_token + b.first_token(at, i);
-      map(O, [&](int c, int j, float x) {
-        if (c >= columns || j >= n) return x;
-        return finished<E>(p, x, widen(chunk.v.ld(j, own + c)), at.entry, at.head, first + j,
-                           b.block_column() + own + c);
-      });
+      const auto at = b.place();
+      const int own = Block::warp_column(), columns = b.columns_left();
+      if (p.skip) {
+        const auto skip = [&](int c) {
+          return c < columns ? skip_at<float>(p, at.head, b.block_column() + own + c) : 0.f;
+        };
+        merge_operand(O, operand_t<E>(chunk.v, own), skip, [](float x, float v, float d) { return mul_add(d, v, x); });
+      }
+      if (p.gate) {
+        const int64_t stride = p.gate.stride[2];
+        read_rows<kColumns>(chunk.o, own, at.gate.sub(b.first_token(at, i) * stride + b.block_column() + own), stride,
+                            b.tokens(at, i), columns, b.task.gate_aligned);
+        sync_warp();
+        const auto nothing = [](int) { return 0.f; };
+        merge_operand(O, operand_t<E>(chunk.o, own), nothing, [](float x, float z, float) { return x * silu(z); });
+        sync_warp();
+      }
     }
   }
 
@@ -206,14 +224,14 @@ struct ChunkWalk {
 
   static SIMT_DEV void load_initial(const Block& b, State& S) {
     zero(S);
-    if (const auto before = b.place().before; before.p) b.load_state(S, before, b.place().before_steps);
+    if (const auto before = b.place().before; before.p) b.load_state(S, before, b.before_steps());
   }
   static SIMT_DEV void store_final(const Block& b, const State& S) {
     const auto after = b.place().after;
     if (!after.p) return;
     float weight = 1;
     if constexpr (kGradient) weight = b.place().after_weight;
-    b.store_state(after, b.place().after_steps, S, weight);
+    b.store_state(after, b.after_steps(), S, weight);
   }
 };
 

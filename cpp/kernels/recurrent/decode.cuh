@@ -4,7 +4,7 @@
 //
 //   for every token t and q head of the state. pool [slots, Hs, K, V] of type P; either of K and V
 //   is contiguous. Shared memory has some pairs of a token and a q head, in the accumulator's type
-//   T: q, k [pairs, K], v [pairs, width], sums [pairs, row groups, width]
+//   T: q, k [pairs, K], v, skip and gate [pairs, width], sums [pairs, row groups, width]
 //   block: `columns` groups of kColumns columns of V. A thread keeps kRows rows of one group in
 //   registers for all tokens: kVectors vectors of 16 bytes along the contiguous dimension
 //   grid: (sequence, state, slice); small batches have more slices; B (H 2KV + Hs 3KV) flop per
@@ -23,7 +23,7 @@ struct Decode {
   static constexpr const char* kName = "decode";
   static constexpr int kVector = 16 / int(sizeof(P)), kVectors = 4;
   static constexpr int kRows = kTransposed ? kVector : kVectors, kColumns = kTransposed ? kVectors : kVector;
-  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector > 4 ? 2 : 3;
+  static constexpr int kPairs = 4, kMaxThreads = 256, kMinBlocks = kVector == 4 ? 3 : 2;
   struct Params {
     Problem p;
     unsigned slices;                            // of V
@@ -36,7 +36,7 @@ struct Decode {
     LC_INLINE int rows() const { return row_groups * kRows; }  // K, padded
     LC_INLINE int threads() const { return columns * row_groups; }
     int64_t shared_bytes() const {
-      return int64_t(sizeof(T)) * pairs * (2 * rows() + width() + row_groups * width() + kFactors);
+      return int64_t(sizeof(T)) * pairs * (2 * rows() + (3 + row_groups) * width() + kFactors);
     }
   };
 
@@ -66,6 +66,7 @@ struct Decode {
       }
       sync_cta();
       write(a, block, memory, first, n);
+      if (first + n < all_pairs) sync_cta();
     }
   }
 
@@ -120,15 +121,18 @@ struct Decode {
   // The inputs of the block, and the shared memory for `pairs` pairs of a token and a q head.
   struct Memory {
     gptr<const E> from_q, from_k, from_v;
-    sptr<T> q, k;     // [pairs, rows]
-    sptr<T> v;        // [pairs, width]
-    sptr<T> sums;     // [pairs, row groups, width]: parts of the outputs
-    sptr<T> factors;  // [pairs, kFactors]: of the state; whether to add it to 1; the length of the token
+    sptr<T> q, k;           // [pairs, rows]
+    sptr<T> v;              // [pairs, width]
+    sptr<T> skipped, gate;  // [pairs, width]: skip v and silu(gate); 0 and 1 without them
+    sptr<T> sums;           // [pairs, row groups, width]: parts of the outputs
+    sptr<T> factors;        // [pairs, kFactors]: of the state; whether to add it to 1; the length of the token
     SIMT_DEV Memory(const Params& a, const Block& b) {
       Smem smem;
       q = smem.alloc<T>(a.pairs * a.rows());
       k = smem.alloc<T>(a.pairs * a.rows());
       v = smem.alloc<T>(a.pairs * a.width());
+      skipped = smem.alloc<T>(a.pairs * a.width());
+      gate = smem.alloc<T>(a.pairs * a.width());
       sums = smem.alloc<T>(a.pairs * a.row_groups * a.width());
       factors = smem.alloc<T>(kFactors * a.pairs);
       from_q = row<const E>(a.p.q, b.b, b.h / a.q_share, 0);
@@ -156,10 +160,16 @@ struct Decode {
         m.q.st(i * a.rows() + r, x);
         m.k.st(i * a.rows() + r, y);
       }
-      if (r < a.width()) m.v.st(i * a.width() + r, z);
+      if (r < a.width()) {
+        const bool own = r < b.columns;
+        m.v.st(i * a.width() + r, z);
+        m.skipped.st(i * a.width() + r, own && p.skip ? skip_at<T>(p, b.h + g, b.c0 + r) * z : T(0));
+        m.gate.st(i * a.width() + r,
+                  own && p.gate ? silu(T(widen(row<const E>(p.gate, b.b, b.h + g, t).ld(b.c0 + r)))) : T(1));
+      }
     }
-    const int i = nthreads() - 1 - tid();  // the last threads have the least to copy
-    if (i < n) {
+    SIMT_LOOP
+    for (int i = nthreads() - 1 - tid(); i < n; i += nthreads()) {  // the last threads have the least to copy
       const int64_t t = (first + i) / heads;
       const T length = p.dt ? Length<T>(p, b.b, b.hs, t).value : T(1);
       const double log2 = p.dt ? log2_decay(p, rate_at(p, b.b, b.hs) * double(length)) : log2_decay_at(p, b.b, b.hs, t);
@@ -203,17 +213,13 @@ struct Decode {
 
   // Adds the parts of all row groups and writes the outputs of n pairs.
   static SIMT_DEV void write(const Params& a, const Block& b, const Memory& m, int first, int n) {
-    const Problem& p = a.p;
-    const int heads = int(a.heads);
     for (int at = tid(); at < n * a.width(); at += nthreads()) {
       const int pair = at / a.width(), c = at % a.width();
       if (c >= b.columns) continue;
       T sum = 0;
       for (int g = 0; g < a.row_groups; ++g) sum += m.sums.ld((pair * a.row_groups + g) * a.width() + c);
-      sum *= T(p.scale);
-      const int64_t t = (first + pair) / heads, h = b.h + (first + pair) % heads;
-      if (p.skip || p.gate) sum = finished<E>(p, sum, widen(m.from_v.ld(t * p.v.stride[2] + c)), b.b, h, t, b.c0 + c);
-      b.output(p, heads, first + pair).st(c, narrow<E>(sum));
+      const T o = mul_add(sum, T(a.p.scale), m.skipped.ld(at)) * m.gate.ld(at);
+      b.output(a.p, int(a.heads), first + pair).st(c, narrow<E>(o));
     }
   }
 

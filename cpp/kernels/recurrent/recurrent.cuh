@@ -224,17 +224,15 @@ struct RecurrentForward {
     SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (token() + i >= n) continue;
-      const int64_t token_of_row = b.s.begin + t + token() + i;
-      const auto to = row<E>(p.o, b.s.row, h, token_of_row);
+      const int64_t n_of_row = b.s.begin + t + token() + i, c0 = b.c0 + column();
+      const auto to = row<E>(p.o, b.s.row, h, n_of_row);
       SIMT_UNROLL
       for (int j = 0; j < kOwn; ++j) {
         if (column() + j >= b.columns) continue;
-        const int64_t c = b.c0 + column() + j;
         T x = o[j][i] * T(p.scale);
-        if (p.skip || p.gate)
-          x = finished<E>(p, x, widen(row<const E>(p.v, b.s.row, v_head(p, b.hs), token_of_row).ld(c)), b.s.row, h,
-                          token_of_row, c);
-        to.st(c, narrow<E>(x));
+        if (p.skip) x = mul_add(skip_at<T>(p, h, c0 + j), b.v.ld((column() + j) * padded(kTokens) + token() + i), x);
+        if (p.gate) x *= silu(T(widen(row<const E>(p.gate, b.s.row, h, n_of_row).ld(c0 + j))));
+        to.st(c0 + j, narrow<E>(x));
       }
     }
   }
