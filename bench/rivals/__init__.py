@@ -56,7 +56,7 @@ def half(p: Any, quick: bool = False) -> dict[str, Factory]:
     return {} if p.dtype == torch.float32 else rivals.configurations(p, p.dtype, quick)
 
 
-from rivals import fla, minimax, torch_autograd, torch_decode  # noqa: E402
+from rivals import fla, mamba2, minimax, torch_autograd, torch_decode  # noqa: E402
 
 ALL = (
     Rival("torch chunk", rivals.chunk),
@@ -66,4 +66,8 @@ ALL = (
     Rival("torch decode", decode=torch_decode.decode),
     Rival("torch autograd", training=torch_autograd.training),
     Rival("fla", fla.forward, fla.decode, fla.training, each=True),
+)
+MAMBA2 = (
+    Rival("mamba_ssm", mamba2.forward, mamba2.decode, mamba2.training),
+    Rival("bare operator", mamba2.bare),
 )
