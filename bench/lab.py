@@ -196,8 +196,7 @@ def predicted(p: Problem, method: str) -> leetcore.Cost:
     """The cost model of a method on the problem's device; "auto" gives the method that is
     chosen."""
     dtype, where = p.dtype_name, "cuda" if p.device == "cuda" else "cpu"
-    sizes = {name: getattr(p.shape, name) for name in "BHNKV"}
-    return leetcore.cost(method, **sizes, dtype=dtype, per_token=p.per_token, device=where)  # type: ignore
+    return leetcore.cost(method, **vars(p.shape), dtype=dtype, per_token=p.per_token, device=where)  # type: ignore
 
 
 def methods(device: str = "cpu") -> list[str]:
