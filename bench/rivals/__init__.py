@@ -4,7 +4,8 @@ other one.
 A rival's functions take a problem and return factories by label, nothing where it cannot serve. A
 factory prepares tables and buffers and returns the call that is timed; a factory that raises is
 left out, with its reason. A call returns o, freshly allocated, in the dtype of the inputs; a call
-of `training` returns o and the gradients by name.
+of `training` returns o and the gradients by name. Rivals of Mamba-2 have a tuple of their own:
+their calls of `forward` return y and the state by name.
 """
 
 from __future__ import annotations
