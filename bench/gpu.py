@@ -153,7 +153,8 @@ class GpuSession(Session):
 
     def measure_group(self, group: Group) -> None:
         s, dtype = group.shape, DTYPES[group.dtype]
-        needed = 12 * s.token_bytes(dtype.itemsize) + 10 * s.state_bytes()
+        # The comparison with float64 has operands of all heads, also where heads share B and C.
+        needed = 12 * Shape.token_bytes(s, dtype.itemsize) + 10 * s.state_bytes()
         decay = "gates" if group.section == "gated" else "alibi"
         if not self.device.fits(needed):
             status = f"skipped: it needs {needed / 2**30:.0f} GiB"
