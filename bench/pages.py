@@ -1,8 +1,8 @@
 """Fills the measured parts of README.md and docs/*.md from bench/results: `python bench/pages.py`.
 
 A part stands between `<!-- figures:NAME -->` and `<!-- end -->`. Its text comes from the newest
-record of its kind, so the pages say what the files say; a test compares them. `bench/records.py`
-and `bench/accuracy.py` write the records.
+record of its kind, so the pages say what the files say; a test compares them. `bench/records.py`,
+`bench/accuracy.py` and `bench/mamba2.py` write the records.
 """
 
 from __future__ import annotations
@@ -254,6 +254,129 @@ def mamba2_errors() -> str:
     return f"{text}\n\n{markdown_table(['call', 'dtype', 'output', 'state'], body)}\n\n{origin(results)}"
 
 
+# ---- the speed of Mamba-2 ------------------------------------------------------------------------
+
+MAMBA2_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "pass": lambda row: row["section"].partition(", ")[0],
+    "layers": lambda row: row["section"].partition(", ")[2],
+    "activation": lambda row: row["section"].partition(", ")[2],
+    "heads": lambda row: f"{row['H']} x {row['V']}",
+    "state": lambda row: str(row["K"]),
+    "groups": lambda row: str(row["G"]),
+    "tokens": lambda row: str(row["N"]),
+    "batch": lambda row: str(row["B"]),
+    "dtype": lambda row: str(row["dtype"]),
+    "of matmul": lambda row: number(fraction(row), 2),
+    "of copy": lambda row: number(fraction(row), 2),
+}
+MAMBA2_TABLES = {  # beginning of the sections: caption, method, columns
+    "prefill": (
+        "Prefill. The fraction is that of the rate of a matrix product:",
+        "leetcore.ssd",
+        ("heads", "state", "groups", "tokens", "dtype", "of matmul"),
+    ),
+    "decoding": (
+        "One token of each sequence, with states in float32. The fraction is that of the bandwidth of a copy:",
+        "leetcore.ssd_step",
+        ("heads", "state", "batch", "dtype", "of copy"),
+    ),
+    "convolution": (
+        "The convolution, 4 taps. The fraction is that of the bandwidth of a copy:",
+        "leetcore.causal_conv1d",
+        ("activation", "tokens", "dtype", "of copy"),
+    ),
+    "model": (
+        "Models of Mamba-2 layers alone. Decoding is a call for each of the tokens:",
+        "patched",
+        ("pass", "layers", "batch", "tokens", "dtype"),
+    ),
+}
+
+
+def fraction(row: Row) -> float | None:
+    return row["fraction"] and float(row["fraction"]["median"])
+
+
+def mamba2_rows(results: Results, section: str, method: str) -> list[Row]:
+    """Rows of a method that have samples; the sections of models are those of "patched"."""
+    rows = [row for row in results["rows"] if row["method"] == method and row["seconds"]]
+    return rows if section == "model" else [row for row in rows if row["section"].startswith(section)]
+
+
+def mamba2_table(results: Results, section: str) -> str:
+    """A caption and a table: leetcore, and the time and the ratio of each other method; empty
+    without rows."""
+    caption, method, columns = MAMBA2_TABLES[section]
+    rows = mamba2_rows(results, section, method)
+    same = [{r["method"]: r for r in goals.same_problem(results, row)} for row in rows]
+    others = [name for name in dict.fromkeys(name for found in same for name in found) if name != method]
+    body = []
+    for row, found in zip(rows, same, strict=True):
+        cells = [*(MAMBA2_COLUMNS[name](row) for name in columns), duration(row["seconds"]["median"])]
+        for name in others:
+            ratio = found[name]["ratio"] if name in found else None
+            cells += [duration(found[name]["seconds"]["median"]), number(ratio["median"], 3)] if ratio else ["-", "-"]
+        body.append(cells)
+    head = [*columns, f"`{method}`" if "." in method else method]
+    for name in others:
+        head += [f"`{name}`" if name.startswith("leetcore.") else name, "ratio"]
+    return f"{wrapped(caption)}\n\n{markdown_table(head, body)}\n" if body else ""
+
+
+def mamba2_memory(results: Results) -> str:
+    """The memory of a prefill in a new process; empty where it was not measured."""
+    rows = [row for row in results["rows"] if row["section"] == "prefill" and row["peak_bytes"]]
+    body: dict[str, list[str]] = {}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for row in rows:
+        body.setdefault(f"{row['N']}", ["-"] * len(methods))[methods.index(row["method"])] = size(row["peak_bytes"])
+    if not rows:
+        return ""
+    heads = f"{rows[0]['H']} heads of {rows[0]['V']}, state {rows[0]['K']}, {rows[0]['dtype']}"
+    caption = f"Memory that a prefill of {heads}, takes besides its inputs, results included, in a new process:"
+    named = [f"`{name}`" if name.startswith("leetcore.") else name for name in methods]
+    return f"{wrapped(caption)}\n\n{markdown_table(['tokens', *named], [[N, *x] for N, x in body.items()])}\n"
+
+
+def mamba2_speed(results: Results) -> str:
+    """Every table of the record."""
+    tables = [mamba2_table(results, section) for section in MAMBA2_TABLES]
+    tables.insert(1, mamba2_memory(results))
+    versions = results["facts"]["rivals"].items()
+    absent = [name for name, version in versions if version == "not installed"]
+    rivals = f"Rivals: {', '.join(f'{name} {version}' for name, version in versions if name not in absent)}."
+    rivals += f" Not installed, and so not measured: {', '.join(absent)}." if absent else ""
+    return "\n".join(part for part in (f"{origin(results)}\n", f"{wrapped(rivals)}\n", *tables) if part)
+
+
+def mamba2_headline(results: Results) -> str:
+    """A sentence about the model of Granite's layers, for the README."""
+    longest, wanted = None, {"dtype": "float32", "H": 48}
+    for row in mamba2_rows(results, "model", "patched"):
+        fits = row["section"].startswith("prefill") and all(row[key] == x for key, x in wanted.items())
+        longest = row if fits and (not longest or row["N"] > longest["N"]) else longest
+    found = longest and [r for r in goals.same_problem(results, longest) if r["method"] == "transformers"]
+    if not longest or not found or not found[0]["ratio"]:
+        return NO_SPEED
+    where = f"{results['device']['processor']}, {results['threads']} threads"
+    commit = f", commit {results['commit']}" if results["commit"] else ""
+    text = wrapped(
+        f"On {where}, prefill of {longest['N']} tokens takes **{number(found[0]['ratio']['median'], 2)} times** less "
+        f"time with the patch ({longest['section'].partition(', ')[2]}, float32, leetcore "
+        f"{results['versions']['leetcore']}{commit})."
+    )
+    warned = wrapped(f"**{of.warning(results)}**") if of.warning(results) else ""
+    return f"{text}\n\n{warned}".rstrip()
+
+
+NO_SPEED = "No speed of Mamba-2 has been measured yet: `bench/mamba2.py speed` measures it."
+
+
+def if_measured(text: Callable[[Results], str]) -> str:
+    """The text of the newest record of Mamba-2's speed, or a sentence where there is none."""
+    return text(newest("mamba2_speed")) if list(RESULTS.glob("mamba2_speed-*.json")) else NO_SPEED
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "speed": speed,
@@ -269,6 +392,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "decays 131072": lambda: by_decay(131072),
     "decode": decode,
     "mamba2 errors": mamba2_errors,
+    "mamba2 speed": lambda: if_measured(mamba2_speed),
+    "mamba2 headline": lambda: if_measured(mamba2_headline),
 }
 
 

@@ -48,7 +48,7 @@ def core():
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, core):
-    for module in ("api", "arrays", "choice", "methods"):
+    for module in ("api", "arrays", "choice", "mamba2", "methods"):
         monkeypatch.setattr(sys.modules[f"leetcore.{module}"], "_core", core)
     monkeypatch.setattr(leetcore.arrays, "_of_type", dict(leetcore.arrays._of_type))
     fake_gpu.install(monkeypatch)
@@ -165,6 +165,61 @@ def test_decode_updates_the_pool_in_place():
     q, k, v, state = (JaxArray(x) for x in (q, k, v, pool))
     with pytest.raises(TypeError, match=r"^state: expected an array that can be written, got one of jax"):
         leetcore.decode_step(q, k, v, state, -0.1)
+
+
+# ---- Mamba-2 -------------------------------------------------------------------------------------
+
+
+def of_mamba2(N=70, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = {"x": (1, N, 4, 16), "dt": (1, N, 4), "B": (1, N, 2, 8), "C": (1, N, 2, 8), "z": (1, N, 4, 16)}
+    given = {name: rng.standard_normal(size, dtype=np.float32) for name, size in sizes.items()}
+    given["A"] = -np.exp(rng.standard_normal(4, dtype=np.float32))
+    given["D"], given["dt_bias"] = rng.standard_normal((2, 4), dtype=np.float32)
+    given["initial_state"] = rng.standard_normal((1, 4, 16, 8), dtype=np.float32)
+    return given
+
+
+def test_ssd_gives_back_the_callers_kind(kind):
+    make, result = kind
+    given = of_mamba2()
+    want, want_state = reference.ssd(**given, dt_softplus=True, dt_limit=(0.1, 2.0))
+    there = {name: make(x) for name, x in given.items()}
+    y, state = leetcore.ssd(**there, dt_softplus=True, dt_limit=(0.1, 2.0), return_state=True)
+    assert type(y) is type(state) is result and emulator.launches
+    assert error(y, want) < TOLERANCE["f32"][0] and error(state, want_state) < TOLERANCE["f32"][1]
+
+
+def test_ssd_step_updates_the_pool_in_place():
+    given = of_mamba2(N=1)
+    want, want_state = reference.ssd(**given, dt_softplus=True)
+    given = {name: x[:, 0] if x.ndim > 2 and name != "initial_state" else x for name, x in given.items()}
+    for make, result in (KINDS["torch"], KINDS["cupy"]):
+        there = {name: make(x.copy()) for name, x in given.items()}
+        state = there.pop("initial_state")
+        y = leetcore.ssd_step(**there, state=state, dt_softplus=True)
+        assert type(y) is result and error(y, want[:, 0]) < TOLERANCE["f32"][0]
+        assert error(state, want_state) < TOLERANCE["f32"][1]
+
+
+def test_gradients_of_ssd_are_those_of_the_cpu(monkeypatch, core):
+    given = of_mamba2()
+    names = ("x", "dt", "A", "B", "C", "dt_bias", "initial_state")
+    options = {
+        "d_y": np.random.default_rng(1).standard_normal((1, 70, 4, 16), dtype=np.float32),
+        "d_final_state": np.ones((1, 4, 16, 8), np.float32),
+        "dt_softplus": True,
+        "dt_limit": (0.1, 2.0),
+        "wants": (True,) * 6,
+    }
+    there = {name: CuPyArray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    got = leetcore.mamba2.core_gradients(*(CuPyArray(given[name]) for name in names), None, **there)
+    assert emulator.launches
+    monkeypatch.setattr(leetcore.mamba2, "_core", leetcore._core)
+    monkeypatch.setattr(leetcore.arrays, "_core", leetcore._core)
+    want = leetcore.mamba2.core_gradients(*(given[name] for name in names), None, **options)
+    for x, y in zip(got, want, strict=True):
+        assert error(x, y.astype(np.float64)) < 2e-5
 
 
 # ---- gradients -----------------------------------------------------------------------------------

@@ -405,6 +405,14 @@ def test_cuda_tensors_keep_the_package_where_it_is(monkeypatch):
     assert mamba2._finds_mamba_ssm()
 
 
+def test_leetcore_takes_cuda_tensors_if_asked(monkeypatch):
+    layer = mixer()
+    monkeypatch.setattr(type(layer), "keeps_cuda", True)
+    assert unpatch(layer) == patch(layer, cuda=True) == 1 and not layer.keeps_cuda
+    assert not copy.deepcopy(layer).keeps_cuda
+    assert unpatch(layer) == patch(layer) == 1 and layer.keeps_cuda
+
+
 @pytest.mark.parametrize(
     "change, text",
     [

@@ -45,7 +45,8 @@ def ssd(
 
     It is `linear_attention` with q = C, k = B, v = d x and log_decay = A d, in one pass over
     memory.
-    Lengths d and decays are computed in float64 from the values of dt.
+    Lengths d and decays are computed from the values of dt in float64, on a GPU in float32 for
+    inputs other than float64.
 
     Args:
         x: [B, N, H, P] in float64, float32, float16 or bfloat16. Any strides are allowed; an array

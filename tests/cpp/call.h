@@ -444,6 +444,31 @@ struct Spec {
   }
 };
 
+// What a call of Mamba-2 has besides plain tensors: a part of it, or everything.
+enum class Parts { lengths, limits, outputs, states, all };
+inline constexpr Parts kParts[] = {Parts::lengths, Parts::limits, Parts::outputs, Parts::states, Parts::all};
+
+inline Spec mamba2(lc_dtype dtype, int64_t N, int64_t K, int64_t V, Parts parts) {
+  Spec spec(dtype, N, K, V);
+  spec.heads(1, 1, 3);
+  spec.B = 1;
+  const bool all = parts == Parts::all;
+  spec.dt = parts != Parts::outputs && parts != Parts::states;
+  spec.softplus = parts == Parts::limits || all;
+  if (parts == Parts::limits) {
+    spec.dt_min = 0.05;
+    spec.dt_max = 0.5;
+    spec.decay = Decay::batch;
+  }
+  spec.skip = all ? 2 : parts == Parts::outputs ? 1 : 0;
+  spec.gate = all || parts == Parts::outputs;
+  spec.transposed = all || parts == Parts::states;
+  spec.bnhd = parts != Parts::lengths;
+  spec.strided = parts == Parts::states;
+  spec.initial = spec.final = true;
+  return spec;
+}
+
 inline std::ostream& operator<<(std::ostream& out, const Spec& s) {
   constexpr const char* ops[] = {"forward", "backward", "decode"};
   out << ops[s.op] << " " << name(s.dtype) << " B=" << s.B << " H=" << s.Hq << "/" << s.Hk << "/" << s.Hv

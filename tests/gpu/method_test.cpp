@@ -214,7 +214,8 @@ std::string examine(const Spec& spec, const char* method, const Definition& defi
 constexpr lc_dtype kInputs[] = {kF64, kF32, kF16, kBf16};
 
 // One call of each kind: ragged chunks and dims; strides; packed with an empty sequence; in place
-// with grouped heads; a pool; gradients with one decay per head, and with one per token.
+// with grouped heads; a pool; gradients with one decay per head, and with one per token; Mamba-2
+// forward, in a pool, and its gradients.
 std::vector<Spec> small_calls(lc_dtype dtype) {
   Spec base;
   base.dtype = dtype;
@@ -243,6 +244,11 @@ std::vector<Spec> small_calls(lc_dtype dtype) {
   all[6].decay = Decay::token;
   all[6].Hq = 4;
   all[6].N = 300;
+  all.push_back(mamba2(dtype, 70, 24, 40, Parts::all));
+  all.push_back(mamba2(dtype, 2, 24, 40, Parts::all));
+  all.back().op = LC_DECODE;
+  all.push_back(mamba2(dtype, 140, 24, 16, Parts::limits));
+  all.back().op = LC_BACKWARD;
   return all;
 }
 
@@ -299,11 +305,19 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
       all.back().gamma = gamma;
       all.back().K = all.back().V = 64;
     }
+  for (Parts parts : kParts)
+    for (int64_t N : {1, 65, 500})
+      for (const auto& [K, V] : {std::pair{128, 64}, {64, 64}, {128, 80}, {96, 64}, {256, 64}})
+        if (K == 128 || N == 65) all.push_back(mamba2(dtype, N, K, V, parts));
+  all.push_back(mamba2(dtype, 1500, 64, 32, Parts::limits));
+  all.back().cu = {0, 0, 300, 310, 1500};
   // Gradients: the variants of the forward calls above, and checkpoints of states.
   const size_t forward = all.size();
   for (size_t i = 0; i < forward; ++i) {
     if (all[i].op != LC_FORWARD || all[i].in_place) continue;
     all.push_back(all[i]);
+    all.back().skip = 0;
+    all.back().gate = false;
     all.back().op = LC_BACKWARD;
     if (all.back().decay == Decay::none) all.back().wants &= ~8u;
   }
@@ -320,6 +334,12 @@ std::vector<Spec> all_calls(lc_dtype dtype) {
       spec.Hq = 4;
       spec.strided = N == 5;
       all.push_back(spec);
+      all.push_back(mamba2(dtype, N, 128, 64, Parts::all));
+      all.back().op = LC_DECODE;
+      all.back().pool = pool;
+      all.back().B = 3;
+      all.back().slots = 7;
+      all.back().indices = {6, 0, 3};
     }
   return all;
 }

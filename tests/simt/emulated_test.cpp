@@ -480,31 +480,6 @@ TEST_F(Emulated, DecodeDevices) {
 
 // ---- Mamba-2
 
-// What a call of Mamba-2 has besides plain tensors: a part of it, or everything.
-enum class Parts { lengths, limits, outputs, states, all };
-constexpr Parts kParts[] = {Parts::lengths, Parts::limits, Parts::outputs, Parts::states, Parts::all};
-
-Spec mamba2(lc_dtype dtype, int64_t N, int64_t K, int64_t V, Parts parts) {
-  Spec spec(dtype, N, K, V);
-  spec.heads(1, 1, 3);
-  spec.B = 1;
-  const bool all = parts == Parts::all;
-  spec.dt = parts != Parts::outputs && parts != Parts::states;
-  spec.softplus = parts == Parts::limits || all;
-  if (parts == Parts::limits) {
-    spec.dt_min = 0.05;
-    spec.dt_max = 0.5;
-    spec.decay = Decay::batch;
-  }
-  spec.skip = all ? 2 : parts == Parts::outputs ? 1 : 0;
-  spec.gate = all || parts == Parts::outputs;
-  spec.transposed = all || parts == Parts::states;
-  spec.bnhd = parts != Parts::lengths;
-  spec.strided = parts == Parts::states;
-  spec.initial = spec.final = true;
-  return spec;
-}
-
 // chunk, scan, block, recursive and recurrent serve every part in every dtype that they have.
 TEST_F(Emulated, Mamba2) {
   constexpr int64_t shapes[][3] = {{1, 16, 24}, {65, 16, 24}, {200, 33, 17}, {130, 1, 80}};

@@ -6,7 +6,8 @@ A file has the keys of `machine.conditions`, and
   (KINDS);
 - interrupted, and ceilings as `Ceilings.to_json` gives them (None where nothing was timed);
 - rows: timings, with the keys of `session.Row.to_json`; keys with the values of _OMITTED are left
-  out;
+  out; a row of mamba2_speed also has G, the number of groups of heads, and `ratio`, the statistic
+  of its time over that of its problem's first row in the same round;
 - errors: worst relative errors against float64, as {method, dtype, N, decay, output, state}; N may
   be None;
 - facts: numbers of no method; left_out: variants of rivals that failed.
@@ -25,7 +26,7 @@ import click
 from . import machine, options
 
 SCHEMA, VERSION = "leetcore results", 2
-KINDS = ("bench", "cpu", "growth", "regret", "check", "accuracy", "gpu", "mamba2")
+KINDS = ("bench", "cpu", "growth", "regret", "check", "accuracy", "gpu", "mamba2", "mamba2_speed")
 QUIET = 0.8  # least p10 over p90 of the matrix product's rate on a quiet machine
 
 FEWEST = 3  # samples of a time that may be quoted

@@ -21,18 +21,20 @@ __all__ = ["patch", "unpatch"]
 _FAMILIES: tuple[Any, ...] = (minimax, mamba2)
 
 
-def patch(model: nn.Module) -> int:
+def patch(model: nn.Module, *, cuda: bool = False) -> int:
     """Makes every linear attention layer of a model compute with leetcore, in place.
 
     Prefill, continuation of a cache by any number of tokens, beam search and training work as
     before. Padding neither enters nor decays a state. A cached state is float32; decoding without
     gradients updates it in place. Mamba-2 layers also take packed sequences (seq_idx, cu_seqlens).
-    On a GPU, Mamba-2 layers keep the kernels of the package mamba_ssm where transformers found it.
-    Layers that are already patched stay as they are. `unpatch` undoes the change.
+    On a GPU, Mamba-2 layers keep the kernels of the package mamba_ssm where transformers found it,
+    unless `cuda` is true. Layers that are already patched stay as they are. `unpatch` undoes the
+    change.
 
     Args:
         model: a MiniMax model, a model with Mamba-2 layers (Mamba2, Bamba, FalconH1,
             GraniteMoeHybrid, NemotronH, Zamba2), or any module that contains such layers.
+        cuda: whether leetcore computes CUDA tensors also where the package mamba_ssm could.
 
     Returns:
         The number of layers that compute with leetcore now.
@@ -58,6 +60,8 @@ def patch(model: nn.Module) -> int:
             )
     for family, layer in found:
         family.patch(layer)
+        if cuda and family is mamba2:
+            layer.keeps_cuda = False
     return patched + len(found)
 
 

@@ -66,6 +66,7 @@ def patch(layer: Any) -> None:
 
 def unpatch(layer: Any) -> None:
     """Restores the computation of transformers in a patched layer."""
+    vars(layer).pop("keeps_cuda", None)
     become(layer, type(layer).original)
 
 
@@ -97,7 +98,7 @@ class Mixer(nn.Module):
     """Base of patched mixers, before the class of transformers."""
 
     original: type  # the class of transformers
-    keeps_cuda: bool  # whether transformers computes CUDA tensors with the package mamba_ssm
+    keeps_cuda: bool  # whether transformers computes CUDA tensors, with the package mamba_ssm
 
     def forward(
         self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **options: Any
