@@ -19,8 +19,8 @@ MIN_MATMUL = {128: 0.85, 64: 0.78}  # by K = V
 
 
 def text(row: Row) -> str:
-    """B,H,N,K,V."""
-    return ",".join(map(str, of.shape(row)))
+    """B,H,N,K,V, and G of Mamba-2."""
+    return ",".join(map(str, of.shape(row))) + (f" G={row['G']}" if "G" in row else "")
 
 
 def find(results: Results, section: str, method: str = "chunk", **equal: str) -> list[Row]:

@@ -20,6 +20,7 @@ import lab
 import leetcore
 import torch
 from lab import DTYPES, DecodeProblem, Problem, Session, TrainingProblem
+from lab_mamba2 import SsdDecodeProblem, SsdProblem, SsdShape, SsdTrainingProblem
 from leetcore.bench import options
 from leetcore.bench import results as of
 from leetcore.bench.options import sentence
@@ -40,19 +41,41 @@ DECODE = ("64,32,1,128,128", "1,32,1,128,128", "8,32,1,128,128", "256,32,1,128,1
 GROWTH = ((8, 64, range(8, 16)), (32, 128, range(9, 15)))  # heads, K = V, log2 of N
 CHOICE = tuple(f"1,{h},{n},{d},{d}" for n in (100, 3000, 24000) for h in (1, 6, 48, 200) for d in (64, 128))
 GATED = "8,32,2048,128,128"  # a decay per token, whose gradient is wanted too
-SECTIONS = ("forward", "decode", "backward", "gated", "growth", "choice")
+MAMBA2 = (
+    "1,128,8192,128,64 G=1",
+    "1,48,4096,128,64 G=1",
+    "1,32,4096,256,64 G=1",
+    "1,96,4096,128,80 G=8",
+    "1,128,8192,128,64 G=8",
+)
+MAMBA2_DECODE = ("64,80,1,128,64 G=1", "1,80,1,128,64 G=1", "8,80,1,128,64 G=1")
 TINY = {
     "forward": ("1,2,200,16,24",),
     "decode": ("3,2,1,16,16",),
     "backward": ("1,2,256,16,24",),
     "gated": ("2,2,128,16,8",),
+    "mamba2": ("2,4,150,16,24 G=2",),
+    "mamba2_training": ("1,4,150,16,24 G=1",),
+    "mamba2_decode": ("3,4,1,16,24 G=2",),
     "growth": ("1,1,64,8,8", "1,1,128,8,8"),
 }
 PROBLEMS: dict[str, type[Problem]] = {
     "decode": DecodeProblem,
     "backward": TrainingProblem,
     "gated": TrainingProblem,
+    "mamba2": SsdProblem,
+    "mamba2_training": SsdTrainingProblem,
+    "mamba2_decode": SsdDecodeProblem,
 }  # the other sections: Problem
+SECTIONS = ("forward", *PROBLEMS, "growth", "choice")
+METHODS = {
+    "decode": ("decode_step",),
+    "backward": ("training", "backward"),
+    "gated": ("training", "backward"),
+    "mamba2": ("auto", "chunk", "scan"),
+    "mamba2_training": ("training",),
+    "mamba2_decode": ("ssd_step",),
+}  # the other sections: all
 
 
 @dataclass(frozen=True)
@@ -62,40 +85,52 @@ class Group:
     section: str
     shape: Shape
     dtype: str = "bfloat16"
-    methods: tuple[str, ...] = ()  # an empty tuple: all
+    methods: tuple[str, ...] = ()  # an empty tuple: those of METHODS
     rivals: bool = True
 
     def __str__(self) -> str:
         return f"{self.section} {self.shape} {self.dtype}"
+
+    @classmethod
+    def parse(cls, section: str, shape: str, dtype: str = "bfloat16", **fields: Any) -> Group:
+        return cls(section, (SsdShape if "G=" in shape else Shape).parse(shape), dtype, **fields)
 
 
 def groups(tiny: bool) -> Iterator[Group]:
     """All groups, the most telling first."""
     if tiny:
         for section, texts in TINY.items():
-            yield from (Group(section, Shape.parse(text), "float32", rivals=section != "growth") for text in texts)
+            yield from (Group.parse(section, text, "float32", rivals=section != "growth") for text in texts)
         return
-    for text in SHAPES[:2]:
-        yield Group("forward", Shape.parse(text))
-    yield Group("decode", Shape.parse(DECODE[0]))
-    yield Group("backward", Shape.parse(SHAPES[0]))
+    yield Group.parse("forward", SHAPES[0])
+    yield Group.parse("mamba2", MAMBA2[0])
+    yield Group.parse("forward", SHAPES[1])
+    yield Group.parse("decode", DECODE[0])
+    yield Group.parse("backward", SHAPES[0])
+    yield Group.parse("mamba2_training", MAMBA2[0])
+    yield Group.parse("mamba2_decode", MAMBA2_DECODE[0])
     for text in (*SHAPES[2:], *FEW_HEADS):
-        yield Group("forward", Shape.parse(text))
-    yield Group("gated", Shape.parse(GATED))
+        yield Group.parse("forward", text)
+    yield Group.parse("gated", GATED)
+    for text in MAMBA2[1:]:
+        yield Group.parse("mamba2", text)
+    yield Group.parse("mamba2_training", MAMBA2[1])
+    for text in MAMBA2_DECODE[1:]:
+        yield Group.parse("mamba2_decode", text)
     for text in (SHAPES[1], SHAPES[2], *FEW_HEADS, SHAPES[3]):
-        yield Group("backward", Shape.parse(text))
+        yield Group.parse("backward", text)
     for text in SHORT:
-        yield Group("forward", Shape.parse(text))
+        yield Group.parse("forward", text)
     for text in DECODE[1:]:
-        yield Group("decode", Shape.parse(text), rivals=False)
+        yield Group.parse("decode", text, rivals=False)
     for dtype in ("float16", "float32"):
         for text in (SHAPES[0], SHAPES[2]):
-            yield Group("forward", Shape.parse(text), dtype, ("auto", "chunk", "scan"))
+            yield Group.parse("forward", text, dtype, methods=("auto", "chunk", "scan"))
     for heads, dim, powers in GROWTH:
         for power in powers:
             yield Group("growth", Shape(1, heads, 2**power, dim, dim), rivals=False)
     for text in CHOICE:
-        yield Group("choice", Shape.parse(text), rivals=False)
+        yield Group.parse("choice", text, rivals=False)
 
 
 class Lost(Exception):
@@ -118,7 +153,8 @@ class GpuSession(Session):
 
     def measure_group(self, group: Group) -> None:
         s, dtype = group.shape, DTYPES[group.dtype]
-        needed = 12 * s.token_bytes(dtype.itemsize) + 10 * s.state_bytes()
+        # The comparison with float64 has operands of all heads, also where heads share B and C.
+        needed = 12 * Shape.token_bytes(s, dtype.itemsize) + 10 * s.state_bytes()
         decay = "gates" if group.section == "gated" else "alibi"
         if not self.device.fits(needed):
             status = f"skipped: it needs {needed / 2**30:.0f} GiB"
@@ -141,20 +177,17 @@ class GpuSession(Session):
                 self.require("rivals" if row.kind == "rival" else row.method, group)
 
     def methods(self, group: Group) -> list[str]:
-        names = group.methods or ("auto", *lab.methods(self.device.name))
-        if group.section == "decode":
-            names = ("decode_step",)
-        elif PROBLEMS.get(group.section) is TrainingProblem:
-            names = ("training", "backward")
+        names = group.methods or METHODS.get(group.section) or ("auto", *lab.methods(self.device.name))
         return [name for name in names if name not in self.broken and self.wants(name)]
 
     def leetcore_row(self, section: str, p: Problem, method: str) -> Row:
         """A row that has passed the gate and whose call is not slow; else its status says why."""
         note, seconds = "", 0.0
-        with contextlib.suppress(NotImplementedError):  # the call says why
-            cost = lab.predicted(p, "auto" if method in ("training", "backward", "decode_step") else method)
-            note = cost.method if method in ("auto", "training") else ""
-            seconds = 1e-6 * cost.microseconds if type(p) is Problem else 0.0
+        if not isinstance(p, SsdProblem):  # the model of costs knows the operator alone
+            with contextlib.suppress(NotImplementedError):  # the call says why
+                cost = lab.predicted(p, "auto" if method in ("training", "backward", "decode_step") else method)
+                note = cost.method if method in ("auto", "training") else ""
+                seconds = 1e-6 * cost.microseconds if type(p) is Problem else 0.0
         if seconds > self.slow:
             return self.row(section, method, p, note=note, status=f"skipped: predicted {seconds:.2g} s")
         row = self.leetcore(section, p, method, note=note)

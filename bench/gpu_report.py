@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,17 @@ GOAL_US = {
     ("forward", "1,64,131072,128,128"): 2500.0,
     ("forward", "1,8,65536,64,64"): 100.0,
     ("backward", "1,32,8192,128,128"): 160.0,  # a backward pass alone
+    ("mamba2", "1,128,8192,128,64 G=1"): 150.0,
 }
 GOAL_FACTOR = 1.5  # of GOAL_US, for kernels that run on every GPU since Ampere
+MOST = {"mamba2": 1.0}  # sections with another factor of GOAL_US
 DECODE = "64,32,1,128,128"
+MAMBA2_DECODE = "64,80,1,128,64 G=1"
+PUBLISHED = {  # times of others, which no run of this program measured
+    ("mamba2", "1,128,8192,128,64 G=1"): "On an H100, mamba_ssm takes 649 us and a fused Triton kernel 362 us.",
+    ("mamba2_decode", "1,80,1,128,64 G=1"): "On an H200, TileOPs takes 4.5 us.",
+    ("mamba2_decode", "8,80,1,128,64 G=1"): "On an H200, TileOPs takes 15.6 us.",
+}
 STEP, BACKWARD = "training", "backward"  # BACKWARD is no whole step: it is not compared with rivals
 TRAINING = {"backward": "a constant decay", "gated": "a decay per token, and its gradient"}
 
@@ -73,16 +81,21 @@ def over_rival(rival: str) -> Column:
 MORE: dict[str, Column] = {
     "time / best fla": over_rival("fla"),
     "time / best torch": over_rival("torch"),
+    "time / mamba_ssm": over_rival("mamba_ssm"),
+    "time / bare operator": over_rival("bare operator"),
 }
-COLUMNS = ("method", "dtype", TIME, *FLOORS, "of the floor", *MORE, "host time", "memory", "error")
+OPERATOR, MAMBA2 = tuple(MORE)[:2], tuple(MORE)[2:]  # columns of ratios
 
 
-def method_table(results: Results, section: str, title: str) -> Iterator[str]:
+def method_table(results: Results, section: str, title: str, ratios: Iterable[str] = OPERATOR) -> Iterator[str]:
+    columns = ("method", "dtype", TIME, *FLOORS, "of the floor", *ratios, "host time", "memory", "error")
     rows = section_rows(results, section)
     for shape in dict.fromkeys(map(text, rows)):
         wanted = goal_us(results, section, shape)
         yield f"### {title}, B,H,N,K,V = {shape}" + (f": goal {number(wanted)} us in bfloat16" if wanted else "") + "\n"
-        yield report(results, [row for row in rows if text(row) == shape], COLUMNS, MORE)
+        if (section, shape) in PUBLISHED:
+            yield f"Published: {PUBLISHED[section, shape]}\n"
+        yield report(results, [row for row in rows if text(row) == shape], columns, MORE)
 
 
 def growth_tables(results: Results) -> Iterator[str]:
@@ -110,7 +123,7 @@ def regrets(results: Results) -> list[tuple[float, Row, Row]]:
     """(regret, row of "auto", row of the best method) of every problem that was measured with both;
     largest first."""
     found = []
-    for rows in problems(results, "forward", "growth", "choice"):
+    for rows in problems(results, "forward", "mamba2", "growth", "choice"):
         auto = best(r for r in rows if r["method"] == "auto")
         least = best(r for r in rows if ours(r) and r["method"] != "auto")
         if auto and least:
@@ -136,7 +149,7 @@ def regret_table(results: Results) -> Iterator[str]:
 
 def goals(results: Results) -> Iterator[dict[str, str]]:
     """Every goal, in the form of goals.goals."""
-    found = problems(results, "forward", "decode", *TRAINING)
+    found = problems(results, "forward", "decode", "mamba2", *TRAINING)
     by_problem = {(r[0]["section"], text(r[0]), r[0]["dtype"]): r for r in found}
     for section, shape in GOAL_US:
         rows = by_problem.get((section, shape, "bfloat16"), [])
@@ -145,11 +158,11 @@ def goals(results: Results) -> Iterator[dict[str, str]]:
         yield goal(
             f"{section} {shape}: best method ({method}), time / goal",
             "<=",
-            GOAL_FACTOR,
+            MOST.get(section, GOAL_FACTOR),
             1e6 * seconds(least) / wanted if least and wanted else None,
         )
     for (section, shape, dtype), rows in by_problem.items():
-        B, H, N, _, _ = map(int, shape.split(","))
+        B, H, N = map(int, shape.split(",")[:3])
         least, fla = best(filter(ours, rows)), best(r for r in rows if r["method"] == "fla: chunk")
         limit = 2 if B * H >= 128 else 4 if B * H <= 16 and N >= 16384 else None
         if section == "forward" and limit and dtype == "bfloat16":
@@ -157,12 +170,26 @@ def goals(results: Results) -> Iterator[dict[str, str]]:
         if section in TRAINING and dtype == "bfloat16":
             step = best(r for r in rows if r["method"] == STEP)
             yield goal(f"{section} {shape}: fla's forward and backward / ours, time", ">=", 2, over(fla, step))
+    yield from mamba2_goals(results)
     step = next((row for row in find(results, "decode", "decode_step") if text(row) == DECODE), None)
     yield goal(f"decode {DECODE}: time / memory floor", "<=", 1.1, 1 / step["fraction"]["median"] if step else None)
     host = step and step["host_seconds"] and 1e6 * step["host_seconds"]["median"]
     yield goal(f"decode {DECODE}: host time of a call", "<=", 10, host, " us")
     timed = [row for row in results["rows"] if ours(row)]
     yield goal("rows of leetcore that are wrong or failed", "<=", 0, float(len(bad(results))) if timed else None)
+
+
+def mamba2_goals(results: Results) -> Iterator[dict[str, str]]:
+    """Goals of ratios, where both were measured, and of a decode step."""
+    for section, method, rival, limit in (
+        ("mamba2", "auto", "bare operator", 1.15),
+        ("mamba2_training", STEP, "mamba_ssm", 0.8),
+    ):
+        for row in find(results, section, method, dtype="bfloat16"):
+            yield goal(f"{section} {text(row)}: time / {rival}", "<=", limit, ratio_to(results, row, rival))
+    steps = [row for row in find(results, "mamba2_decode", "ssd_step") if text(row) == MAMBA2_DECODE]
+    taken = 1 / steps[0]["fraction"]["median"] if steps else None
+    yield goal(f"mamba2_decode {MAMBA2_DECODE}: time / memory floor", "<=", 1.1, taken)
 
 
 def goals_section(results: Results) -> str:
@@ -181,7 +208,8 @@ def header(results: Results) -> Iterator[str]:
         "- Times are GPU times of a call by events: none of its data is in the L2 cache, and the GPU is kept busy until"
         " the host has queued the call. All methods of a table are sampled in turn. The memory floor is the time of q,"
         " k, v and o once at the bandwidth of the copy next to each sample; a decode step also reads and writes the"
-        " states, and training also has q, k, v, the gradient of o, and their gradients once. The compute floor is the"
+        " states, and training also has q, k, v, the gradient of o, and their gradients once. Mamba-2 has x, y, B, C"
+        " and dt in place of these. The compute floor is the"
         " time of the flop at the rate of the product. 'host time' is the time until a call returns on an idle GPU."
         " 'memory' is what a call allocates at most, results included. Goals are for 4.3e12 bytes/s, scaled to the copy"
         " of this device."
@@ -217,6 +245,9 @@ def markdown(results: Results) -> str:
     lines += method_table(results, "decode", "Decode, one token, float32 state")
     for section, decay in TRAINING.items():
         lines += method_table(results, section, f"Training, forward and backward, {decay}")
+    lines += method_table(results, "mamba2", "Mamba-2", MAMBA2)
+    lines += method_table(results, "mamba2_training", "Mamba-2, training, forward and backward", MAMBA2[:1])
+    lines += method_table(results, "mamba2_decode", "Mamba-2, one token, float32 state", MAMBA2[:1])
     lines += [*growth_tables(results), *regret_table(results), "### Remarks\n", *troubles(results)]
     return "\n".join(lines)
 

@@ -58,6 +58,7 @@ class Problem(TensorProblem):
         self.log_decay = log_decay(decay, shape).to(device)
 
     one_token = False
+    against = rivals.ALL
 
     @property
     def dtype_name(self) -> str:
@@ -93,6 +94,8 @@ class TrainingProblem(Problem):
     """A forward and a backward pass; log_decay [H] is constant, and log_decay [B, H, N] has a
     gradient."""
 
+    differences: tuple[str, ...] = ("d_log_decay",)  # gradients that are differences of two sums
+
     def __init__(self, shape: Shape, dtype: torch.dtype, decay: str = "alibi", device: str = "cpu") -> None:
         super().__init__(shape, dtype, decay, device)
         [self.d_o] = normals([tuple(self.v.shape)], dtype, 1, device)
@@ -112,7 +115,7 @@ class TrainingProblem(Problem):
     def tolerance(self, name: str) -> float:
         if name == "o":
             return TOLERANCE[self.dtype_name][0]
-        twice = name == "d_log_decay" and self.dtype.itemsize == 2
+        twice = name in self.differences and self.dtype.itemsize == 2
         return (2 if twice else 1) * GRADIENT_TOLERANCE[self.dtype_name]
 
     def judge(self, call: Call) -> tuple[float, bool]:
@@ -248,7 +251,7 @@ class Session(session.Session):
     def rival_rows(self, section: str, p: Problem) -> list[Row]:
         """The fastest variant of every rival; `left_out` says which variants failed."""
         rows = []
-        for rival in rivals.ALL:
+        for rival in p.against:
             candidates = []
             for label, factory in p.factories(rival, self.quick).items() if self.wants(rival.name, "rival") else ():
                 name = f"{rival.name}: {label}" if rival.each else rival.name

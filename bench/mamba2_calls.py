@@ -3,14 +3,14 @@ with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import leetcore
 import torch
 import transformers
+from lab_mamba2 import SsdShape
 from leetcore import reference
-from leetcore.bench.problems import TOLERANCE, Shape
+from leetcore.bench.problems import TOLERANCE
 from leetcore.bench.session import Judge
 from leetcore.bench.timing import Call
 from torch import Tensor
@@ -23,20 +23,8 @@ JUDGED = 300  # first tokens that are compared with float64 before a call is tim
 LOOSE = 4  # tolerance of transformers over that of leetcore, as its step sizes are rounded to bfloat16
 
 
-@dataclass(frozen=True)
-class Heads(Shape):
-    """H heads of V channels with states of V x K, whose B and C are shared by G groups of heads."""
-
-    G: int = 1
-
-    def exact_flop(self, chunk: int) -> float:
-        """As for other heads, but the heads of a group share the products of B and C."""
-        head = (chunk + 1) * self.V + 4 * self.K * self.V
-        return float(self.B * self.N * (self.H * head + self.G * (chunk + 1) * self.K))
-
-    def token_bytes(self, itemsize: int) -> int:
-        """x, dt, B and C read once, y written once."""
-        return self.B * self.N * itemsize * (2 * self.H * self.V + self.H + 2 * self.G * self.K)
+class Heads(SsdShape):
+    """An SsdShape as the record's tables name it."""
 
     def __str__(self) -> str:
         return f"{self.H} x {self.V}, K {self.K}, G {self.G}, batch {self.B}, {self.N} tokens"

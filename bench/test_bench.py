@@ -173,7 +173,8 @@ def test_growth_fit(power: float, slope: float) -> None:
     rows = [sampled("growth", f"1,8,{n},64,64", n, 1e-9 * n**power) for n in (512, 1024, 2048)]
     fitted, deviation = goals.slope_and_deviation(rows, results_of(rows))
     assert fitted == pytest.approx(slope)
-    assert deviation == pytest.approx(0 if power == 1 else 1, abs=1e-9)
+    # Medians have six digits.
+    assert deviation == pytest.approx(0 if power == 1 else 1, abs=1e-5)
 
 
 def test_odd_rate_is_held_against_the_line_between_neighbours() -> None:

@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,19 @@ import gpu
 import gpu_device
 import gpu_report
 import lab
+import leetcore.compat.mamba_ssm
+import numpy as np
 import pytest
 import torch
 from lab import Problem, TrainingProblem
+from lab_mamba2 import SsdDecodeProblem, SsdProblem, SsdShape, SsdTrainingProblem
+from leetcore import reference
 from leetcore.bench.problems import Shape
 from leetcore.bench.results import Results, complete, new, read
 from leetcore.bench.session import NOT_FINITE, Row
 from leetcore.bench.timing import CPU, stats
+from leetcore.torch import ssd
+from rivals import mamba2
 
 PROGRAM = Path(__file__).with_name("gpu.py")
 
@@ -30,12 +39,11 @@ def bench(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def test_everything_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "x.json"
-    ran = bench(
-        "--device=cpu", "--tiny", "--rounds=1", "--sections=forward,growth,backward,gated", "--commit=abc", "-o", out
-    )
+    sections = "forward,growth,backward,gated,mamba2,mamba2_training,mamba2_decode"
+    ran = bench("--device=cpu", "--tiny", "--rounds=1", f"--sections={sections}", "--commit=abc", "-o", out)
     assert ran.returncode == 0, ran.stderr
     results = read(out)
-    assert results["commit"] == "abc" and not results["dirty"] and len(results["facts"]["done"]) == 5
+    assert results["commit"] == "abc" and not results["dirty"] and len(results["facts"]["done"]) == 8
     timed = {row["method"] for row in results["rows"] if row["section"] == "forward" and row["seconds"]}
     assert {"auto", *lab.methods()} < timed and any(m.startswith("torch") for m in timed)
     assert all(row["host_seconds"] for row in results["rows"] if row["section"] == "forward" and row["seconds"])
@@ -48,6 +56,11 @@ def test_everything_on_the_cpu(tmp_path: Path) -> None:
         assert any(row["method"].startswith("torch autograd") for row in rows)
         assert all(row["seconds"] and row["host_seconds"] and row["peak_bytes"] is not None for row in rows)
     assert text.count("Training, forward and backward") == 2
+    mamba2 = [row for row in results["rows"] if row["section"].startswith("mamba2")]
+    ours = ["auto", "chunk", "scan", "bare operator", "training", "ssd_step"]
+    assert [row["method"] for row in mamba2] == ours
+    assert all(row["seconds"] and row["host_seconds"] and row["peak_bytes"] is not None for row in mamba2)
+    assert "### Mamba-2, B,H,N,K,V = 2,4,150,16,24 G=2\n" in text and "| time / bare operator |" in text
     assert "| rows of leetcore that are wrong or failed | <= 0 | 0 | met |" in text
 
 
@@ -148,8 +161,9 @@ def test_a_method_that_breaks_the_device_is_left_out_of_the_rest(session: gpu.Gp
 
 
 def row(method: str, us: float, shape: str = "8,32,2048,128,128", section: str = "forward", **fields: Any) -> Any:
-    kind = "rival" if method.startswith("fla") else "leetcore"
-    made = Row(method, kind, Shape.parse(shape), "bfloat16", "alibi", section, work=1e6, unit="bytes", **fields)
+    kind = "rival" if method.startswith(("fla", "bare", "mamba_ssm")) else "leetcore"
+    sizes = (SsdShape if "G=" in shape else Shape).parse(shape)
+    made = Row(method, kind, sizes, "bfloat16", "alibi", section, work=1e6, unit="bytes", **fields)
     made.seconds, made.ceilings, made.copy = [1e-6 * us] * 3, [4.3e12] * 3, [4.3e12] * 3
     return complete(made.to_json())
 
@@ -226,5 +240,91 @@ def test_regret_is_of_auto_over_the_best() -> None:
 def test_every_goal_is_measured() -> None:
     """A shape with a goal that no group measures would stay "not measured" for ever."""
     measured = {(g.section, str(g.shape)) for g in gpu.groups(tiny=False) if g.dtype == "bfloat16" and not g.methods}
-    assert {*gpu_report.GOAL_US, ("decode", gpu_report.DECODE)} <= measured
+    decode = {("decode", gpu_report.DECODE), ("mamba2_decode", gpu_report.MAMBA2_DECODE)}
+    assert {*gpu_report.GOAL_US, *gpu_report.PUBLISHED, *decode} <= measured
     assert {section for section, _ in measured} | {g.section for g in gpu.groups(tiny=True)} <= {*gpu.SECTIONS}
+
+
+SSD_SHAPE = SsdShape.parse("2,4,150,16,24 G=2")
+
+
+def test_the_oracle_of_mamba2_is_the_definition() -> None:
+    p = SsdProblem(SSD_SHAPE, torch.float32)
+    given = {name: x.double().numpy() for name, x in p.given.items()}
+    expected = reference.ssd(**given, dt_softplus=True)
+    for name, want in zip(("y", "state"), expected, strict=True):
+        assert reference.error(p.wanted[name].numpy(), want) <= 1e-13
+    one = SsdDecodeProblem(SsdShape.parse("3,4,1,16,24 G=2"), torch.float32)
+    given = {name: x.double().numpy() for name, x in one.given.items()}
+    given |= {name: np.stack([given[name]] * 2, 1) for name in ("x", "dt", "B", "C")}
+    y, _ = reference.ssd(**given, dt_softplus=True, initial_state=one.new_state().numpy())
+    assert reference.error(torch.stack(one.wanted, 1).numpy(), y) <= 1e-13
+
+
+def test_the_gradient_oracle_of_mamba2_is_autograd_in_float64() -> None:
+    p = SsdTrainingProblem(SSD_SHAPE, torch.float32)
+    leaves = {name: x.double().requires_grad_() for name, x in p.given.items()}
+    y = ssd(**leaves, dt_softplus=True)
+    found = [y.detach(), *torch.autograd.grad(y, list(leaves.values()), p.d_o.double())]
+    assert list(p.wanted) == ["o", *(f"d_{name}" for name in leaves)]
+    for a, e in zip(p.wanted.values(), found, strict=True):
+        assert lab.relative_error(a, e) <= 1e-11
+
+
+@pytest.mark.parametrize("name", ["y", "state"])
+def test_wrong_results_of_mamba2_are_no_speed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = SsdProblem.call
+
+    def wrong(p: Any, method: str, out: Any = None) -> Any:
+        right = call(p, method)
+        return lambda: right() | {name: 1.1 * right()[name]}
+
+    monkeypatch.setattr(SsdProblem, "call", wrong)
+    row = made(Fragile()).leetcore_row("mamba2", SsdProblem(SSD_SHAPE, torch.float32), "chunk")
+    assert row.status == "wrong" and row.error == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """leetcore's stand-in for mamba_ssm, whose functions have the arguments of the package."""
+    leetcore.compat.mamba_ssm.install()
+    names = [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", "causal_conv1d")]
+    monkeypatch.setattr(mamba2, "find_spec", lambda name: ModuleSpec(name, None))
+    yield
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(any(map(find_spec, ("mamba_ssm", "causal_conv1d"))), reason="there is no need for a stand-in")
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rivals_of_mamba2_get_the_problem_right(dtype: torch.dtype) -> None:
+    kinds: dict[type[Problem], int] = {SsdProblem: 2, SsdTrainingProblem: 1, SsdDecodeProblem: 1}
+    for kind, count in kinds.items():
+        shape = SsdShape.parse("3,4,1,16,24 G=2") if kind.one_token else SSD_SHAPE
+        p = kind(shape, dtype)
+        p.device = "cuda"
+        factories = [f for rival in p.against for f in p.factories(rival, True).values()]
+        assert len(factories) == count and all(p.judge(factory())[1] for factory in factories)
+
+
+def test_goals_of_mamba2() -> None:
+    shape, decode = "1,128,8192,128,64 G=1", gpu_report.MAMBA2_DECODE
+    rows = [row("auto", 180, shape, "mamba2"), row("chunk", 120, shape, "mamba2")]
+    rows += [row("bare operator", 160, shape, "mamba2"), row("bare operator", 1, f"{shape[:-1]}8", "mamba2")]
+    rows += [row(gpu_report.STEP, 400, shape, "mamba2_training"), row("mamba_ssm", 800, shape, "mamba2_training")]
+    rows.append(row("ssd_step", 0.25, decode, "mamba2_decode"))
+    for each in rows:
+        each["decay"] = f"new layers, G={each['G']}"
+    found = verdicts(rows)
+    assert found[f"mamba2 {shape}: best method (chunk), time / goal"] == ("0.8", "met")
+    assert found[f"mamba2 {shape}: time / bare operator"] == ("1.12", "met")
+    assert found[f"mamba2_training {shape}: time / mamba_ssm"] == ("0.5", "met")
+    assert found[f"mamba2_decode {decode}: time / memory floor"] == ("1.07", "met")
+
+
+def test_work_of_mamba2_is_that_of_the_operator_where_no_heads_share() -> None:
+    plain, alone = Shape(2, 3, 100, 16, 24), SsdShape(2, 3, 100, 16, 24, G=3)
+    assert alone.exact_flop(64) == plain.exact_flop(64) and alone.backward_flop(64) == plain.backward_flop(64)
+    assert alone.token_bytes(2) == plain.token_bytes(2) + 2 * 2 * 3 * 100  # dt
+    assert SsdShape.parse("1,128,8192,128,64 G=1").token_bytes(2) / 4.3e12 == pytest.approx(64e-6, rel=0.01)

@@ -1,7 +1,7 @@
 """Arrays on a GPU, tested without one: fake libraries (fake_gpu.py) on the emulated devices.
 
 ctest runs these with the extension module that is built on the emulator; LEETCORE_EMULATED_CORE is
-its path.
+its path. One file: all its tests share the fake libraries and one emulated module.
 """
 
 import gc

@@ -4,7 +4,8 @@ other one.
 A rival's functions take a problem and return factories by label, nothing where it cannot serve. A
 factory prepares tables and buffers and returns the call that is timed; a factory that raises is
 left out, with its reason. A call returns o, freshly allocated, in the dtype of the inputs; a call
-of `training` returns o and the gradients by name.
+of `training` returns o and the gradients by name. Rivals of Mamba-2 have a tuple of their own:
+their calls of `forward` return y and the state by name.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def half(p: Any, quick: bool = False) -> dict[str, Factory]:
     return {} if p.dtype == torch.float32 else rivals.configurations(p, p.dtype, quick)
 
 
-from rivals import fla, minimax, torch_autograd, torch_decode  # noqa: E402
+from rivals import fla, mamba2, minimax, torch_autograd, torch_decode  # noqa: E402
 
 ALL = (
     Rival("torch chunk", rivals.chunk),
@@ -66,4 +67,8 @@ ALL = (
     Rival("torch decode", decode=torch_decode.decode),
     Rival("torch autograd", training=torch_autograd.training),
     Rival("fla", fla.forward, fla.decode, fla.training, each=True),
+)
+MAMBA2 = (
+    Rival("mamba_ssm", mamba2.forward, mamba2.decode, mamba2.training),
+    Rival("bare operator", mamba2.bare),
 )

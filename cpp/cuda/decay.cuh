@@ -16,9 +16,9 @@
 
 namespace lc::cuda {
 
-// Loads the log-decays or the lengths of the n tokens of a chunk from token t on, two per lane (own:
-// the lane). The values are used later, by ChunkDecay, so that the loads have time. With skip_first
-// the first token has 0.
+// Loads the log-decays or the lengths of the n tokens of a chunk from token t on, two per lane
+// (own: the lane). The values are used later, by ChunkDecay, so that the loads have time. With
+// skip_first the first token has 0.
 SIMT_DEV float2 load_pair(gptr<const float> from, int64_t stride, int64_t t, int n, int own, bool skip_first = false) {
   const int first = 2 * own;
   const int64_t i = t + first;

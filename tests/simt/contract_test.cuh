@@ -199,6 +199,10 @@ struct Ex2 : Kernel {
   static SIMT_DEV void run(const Params& a) { out_as<T>(a).st(tid(), ex2(in_as<T>(a).ld(tid()))); }
 };
 
+struct Rcp : Kernel {
+  static SIMT_DEV void run(const Params& a) { out_as<float>(a).st(tid(), rcp(in_as<float>(a).ld(tid()))); }
+};
+
 struct SinCosPi : Kernel {
   static SIMT_DEV void run(const Params& a) {
     const double x = in_as<double>(a).ld(tid());
@@ -540,6 +544,13 @@ inline void arithmetic(std::vector<Case>& all) {
                  Compare::floats, 2});
   all.push_back({"ex2, double", launch_case<Ex2<double>>, words<double>(32, power),
                  words<double>(32, [&](int i) { return std::exp2(power(i)); }), Compare::doubles, 2});
+
+  // Results below 2^-126 are 0.
+  const auto divisor = [&](int i) {
+    return i < 28 ? std::ldexp(1 + i / 9., 8 * i - 100) * (i % 3 ? 1 : -1) : i < 30 ? inf : nan;
+  };
+  all.push_back({"rcp", launch_case<Rcp>, words<float>(32, divisor),
+                 words<float>(32, [&](int i) { return 1 / double(float(divisor(i))); }), Compare::floats, 2});
 
   // Multiples of 1/24, and numbers close to zeros of sine and cosine.
   const auto turn = [](int i) {
