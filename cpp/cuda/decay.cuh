@@ -59,8 +59,8 @@ struct ChunkDecay {
   SIMT_DEV float in(int i) const { return ex2(cum_.ld(i) + cum_.ld(kChunk + i)); }
   SIMT_DEV float total() const { return cum_.ld(2 * kChunk); }
   SIMT_DEV float rest() const { return cum_.ld(2 * kChunk + 1); }
-  // A power of two near the greatest length, by which `out` is divided if products are of f16, which
-  // has a small range.
+  // A power of two near the greatest length, by which `out` is divided if products are of f16,
+  // which has a small range.
   SIMT_DEV float unit() const { return has_unit ? cum_.ld(2 * kChunk + 2) : 1; }
 
   // Computes the weights from the natural log-decays of n tokens, by one warp. Tokens after them do
@@ -83,7 +83,8 @@ struct ChunkDecay {
     if (!lane()) cum_.stv(2 * kChunk, float2{slow ? 1 : ex2(float(last)), slow ? ex2m1(float(last)) : 0});
     return last;
   }
-  // Multiplies the weights by the lengths of two tokens per lane, by the warp that has called `set`.
+  // Multiplies the weights by the lengths of two tokens per lane, by the warp that has called
+  // `set`.
   SIMT_DEV void set_lengths(float2 own) const {
     const int at = 2 * lane();
     length.stv(at, own);

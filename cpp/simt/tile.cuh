@@ -550,6 +550,7 @@ SIMT_DEV void merge_operand(Strip<R, C>& a, const B& b, W&& of_row, F&& f) {
     const float weight[2] = {of_row(16 * m + lane.row()), of_row(16 * m + lane.row() + 8)};
     SIMT_UNROLL
     for (int l = 0; l < C / 16; ++l) {
+      sync_warp();  // else the compiler loads all pieces first, for which there may be no registers
       const auto piece = b.piece(m, l);
       SIMT_UNROLL
       for (int s = 0; s < 2; ++s) SIMT_UNROLL

@@ -33,8 +33,8 @@ struct WalkShape {
   static constexpr bool kOneStage = 2 * kStage * sizeof(E) > 227 * 1024;  // shared memory has no room for two stages
   static constexpr int kSums = kDecays ? kWarps * C : 0;                  // sums of products: one row per warp
 
-  // Whether lengths have a unit, for which K = 256 has no registers; whether the sum of a chunk has a
-  // scale, that of the keys or the unit.
+  // Whether lengths have a unit, for which K = 256 has no registers; whether the sum of a chunk has
+  // a scale, that of the keys or the unit.
   static constexpr bool kUnits = std::is_same_v<Own, f16> && K <= 128, kSumScale = kGradient || kUnits;
 
   // A thread has 255 registers. kHolds: V^T stays in registers while all of S is updated. kAhead:
