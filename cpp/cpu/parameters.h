@@ -59,17 +59,36 @@ LC_INLINE void read_dt(const Problem& p, double* to, int64_t row, int64_t hs, in
   for (int i = 0; i < padded<double>(n); ++i) to[i] = i < n ? to[i] + bias : 0;
 }
 
-// Computes the lengths of tokens [t, t + n) of state head hs, in float64. `to` has room for whole
-// vectors.
-LC_INLINE void lengths(const Problem& p, double* to, int64_t row, int64_t hs, int64_t t, int n) {
-  read_dt(p, to, row, hs, t, n);
-  for (int i = 0; i < n; i += kLanes<double>) {
+namespace detail {
+
+// Turns n numbers dt + dt_bias into lengths.
+LC_INLINE void to_lengths(const Problem& p, double* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<double>) {
     Vec<double> x = load<double>(to + i);
-    if (p.softplus) x = detail::softplus(x);
+    if (p.softplus) x = softplus(x);
     x = x < p.dt_min ? broadcast<double>(p.dt_min) : x;
     x = x > p.dt_max ? broadcast<double>(p.dt_max) : x;
     store<double>(to + i, x);
   }
+}
+
+}  // namespace detail
+
+// Computes the lengths of tokens [t, t + n) of state head hs, in float64. `to` has room for whole
+// vectors.
+LC_INLINE void lengths(const Problem& p, double* to, int64_t row, int64_t hs, int64_t t, int n) {
+  read_dt(p, to, row, hs, t, n);
+  detail::to_lengths(p, to, n);
+}
+
+// Computes the lengths of token t of all state heads. `to` and `biases` have room for whole
+// vectors.
+LC_INLINE void lengths_of_heads(const Problem& p, double* to, double* biases, int64_t row, int64_t t) {
+  const int64_t* stride = p.dt.stride;
+  read(to, p.dt_type, p.dt.data, row * stride[0] + t * stride[2], stride[1], p.Hs);
+  if (p.dt_bias) read(biases, p.dt_bias_type, p.dt_bias.data, 0, p.dt_bias.stride[1], p.Hs);
+  for (int64_t h = 0; h < padded<double>(int(p.Hs)); ++h) to[h] = h < p.Hs ? to[h] + (p.dt_bias ? biases[h] : 0) : 0;
+  detail::to_lengths(p, to, p.Hs);
 }
 
 // Computes the derivatives of these lengths by dt. They are 0 where a limit holds.

@@ -72,16 +72,6 @@ LC_INLINE Vec<T> at_least(Vec<T> x, T least) {
 #endif
 }
 
-// The sum of all elements: the upper half is added to the lower half until one number remains.
-template <class T>
-LC_INLINE T sum(Vec<T> x) {
-  T part[kLanes<T>];
-  std::memcpy(part, &x, sizeof x);
-  for (int n = kLanes<T> / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
-  return part[0];
-}
-
 // 0, 1, 2, ...
 template <class T>
 LC_INLINE typename Simd<T>::Ivec iota() {
@@ -148,6 +138,14 @@ LC_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// x plus x with lanes i and i + D exchanged; then the same for D / 2, down to 1.
+template <class T, int D, int... L>
+LC_INLINE Vec<T> add_across(Vec<T> x, std::integer_sequence<int, L...> lanes) {
+  x = x + shuffle<T, (L ^ D)...>(x, x);
+  if constexpr (D > 1) x = add_across<T, D / 2>(x, lanes);
+  return x;
+}
+
 template <class T, int D, int... L>
 LC_INLINE void transpose_steps(Vec<T> (&r)[kLanes<T>], std::integer_sequence<int, L...> lanes) {
   constexpr int n = kLanes<T>;
@@ -162,6 +160,12 @@ LC_INLINE void transpose_steps(Vec<T> (&r)[kLanes<T>], std::integer_sequence<int
 }
 
 }  // namespace detail
+
+// The sum of all elements: the upper half is added to the lower half until one number remains.
+template <class T>
+LC_INLINE T sum(Vec<T> x) {
+  return detail::add_across<T, kLanes<T> / 2>(x, std::make_integer_sequence<int, kLanes<T>>())[0];
+}
 
 // Rounds to a 16-bit format, to nearest even.
 template <class E>

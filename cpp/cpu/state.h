@@ -165,6 +165,19 @@ struct State {
   }
 };
 
+// o += skip v, for the columns of one panel.
+template <class E, class T>
+LC_INLINE void add_skip(const Tokens<E>& chunk, const Panels& panels, int panel, Matrix<T> o) {
+  for (int c = panels.begin(panel); c < panels.begin(panel) + panels.width(panel); ++c) {
+    const Matrix<const T> v = chunk.v(panels, panel, c);
+    const Vec<T> skip = load<T>(chunk.skip + c * kLanes<T>);
+    for (int i = 0; i < chunk.n; ++i) {
+      T* to = o.row(i) + c * kLanes<T>;
+      store<T>(to, load<T>(to) + skip * load<T>(v.row(i)));
+    }
+  }
+}
+
 // Writes the chunk's output rows of head h, in the columns of `state`. mma_state(acc, q, panel)
 // adds Q S to a tile of that panel. `copy` [C, padded V] holds rows that cannot be computed in
 // place.
@@ -191,12 +204,11 @@ LC_INLINE void write_output(const Problem& p, Tokens<E>& chunk, const State<E>& 
         mma_state(acc, operand(chunk.q.row(i0), chunk.q.ld), panel);
         map(acc, [&](int i, int, Vec<T> x) { return x * (in[i0 + i] * scale); });
       }
-      const Matrix<const T> v = chunk.v(panels, panel, c);
-      mma(acc, operand(chunk.scores + i0 * C, C), v, std::min(chunk.n, i0 + acc.M));
-      if (p.skip)
-        map(acc, [&](int i, int j, Vec<T> x) { return x + load<T>(chunk.skip + j0 + j) * load<T>(v.row(i0 + i) + j); });
+      mma(acc, operand(chunk.scores + i0 * C, C), chunk.v(panels, panel, c), std::min(chunk.n, i0 + acc.M));
       store(Matrix<T>{o.row(i0) + j0, o.ld}, acc);
     });
+    // The skip is not added to a tile in registers: the compiler would keep the tile in memory.
+    if (p.skip) add_skip(chunk, panels, panel, o);
     const int j0 = state.column(panel);
     if (p.gate)
       apply_gate<E, T>({o.data + j0, o.ld}, {p.gate.at<const E>(s.row, h, chunk.t) + j0, p.gate.stride[2]}, chunk.n,

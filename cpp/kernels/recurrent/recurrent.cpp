@@ -108,27 +108,40 @@ LC_INLINE void update_columns(Matrix<T> S, const RowPass<T>& a, int64_t r0, int6
 }
 
 // In a decode call, a state whose keys are contiguous is updated row by row of V instead of row by
-// row of K: S_vt = 2^L_t S_v + k_t v_t, o_vt = S_vt.q_t. kRows rows go through all tokens together.
-constexpr int kRows = 4;
+// row of K: S_vt = 2^L_t S_v + k_t v_t, o_vt = S_vt.q_t. A few rows share the loads of k and q;
+// with more rows, processors do not see that the state is read as a stream.
+constexpr int kRows = 2;
 
-// Updates kCount values of a transposed state by one token, and adds their products with q. Rows of
-// `S` and the vectors k and q have K numbers, padded to whole vectors.
-template <class T, int kCount, Update kUpdate>
+// Updates kRows rows of a transposed state by one token, and writes their products with q to o.
+// Rows of S, k and q have K numbers, padded to whole vectors.
+template <class T, int kRows, Update kUpdate>
 LC_INLINE void update_values(Matrix<T> S, const T* k, const T* q, int64_t K, T decay, const T* v, T* o) {
-  count_flop(int64_t{kCount} * padded<T>(K) * (kUpdate == Update::none ? 2 : 5));
-  Vec<T> sums[kCount] = {};
-  for (int64_t j = 0; j < K; j += kLanes<T>) {
+  constexpr int kSums = 4 / kRows;  // of a row: sums that do not wait for one another
+  count_flop(int64_t{kRows} * padded<T>(K) * (kUpdate == Update::none ? 2 : 5));
+  Vec<T> sums[kRows][kSums] = {};
+  const auto vectors = [&](int64_t j, int to) {
     const Vec<T> kj = load<T>(k + j), qj = load<T>(q + j);
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       Vec<T> x = load<T>(S.row(i) + j);
       if (kUpdate == Update::plus) x = x + (x * decay + kj * v[i]);
       if (kUpdate == Update::times) x = x * decay + kj * v[i];
       if (kUpdate != Update::none) store<T>(S.row(i) + j, x);
-      sums[i] = qj * x + sums[i];
+      sums[i][to] = qj * x + sums[i][to];
     }
+  };
+  int64_t j = 0;
+  for (; j + (kSums - 1) * kLanes<T> < K; j += kSums * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) vectors(j + i * kLanes<T>, i);
   }
-  for (int i = 0; i < kCount; ++i) o[i] = sum<T>(sums[i]);
+  for (; j < K; j += kLanes<T>) vectors(j, 0);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int n = 1; n < kSums; ++n) sums[i][0] = sums[i][0] + sums[i][n];
+    o[i] = sum<T>(sums[i][0]);
+  }
 }
 
 int64_t tile_tokens(const Problem& p) {
@@ -145,6 +158,10 @@ struct RecurrentWorker {
   const int Kp, Vp;    // K and V padded to whole vectors
   T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums, *skip;
   double* length;
+  // Of all state heads, for a decode call of one token per sequence with dt, which has little other
+  // work: lengths, log2 of decays, decays. They belong to sequence `measured`.
+  double *lengths_by_head, *log2_by_head, *decay_by_head;
+  int64_t measured = -1;
 
   RecurrentWorker(const Problem& problem, Arena& arena)
       : p(problem),
@@ -160,7 +177,12 @@ struct RecurrentWorker {
         v_copy(arena.take<T>(tile * padded<T>(p.V))),
         sums(arena.take<T>(tile * G * padded<T>(p.V))),
         skip(arena.take<T>(p.skip ? padded<T>(p.V) : 0)),
-        length(arena.take<double>(p.dt ? padded<double>(tile) : 0)) {}
+        length(arena.take<double>(p.dt ? padded<double>(tile) : 0)),
+        lengths_by_head(arena.take<double>(by_head() ? padded<double>(int(p.Hs)) : 0)),
+        log2_by_head(arena.take<double>(by_head() ? padded<double>(int(p.Hs)) : 0)),
+        decay_by_head(arena.take<double>(by_head() ? padded<double>(int(p.Hs)) : 0)) {}
+
+  bool by_head() const { return p.op == LC_DECODE && p.N == 1 && p.dt; }
 
   // Columns of V that a task computes: the vectors [c0, c1).
   struct Span {
@@ -190,24 +212,42 @@ struct RecurrentWorker {
     for (int64_t g = 0; g < G; ++g)  // [token, head]
       load<T>(Matrix<T>{q_copy + g * Kp, G * Kp},
               Matrix<const E>{p.q.at<const E>(s.row, q_head(p, hs * G + g), t), p.q.stride[2]}, n, int(p.K));
-    if (p.dt) weigh_keys(s, hs, t, n);
+    if (by_head()) {
+      measure_heads(s.row);
+      length[0] = lengths_by_head[hs];
+    } else if (p.dt) {
+      lengths(p, length, s.row, hs, t, n);
+    }
+    if (p.dt) weigh_keys(n);
     for (int i = 0; i < n; ++i) {
       if (i && p.decay != Decay::per_token) {
         decay[i] = decay[0];
         decay_minus_1[i] = decay_minus_1[0];
       } else {
-        const double x = p.dt ? clamped_log2(p, log2_rate(p, s.row, hs) * length[i]) : log2_decay(p, s.row, hs, t + i);
-        decay[i] = T(std::exp2(x));
-        decay_minus_1[i] = T(std::expm1(x / kLog2e));
+        const double x = by_head() ? log2_by_head[hs]
+                         : p.dt    ? clamped_log2(p, log2_rate(p, s.row, hs) * length[i])
+                                   : log2_decay(p, s.row, hs, t + i);
+        decay[i] = T(by_head() ? decay_by_head[hs] : std::exp2(x));
+        decay_minus_1[i] = slow(i) ? T(std::expm1(x / kLog2e)) : T(0);
       }
       for (int64_t g = 0; g < G; ++g)
         std::memset(sums + (i * G + g) * Vp + at.begin, 0, size_t(at.c1 - at.c0) * kVectorBytes);
     }
   }
 
+  // Computes the lengths and the decays of all heads of sequence b, as vectors.
+  void measure_heads(int64_t b) {
+    if (measured == b) return;
+    measured = b;
+    lengths_of_heads(p, lengths_by_head, log2_by_head, b, 0);
+    for (int64_t h = 0; h < padded<double>(int(p.Hs)); ++h)
+      log2_by_head[h] = h < p.Hs ? clamped_log2(p, log2_rate(p, b, h) * lengths_by_head[h]) : 0;
+    for (int64_t h = 0; h < p.Hs; h += kLanes<double>)
+      store<double>(decay_by_head + h, exp2<double>(load<double>(log2_by_head + h)));
+  }
+
   // k_t = length_t k_t
-  void weigh_keys(const Sequence& s, int64_t hs, int64_t t, int n) {
-    lengths(p, length, s.row, hs, t, n);
+  void weigh_keys(int n) {
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < Kp; j += kLanes<T>) {
         T* k = k_copy + i * Kp + j;
@@ -336,16 +376,15 @@ struct RecurrentWorker {
     for (int r = at.begin; r < at.begin + at.columns; r += kRows) {
       const int rows = std::min(kRows, at.begin + at.columns - r);
       const Matrix<P> pool{p.final_state.at<P>(state_slot, hs, 0) + r * ld, ld};
-      Matrix<T> S{state, Kp};
-      bool direct = false;
+      const Matrix<T> copy{state, Kp};
       if constexpr (std::is_same_v<P, T>)
         if (p.K % kLanes<T> == 0) {
-          S = pool;
-          direct = true;
+          values_through(pool, n, r, rows);
+          continue;
         }
-      if (!direct) load<T>(S, Matrix<const P>{pool.data, ld}, rows, int(p.K));
-      values_through(S, n, r, rows);
-      if (!direct) store<T>(pool, Matrix<const T>{S.data, Kp}, rows, int(p.K));
+      load<T>(copy, Matrix<const P>{pool.data, ld}, rows, int(p.K));
+      values_through(copy, n, r, rows);
+      store<T>(pool, Matrix<const T>{copy.data, Kp}, rows, int(p.K));
     }
     store_outputs(s, hs, 0, n, at);
   }
