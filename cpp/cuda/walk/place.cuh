@@ -25,7 +25,7 @@ struct Steps {
 SIMT_DEV Steps steps(const View& state, bool transposed) {
   return transposed ? Steps{state.stride[3], state.stride[2]} : Steps{state.stride[2], state.stride[3]};
 }
-// Of the states of a Walk, which are dense.
+// The states of a Walk are dense.
 SIMT_DEV Steps dense_steps(const Problem& p, const Walk& w) { return w.transposed ? Steps{1, p.K} : Steps{p.V, 1}; }
 
 // The members of a Place that only outputs have, or only gradients.

@@ -158,8 +158,8 @@ struct RecurrentWorker {
   const int Kp, Vp;    // K and V padded to whole vectors
   T *state, *decay, *decay_minus_1, *k_copy, *q_copy, *v_copy, *sums, *skip;
   double* length;
-  // Of all state heads, for a decode call of one token per sequence with dt, which has little other
-  // work: lengths, log2 of decays, decays. They belong to sequence `measured`.
+  // The lengths, the log2 of the decays and the decays of all state heads of sequence `measured`. A
+  // decode call of one token per sequence computes them together, as it has little other work.
   double *lengths_by_head, *log2_by_head, *decay_by_head;
   int64_t measured = -1;
 
