@@ -128,6 +128,10 @@ LC_INLINE double log2_decay(const Problem& p, int64_t row, int64_t hs, int64_t n
   return log2_decay(p, log_decay(p, row, hs, n));
 }
 
+// The least log-decay per unit of length: it is finite, so that a token of length 0 does not decay
+// the state.
+inline constexpr double kLeastRate = -1e300;
+
 struct Error : std::runtime_error {
   lc_status status;
   Error(lc_status s, const std::string& text) : std::runtime_error(text), status(s) {}

@@ -103,9 +103,7 @@ LC_INLINE void length_slopes(const Problem& p, double* to, int64_t row, int64_t 
   }
 }
 
-// The log2 of the decay per unit of length of state head hs. It is finite, so that a token of
-// length 0 does not decay the state.
-constexpr double kLeastRate = -1e300;
+// The log2 of the decay per unit of length of state head hs.
 LC_INLINE double log2_rate(const Problem& p, int64_t row, int64_t hs) {
   const double rate = log_decay(p, row, hs, 0) * kLog2e;
   return rate > kLeastRate ? rate : kLeastRate;

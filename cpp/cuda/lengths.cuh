@@ -61,9 +61,7 @@ struct Length {
   }
 };
 
-// The log-decay per unit of length. It is finite, so that a token of length 0 does not decay the
-// state.
-constexpr double kLeastRate = -1e300;
+// The log-decay per unit of length.
 SIMT_DEV double rate_at(const Problem& p, int64_t b, int64_t hs) {
   const double rate = log_decay_at(p, b, hs, 0);
   return rate > kLeastRate ? rate : kLeastRate;
